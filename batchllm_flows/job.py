@@ -1,0 +1,96 @@
+"""The job: what a user writes in a YAML file or builds in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
+from batchllm_operators.keys import job_id
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.records import WORK_FOLDER, InputObject
+from batchllm_operators.spec import SpecModel
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.store import Store
+
+_PARTS_WITHOUT_INFLUENCE = {"name", "execution", "sink", "planning"}
+
+
+class BatchJob(SpecModel):
+    """One large LLM job: which rows, which prompt, which model, and where the answers go."""
+
+    name: str = Field(default="batch-inference", min_length=1, description="name of the job in reports and artifacts")
+    source: SourceSpec
+    prompt: PromptSpec
+    model: ModelSpec
+    sampling: SamplingSpec = SamplingSpec()
+    planning: PlanningSpec = PlanningSpec()
+    execution: ExecutionSpec = ExecutionSpec()
+    sink: SinkSpec
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> BatchJob:
+        """Load a job from a YAML or JSON file.
+
+        Args:
+            path: the file; JSON is YAML too.
+            overrides: values by dotted path, e.g. `{"sampling.max_tokens": 64}`, set before validation.
+
+        Raises:
+            TerminalError: no such file, not YAML, or not a valid job; names each field, what was expected and got.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TerminalError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise TerminalError(f"job file is not YAML or JSON: {error}", uri=str(path)) from error
+        if not isinstance(values, dict):
+            raise TerminalError(f"job file: expected a mapping, got {type(values).__name__}", uri=str(path))
+        for dotted, value in (overrides or {}).items():
+            _set(values, dotted, value)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise TerminalError(explain(error), uri=str(path)) from error
+
+    def job_id(self, fingerprint: list[InputObject]) -> str:
+        """Id of this job on this input: what decides the answers counts; sink, execution and planning do not."""
+        spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
+        del spec["source"]["storage"]
+        return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])
+
+    def work_store(self, identity: str) -> Store:
+        """The work folder of the job with this id."""
+        uri = self.execution.work_uri or f"{self.sink.uri.rstrip('/')}/{WORK_FOLDER}/{identity}"
+        return Store(uri, self.sink.storage)
+
+    def sink_store(self) -> Store:
+        """The folder of the output."""
+        return Store(self.sink.uri, self.sink.storage)
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error in one line a fault: field, what is wrong, and what was got."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        field = ".".join(str(piece) for piece in fault["loc"]) or "job"
+        got = "" if isinstance(fault["input"], dict) or fault["type"] == "missing" else f" (got {fault['input']!r})"
+        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{got}")
+    return "invalid job: " + "; ".join(lines)
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *folders, last = dotted.split(".")
+    place = values
+    for folder in folders:
+        inner = place.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            raise TerminalError(f"--set {dotted}: {folder} is not a section but {inner!r}")
+        place = inner
+    place[last] = value

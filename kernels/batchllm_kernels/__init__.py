@@ -1,0 +1,1 @@
+"""What runs inside the engine process: prefix-shared attention and the vLLM plugin."""

@@ -1,0 +1,199 @@
+"""What crosses the steps: the schemas of the work folder, and the small records that Prefect carries.
+
+Rows live on the store as Parquet; a record holds names, counts and hashes only.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from batchllm_operators.keys import REQUEST_KEY_BYTES
+
+FORMAT_VERSION = 1
+
+JOB_FILE = "job.json"
+STAGED_FOLDER = "staged"
+STAGED_SUMMARY = "staged/summary.json"
+PLAN_FOLDER = "plan"
+PLAN_SUMMARY = "plan/summary.json"
+RESULTS_FOLDER = "results"
+REPORT_FILE = "report.json"
+MANIFEST_FILE = "_manifest.json"
+WORK_FOLDER = "_batchllm"
+
+KEY_TYPE = pa.binary(REQUEST_KEY_BYTES)
+TOKENS_TYPE = pa.list_(pa.int32())
+ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
+
+# One row per input row. A row with an error has a null key and no tokens. `sampling` is the JSON text of the
+# request's sampling parameters where a row overrides the job's, else null; max_tokens is always the effective one.
+STAGED_SCHEMA = pa.schema(
+    [
+        pa.field("row_index", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("request_key", KEY_TYPE),
+        pa.field("prompt_token_ids", TOKENS_TYPE),
+        pa.field("max_tokens", pa.int32()),
+        pa.field("sampling", pa.string()),
+        pa.field("error", ERROR_TYPE),
+    ]
+)
+
+# One row per request to compute, in the order the engine takes them.
+BUNDLE_SCHEMA = pa.schema(
+    [
+        pa.field("request_key", KEY_TYPE, nullable=False),
+        pa.field("prompt_token_ids", TOKENS_TYPE, nullable=False),
+        pa.field("max_tokens", pa.int32(), nullable=False),
+        pa.field("sampling", pa.string()),
+        pa.field("group_id", pa.int32(), nullable=False),
+        pa.field("prefix_tokens", pa.int32(), nullable=False),
+        pa.field("expected_output_tokens", pa.int32(), nullable=False),
+    ]
+)
+
+# One row per computed request, in order of completion. On an engine error the token columns are null.
+RESULT_SCHEMA = pa.schema(
+    [
+        pa.field("request_key", KEY_TYPE, nullable=False),
+        pa.field("output_token_ids", TOKENS_TYPE),
+        pa.field("completion", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("error", ERROR_TYPE),
+    ]
+)
+
+# What merge adds to the input columns.
+OUTPUT_FIELDS = [
+    pa.field("completion", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("error", ERROR_TYPE),
+    pa.field("prompt_tokens", pa.int32()),
+    pa.field("cached_tokens", pa.int32()),
+    pa.field("completion_tokens", pa.int32()),
+]
+
+
+class Record(BaseModel):
+    """A small frozen value that crosses steps, processes and retries."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputObject(Record):
+    """One object of the input; `version` is its ETag, or its modification time on a local disk."""
+
+    path: str
+    size: int
+    version: str
+
+
+class StagedPart(Record):
+    """One file of `staged/`: a contiguous range of row indices."""
+
+    name: str
+    first_row: int
+    rows: int
+
+
+class StageSummary(Record):
+    """What staging found; `staged/summary.json`, written last."""
+
+    parts: tuple[StagedPart, ...]
+    rows: int
+    error_rows: dict[str, int]
+    prompt_tokens: int
+    requests: int
+    """Rows that make a request (rows without an error)."""
+    source_schema: str
+    """Schema of the input columns that go to the sink: Arrow IPC bytes, base64."""
+    seconds: float
+
+    @property
+    def errors(self) -> int:
+        """Rows that get no request."""
+        return sum(self.error_rows.values())
+
+
+class BundleInfo(Record):
+    """One bundle: a file of `plan/` and what is expected of it."""
+
+    name: str
+    requests: int
+    groups: int
+    prompt_tokens: int
+    expected_computed_prompt_tokens: int
+    expected_output_tokens: int
+    expected_seconds: float
+
+
+class PlanSummary(Record):
+    """The plan in figures; `plan/summary.json`, written last.
+
+    Savings are shares of the prompt tokens of all rows that make a request.
+    """
+
+    bundles: tuple[BundleInfo, ...]
+    rows: int
+    requests: int
+    """Distinct requests to compute now."""
+    duplicate_rows: int
+    """Rows served by another row's computation."""
+    done_requests: int
+    """Distinct requests that readable results already answer."""
+    groups: int
+    largest_groups: tuple[tuple[int, int], ...]
+    """(requests, prefix tokens) of the groups that save most."""
+    prompt_tokens: int
+    """Of all rows that make a request, duplicates and done ones included."""
+    planned_prompt_tokens: int
+    """Of the distinct requests to compute now."""
+    expected_computed_prompt_tokens: int
+    expected_output_tokens: int
+    single_level_saving: float
+    expected_saving: float
+    optimum_saving: float
+    expected_seconds: float
+    seconds: float
+
+
+class BundleResult(Record):
+    """What executing one bundle gave."""
+
+    bundle: str
+    requests: int
+    errors: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    parts: tuple[str, ...]
+    load_seconds: float
+    """Seconds this bundle waited for its engine to load; 0 on a warm engine."""
+    seconds: float
+
+
+class OutputFile(Record):
+    """One file of the sink."""
+
+    name: str
+    rows: int
+    bytes: int
+
+
+class Manifest(Record):
+    """`_manifest.json` of the sink: its presence says that the output is complete."""
+
+    format_version: int
+    job_id: str
+    job_name: str
+    rows: int
+    error_rows: dict[str, int]
+    files: tuple[OutputFile, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    computed_prompt_tokens: int
+    completion_tokens: int

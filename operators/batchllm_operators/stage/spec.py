@@ -1,0 +1,95 @@
+"""The source, prompt and sampling parts of a job."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from batchllm_operators.spec import SpecModel, StorageOptions
+
+
+class SourceSpec(SpecModel):
+    """Where the input rows are."""
+
+    uri: str = Field(min_length=1, description="object, prefix or glob, e.g. s3://bucket/in/*.parquet; or a local path")
+    format: Literal["parquet", "jsonl"] = Field(description="parquet, or one JSON object a line")
+    id_column: str | None = Field(default=None, description="column that names a row in errors; default: row index")
+    columns: list[str] | None = Field(default=None, description="input columns carried to the sink; default: all")
+    storage: StorageOptions = StorageOptions()
+
+
+class ChatPrompt(SpecModel):
+    """A system and a user message, rendered through the model's chat template."""
+
+    kind: Literal["chat"]
+    system: str | None = Field(default=None, description="Jinja template over the row's columns")
+    user: str = Field(min_length=1, description="Jinja template over the row's columns")
+
+
+class TemplatePrompt(SpecModel):
+    """A plain text prompt, without a chat template."""
+
+    kind: Literal["template"]
+    template: str = Field(min_length=1, description="Jinja template over the row's columns")
+
+
+class ColumnPrompt(SpecModel):
+    """A column that holds the finished prompt text."""
+
+    kind: Literal["column"]
+    column: str
+
+
+class MessagesPrompt(SpecModel):
+    """A column of chat messages (list of {role, content}, or the same as JSON text), for multi-turn chats."""
+
+    kind: Literal["messages"]
+    column: str
+
+
+class TokensPrompt(SpecModel):
+    """A column of token ids (list of integers), taken as they are."""
+
+    kind: Literal["tokens"]
+    column: str
+
+
+PromptSpec = Annotated[
+    ChatPrompt | TemplatePrompt | ColumnPrompt | MessagesPrompt | TokensPrompt, Field(discriminator="kind")
+]
+
+
+class SamplingParameters(SpecModel):
+    """How one completion is sampled; the field names are vLLM's."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="makes sampling with temperature repeatable")
+    max_tokens: int = Field(default=256, ge=1, description="most tokens of one completion")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end a completion")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_text_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _no_empty_stop_text(self) -> SamplingParameters:
+        if "" in self.stop:
+            raise ValueError("stop: expected non-empty texts, got ''")
+        return self
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether equal prompts get equal completions, so that one computation serves them all."""
+        return self.temperature == 0.0 or self.seed is not None
+
+
+class SamplingSpec(SamplingParameters):
+    """Sampling of the whole job, with a column of exceptions."""
+
+    override_column: str | None = Field(
+        default=None,
+        description="column with sampling fields of single rows (struct or JSON object text; null: none)",
+    )

@@ -1,0 +1,68 @@
+"""What the tests share: real S3 servers, the models, an ephemeral Prefect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
+from batchllm_flows.demo.s3_server import S3Server, serve_s3
+
+REPOSITORY = Path(__file__).parent.parent
+MODELS = Path(os.environ.get("BATCHLLM_MODELS", REPOSITORY / ".models"))
+
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct."""
+    MODELS.mkdir(exist_ok=True)
+    return str(smollm2_folder(MODELS))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> str:
+    """Folder of a random two-layer model with SmolLM2's tokenizer."""
+    MODELS.mkdir(exist_ok=True)
+    return str(tiny_llama_folder(MODELS))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server that checks credentials; its environment is set for the session."""
+    root = tmp_path_factory.mktemp("s3") / "buckets"
+    with serve_s3(root) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> str:
+    """URI of a new empty bucket."""
+    import s3fs
+
+    name = f"bucket-{uuid4().hex[:12]}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One ephemeral Prefect server for the session."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield
