@@ -123,12 +123,44 @@ class BundleInfo(Record):
     """One bundle: a file of `plan/` and what is expected of it."""
 
     name: str
+    worker: int = 0
+    """The engine it is meant for; engines that take bundles in their order need not mind."""
     requests: int
     groups: int
     prompt_tokens: int
     expected_computed_prompt_tokens: int
     expected_output_tokens: int
     expected_seconds: float
+
+
+class GroupInfo(Record):
+    """One prefix group and what is expected of it."""
+
+    requests: int
+    prefix_tokens: int
+    saved_tokens: int
+    expected_output_tokens: int
+    expected_seconds: float
+
+
+class SharingDegree(Record):
+    """The groups of up to so many requests, and of more than the entry before."""
+
+    up_to: int
+    groups: int
+    requests: int
+    saved_tokens: int
+
+
+class SharedPrefix(Record):
+    """A node of the prefix forest, for a plot of what is shared at which level."""
+
+    parent: int
+    """Place of the next shorter shared prefix in the same list; -1: none."""
+    prefix_tokens: int
+    requests: int
+    saved_tokens: int
+    """By the tokens of this prefix that its parent does not have."""
 
 
 class PlanSummary(Record):
@@ -146,18 +178,42 @@ class PlanSummary(Record):
     done_requests: int
     """Distinct requests that readable results already answer."""
     groups: int
-    largest_groups: tuple[tuple[int, int], ...]
-    """(requests, prefix tokens) of the groups that save most."""
+    largest_groups: tuple[GroupInfo, ...]
+    """The groups that save most."""
+    sharing_degrees: tuple[SharingDegree, ...] = ()
+    shared_prefixes: tuple[SharedPrefix, ...] = ()
+    """The shared prefixes that save most, with all that stand above them."""
     prompt_tokens: int
     """Of all rows that make a request, duplicates and done ones included."""
     planned_prompt_tokens: int
     """Of the distinct requests to compute now."""
     expected_computed_prompt_tokens: int
     expected_output_tokens: int
+    estimate_sources: dict[str, int] = {}
+    """Where the expected output tokens come from: requests by source."""
     single_level_saving: float
+    """When each request shares one prefix at the most."""
     expected_saving: float
+    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
     optimum_saving: float
+    stock_saving: float | None = None
+    """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
+    order: str = "decode_first"
+    parted_trees: int = 0
+    """Top-level prefixes computed more than once, because the reorder of what is below them is worth more."""
+    workers: int = 1
+    split_prefix_tokens: int = 0
+    """Shared tokens computed again, because groups are split over workers."""
+    pilot: bool = False
+    """Whether this plan holds only a sample, to learn output lengths from."""
+    cache_tokens: int = 0
+    """KV capacity of an engine in the forecast."""
+    expected_prefill_seconds: float = 0.0
+    expected_decode_seconds: float = 0.0
     expected_seconds: float
+    """Until the last engine has finished."""
+    expected_usd: float | None = None
+    """Price of the engines until then."""
     seconds: float
 
 
@@ -190,6 +246,8 @@ class Manifest(Record):
     format_version: int
     job_id: str
     job_name: str
+    work_uri: str
+    """Where the job's plan, results and report are."""
     rows: int
     error_rows: dict[str, int]
     files: tuple[OutputFile, ...]

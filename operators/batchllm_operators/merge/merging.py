@@ -1,0 +1,195 @@
+"""The merge step: one output row for each input row, in input order, and a manifest when all of them are there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
+from batchllm_operators.merge.requests import (
+    ChosenResults,
+    Int64s,
+    RequestIndex,
+    choose_results,
+    index_requests,
+)
+from batchllm_operators.merge.sink import check_sink, claim_sink, complete_sink, refuse_input_in_sink
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.merge.writers import write_output
+from batchllm_operators.records import (
+    FORMAT_VERSION,
+    OUTPUT_FIELDS,
+    RESULTS_FOLDER,
+    InputObject,
+    Manifest,
+    StageSummary,
+)
+from batchllm_operators.stage.readers import Source
+from batchllm_operators.stage.staging import sink_schema
+from batchllm_operators.store import Store
+
+_EXAMPLES = 5
+
+
+def merge_results(
+    source: Source,
+    stage: StageSummary,
+    work: Store,
+    sink: Store,
+    sink_spec: SinkSpec,
+    *,
+    job_id: str,
+    job_name: str,
+    fingerprint: Sequence[InputObject],
+    max_error_fraction: float,
+) -> Manifest:
+    """Join the results to the input rows, write the output files, and the manifest last.
+
+    Nothing is written where this job's output is complete already. Memory does not grow with the length of texts: rows
+    are joined by spill files in the local temporary folder.
+
+    Args:
+        source: the input, opened anew: it is read again, and must be what was staged.
+        stage: what staging found.
+        work: the work folder, with `staged/` and `results/`.
+        sink: the folder of the output.
+        sink_spec: its part of the job.
+        job_id: of this job.
+        job_name: for the manifest.
+        fingerprint: the input objects as they were when the job began.
+        max_error_fraction: share of rows without an answer above which there is no output.
+
+    Raises:
+        TerminalError: the sink is another job's, the input changed, requests have no result, or too many rows have
+            errors; the output is not marked complete then.
+        TransientError: the store does not answer.
+    """
+    refuse_input_in_sink(source, sink)
+    complete = check_sink(sink, sink_spec.mode, job_id)
+    if complete is not None:
+        return complete
+    _refuse_changed_input(source, fingerprint)
+    index = index_requests(stage, work)
+    parts = work.names(RESULTS_FOLDER)
+    chosen = choose_results(index, parts, work)
+    _refuse_missing_results(index, chosen, stage, work)
+    error_rows = Counter(stage.error_rows) + chosen.error_rows
+    if error_rows.total() > max_error_fraction * stage.rows:
+        examples = _error_examples(index, chosen, stage, work)
+        raise _too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
+
+    claim_sink(sink, job_id)
+    schema = sink_schema(stage)
+    with (
+        tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
+        AnswerSpill(Path(folder), stage.rows) as spill,
+    ):
+        spill_staged_errors(stage, work, spill)
+        spill_results(index, chosen, parts, work, spill)
+        rows = _joined(source.tables(schema), spill.in_row_order(), pa.schema([*schema, *OUTPUT_FIELDS]), source)
+        with closing(rows):
+            files = write_output(rows, pa.schema([*schema, *OUTPUT_FIELDS]), sink, sink_spec)
+    written = sum(file.rows for file in files)
+    if written != stage.rows:
+        raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        job_id=job_id,
+        job_name=job_name,
+        work_uri=work.uri,
+        rows=written,
+        error_rows=dict(sorted(error_rows.items())),
+        files=tuple(files),
+        prompt_tokens=stage.prompt_tokens,
+        cached_tokens=chosen.cached_tokens,
+        computed_prompt_tokens=chosen.prompt_tokens - chosen.cached_tokens,
+        completion_tokens=chosen.completion_tokens,
+    )
+    complete_sink(sink, manifest)
+    return manifest
+
+
+def _joined(
+    inputs: Iterator[pa.Table], answers: Iterator[pa.Table], schema: pa.Schema, source: Source
+) -> Generator[pa.Table]:
+    """Input rows beside their answers; both come in row order, in tables of sizes of their own."""
+    rest = pa.table({})
+    for table in answers:
+        answer = table
+        while len(answer):
+            if not len(rest):
+                rest = next(inputs, None)
+                if rest is None:
+                    raise _changed_while_merging(source)
+            rows = min(len(rest), len(answer))
+            yield pa.Table.from_arrays([*rest.slice(0, rows).columns, *answer.slice(0, rows).columns], schema=schema)
+            rest, answer = rest.slice(rows), answer.slice(rows)
+    if len(rest) or next(inputs, None) is not None:
+        raise _changed_while_merging(source)
+
+
+def _changed_while_merging(source: Source) -> TerminalError:
+    return TerminalError("source: has not the rows that were staged: it changed while it was read", uri=source.spec.uri)
+
+
+def _refuse_changed_input(source: Source, fingerprint: Sequence[InputObject]) -> None:
+    before = {one.path: one for one in fingerprint}
+    now = {one.path: one for one in source.objects}
+    changes = [f"{path} is gone" for path in before if path not in now]
+    changes += [f"{path} is new" for path in now if path not in before]
+    changes += [f"{path} was replaced" for path in now if path in before and now[path] != before[path]]
+    if changes:
+        more = f" and {len(changes) - _EXAMPLES} more" if len(changes) > _EXAMPLES else ""
+        raise TerminalError(
+            f"source: the input changed since the job began: {', '.join(changes[:_EXAMPLES])}{more};"
+            " run the job again on what is there now",
+            uri=source.spec.uri,
+        )
+
+
+def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store) -> None:
+    missing = chosen.missing
+    if len(missing):
+        _, rows = index.rows_of(missing)
+        names = _row_ids(np.sort(rows)[:_EXAMPLES], stage, work)
+        raise TerminalError(
+            f"merge: {len(missing)} of {len(index)} requests have no result ({len(rows)} rows, the first:"
+            f" {', '.join(names)}); run the job again to compute them",
+            uri=work.uri_of(RESULTS_FOLDER),
+        )
+
+
+def _too_many_errors(
+    error_rows: Counter[str], rows: int, max_error_fraction: float, examples: list[str]
+) -> TerminalError:
+    counts = ", ".join(f"{code} {count}" for code, count in error_rows.most_common())
+    return TerminalError(
+        f"{error_rows.total()} of {rows} rows have errors, more than max_error_fraction {max_error_fraction} allows:"
+        f" {counts}; {'; '.join(examples[:_EXAMPLES])}"
+    )
+
+
+def _error_examples(index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store) -> list[str]:
+    examples = [f"row {name}: {message}" for name, message in index.error_examples]
+    for number, message in chosen.error_examples:
+        first_row = index.rows[index.starts[number] : index.starts[number] + 1]
+        examples.append(f"row {_row_ids(first_row, stage, work)[0]}: {message}")
+    return examples
+
+
+def _row_ids(rows: Int64s, stage: StageSummary, work: Store) -> list[str]:
+    """Ids of some rows, in their order."""
+    names: list[str] = []
+    for part in stage.parts:
+        inside = rows[(rows >= part.first_row) & (rows < part.first_row + part.rows)]
+        if len(inside):
+            with work.parquet(part.name) as file:
+                names += file.read(["row_id"])["row_id"].take(inside - part.first_row).to_pylist()
+    return names

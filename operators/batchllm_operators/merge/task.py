@@ -1,0 +1,64 @@
+"""The merge step as a Prefect task."""
+
+# No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from batchllm_operators.merge.merging import merge_results
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.records import InputObject, Manifest, StageSummary
+from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
+from batchllm_operators.stage.readers import open_source
+from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.store import Store
+
+
+@task(
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_condition_fn=retry_transient,
+)
+def merge(
+    source: SourceSpec,
+    staged: StageSummary,
+    sink: SinkSpec,
+    work_uri: str,
+    *,
+    job_id: str,
+    job_name: str,
+    fingerprint: Sequence[InputObject],
+    max_error_fraction: float = 0.05,
+) -> Manifest:
+    """Join the results in the work folder to the input rows, write the output files, and the manifest last.
+
+    Args:
+        source: where the rows are.
+        staged: what the stage step returned.
+        sink: where the output goes; the work folder is reached by its storage options too.
+        work_uri: the work folder.
+        job_id: of this job.
+        job_name: for the manifest.
+        fingerprint: the input objects as they were when the job began.
+        max_error_fraction: share of rows without an answer above which there is no output.
+
+    Raises:
+        TerminalError: see `merge_results`.
+        TransientError: after the retries.
+    """
+    manifest = merge_results(
+        open_source(source),
+        staged,
+        Store(work_uri, sink.storage),
+        Store(sink.uri, sink.storage),
+        sink,
+        job_id=job_id,
+        job_name=job_name,
+        fingerprint=fingerprint,
+        max_error_fraction=max_error_fraction,
+    )
+    get_run_logger().info("merged %d rows into %d files at %s", manifest.rows, len(manifest.files), sink.uri)
+    return manifest

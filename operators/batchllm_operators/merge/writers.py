@@ -1,0 +1,120 @@
+"""Output files: a stream of tables cut into files of so many rows."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchllm_operators.errors import TransientError
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.records import OutputFile
+from batchllm_operators.store import PARQUET_COMPRESSION, Store
+
+_ROW_GROUP_ROWS = 16_384
+_ROW_GROUP_BYTES = 64 << 20
+
+FileWriter = Callable[[IO[bytes], pa.Schema, Iterator[pa.Table]], int]
+
+
+def write_output(tables: Iterator[pa.Table], schema: pa.Schema, sink: Store, spec: SinkSpec) -> list[OutputFile]:
+    """Write `part-00000`, `part-00001`... of at most `rows_per_file` rows each; without rows, one empty file.
+
+    Args:
+        tables: the output rows in order, all of one schema.
+        schema: that schema.
+        sink: the folder.
+        spec: format and rows of a file.
+
+    Raises:
+        TransientError: the store holds another size or number of rows than was written.
+    """
+    write_file = _write_parquet if spec.format == "parquet" else _write_jsonl
+    stream = _TableStream(tables)
+    files: list[OutputFile] = []
+    while not files or stream.has_more():
+        name = f"part-{len(files):05d}.{spec.format}"
+        with sink.writer(name) as file:
+            rows = write_file(file, schema, stream.take(spec.rows_per_file))
+            size = file.tell()
+        files.append(OutputFile(name=name, rows=rows, bytes=size))
+        _verify(files[-1], sink)
+    return files
+
+
+def _verify(file: OutputFile, sink: Store) -> None:
+    stored = sink.object(file.name)
+    if stored is None or stored.size != file.bytes:
+        found = "nothing" if stored is None else f"{stored.size} bytes"
+        raise TransientError(f"sink: wrote {file.bytes} bytes, found {found}", uri=sink.uri_of(file.name))
+    if file.name.endswith(".parquet"):
+        _, rows = sink.parquet_schema(file.name)
+        if rows != file.rows:
+            raise TransientError(f"sink: wrote {file.rows} rows, found {rows}", uri=sink.uri_of(file.name))
+
+
+class _TableStream:
+    """Tables that can be taken by rows."""
+
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables = tables
+        self._rest: pa.Table | None = None
+
+    def has_more(self) -> bool:
+        while self._rest is None or not len(self._rest):
+            self._rest = next(self._tables, None)
+            if self._rest is None:
+                return False
+        return True
+
+    def take(self, rows: int) -> Iterator[pa.Table]:
+        """The next so many rows, or those that are left."""
+        while rows and self.has_more() and self._rest is not None:
+            piece, self._rest = self._rest.slice(0, rows), self._rest.slice(rows)
+            rows -= len(piece)
+            yield piece
+
+
+def _write_parquet(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+    rows = waiting_rows = waiting_bytes = 0
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(file, schema, compression=PARQUET_COMPRESSION) as writer:
+        for table in tables:
+            rows += len(table)
+            waiting.append(table)
+            waiting_rows += len(table)
+            waiting_bytes += table.nbytes
+            if waiting_rows >= _ROW_GROUP_ROWS or waiting_bytes >= _ROW_GROUP_BYTES:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting, waiting_rows, waiting_bytes = [], 0, 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    return rows
+
+
+def _write_jsonl(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+    del schema
+    rows = 0
+    for table in tables:
+        for record in _for_json(table).to_pylist(maps_as_pydicts="lossy"):
+            file.write(orjson.dumps(record, default=_json_value, option=orjson.OPT_APPEND_NEWLINE))
+        rows += len(table)
+    return rows
+
+
+def _for_json(table: pa.Table) -> pa.Table:
+    """Times as text: those of nanoseconds have no Python value."""
+    for position, field in enumerate(table.schema):
+        if pa.types.is_temporal(field.type):
+            table = table.set_column(position, field.name, pc.cast(table[field.name], pa.string()))
+    return table
+
+
+def _json_value(value: Any) -> str:
+    """Binary values as base64; decimals and the like as text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

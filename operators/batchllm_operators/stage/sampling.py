@@ -1,0 +1,61 @@
+"""Sampling parameters of single rows: the job's, with the exceptions that an override column names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from batchllm_operators.stage.faults import invalid_row
+from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
+
+
+class RowSampling:
+    """Gives each row its sampling parameters.
+
+    Attributes:
+        base: the job's parameters, for rows without an override.
+    """
+
+    def __init__(self, spec: SamplingSpec) -> None:
+        self._column = spec.override_column
+        self._values = spec.model_dump(exclude={"override_column"})
+        self.base = SamplingParameters(**self._values)
+
+    def of(self, record: dict[str, Any]) -> SamplingParameters:
+        """Parameters of one row.
+
+        Raises:
+            RowFaultError: the override is no valid set of sampling fields; names field, expected and got.
+        """
+        override = self._override(record)
+        if not override:
+            return self.base
+        try:
+            return SamplingParameters.model_validate({**self._values, **override})
+        except ValidationError as error:
+            raise invalid_row(f"column {self._column!r}: {_explained(error)}") from error
+
+    def _override(self, record: dict[str, Any]) -> dict[str, Any]:
+        value = record.get(self._column) if self._column is not None else None
+        if value is None or value == "":
+            return {}
+        if isinstance(value, str):
+            try:
+                value = orjson.loads(value)
+            except orjson.JSONDecodeError as error:
+                raise invalid_row(f"column {self._column!r}: expected a JSON object: {error}") from error
+        if not isinstance(value, dict):
+            raise invalid_row(f"column {self._column!r}: expected sampling fields, got {type(value).__name__}")
+        # A column of structs has every field in every row, null where a row overrides nothing.
+        return {key: item for key, item in value.items() if item is not None}
+
+
+def _explained(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(str(piece) for piece in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        faults.append(f"{name}: {message}, got {fault['input']!r}" if name else message)
+    return "; ".join(faults)

@@ -1,0 +1,159 @@
+"""The stage step: every input row becomes a request, or an error that says why not."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import OUTPUT_FIELDS, STAGED_FOLDER, STAGED_SUMMARY, StagedPart, StageSummary
+from batchllm_operators.stage.json_schema import unified, writable
+from batchllm_operators.stage.readers import RowBatch, Source
+from batchllm_operators.stage.row_stager import StagerSettings
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec
+from batchllm_operators.stage.tokenizer_pool import staged_tables
+from batchllm_operators.stage.tokenizing import model_limits
+from batchllm_operators.store import Store
+
+PART_ROWS = 20_000
+PART_TOKENS = 32 << 20  # 128 MiB of token ids
+
+
+def stage_rows(
+    source: Source,
+    prompt: PromptSpec,
+    sampling: SamplingSpec,
+    model: ModelSpec,
+    work: Store,
+    *,
+    tokenizer_processes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> StageSummary:
+    """Render, tokenise and validate all rows, and write them to `staged/` of the work folder.
+
+    What is staged already is not staged again: a work folder belongs to one job on one input.
+
+    Args:
+        source: the input.
+        prompt: how a row becomes a prompt.
+        sampling: of the job; single rows may differ.
+        model: whose tokenizer and limits count.
+        work: the work folder.
+        tokenizer_processes: processes that render and tokenise; the result is the same for any number.
+        progress: called with the number of rows staged so far.
+
+    Raises:
+        TerminalError: a column that does not exist, a bad template, a model that cannot be loaded; all before any row
+            is read.
+        TransientError: a tokenizer process died, or the store does not answer.
+    """
+    done = finished_staging(work)
+    if done is not None:
+        return done
+    started = time.monotonic()
+    settings = StagerSettings(
+        prompt=prompt, sampling=sampling, model=model, limits=model_limits(model), id_column=source.spec.id_column
+    )
+    needed = settings.columns()
+    for field_name, columns in needed.items():
+        source.require_columns(columns, field_name)
+    schema = _SinkSchema(source.schema)
+    writer = _PartWriter(work)
+    batches = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
+    for table in staged_tables(batches, settings, tokenizer_processes):
+        writer.add(table)
+        if progress is not None:
+            progress(writer.rows)
+    writer.flush()
+    summary = StageSummary(
+        parts=tuple(writer.parts),
+        rows=writer.rows,
+        error_rows=dict(sorted(writer.error_rows.items())),
+        prompt_tokens=writer.prompt_tokens,
+        requests=writer.rows - writer.error_rows.total(),
+        source_schema=base64.b64encode(writable(schema.schema).serialize().to_pybytes()).decode(),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    work.write_bytes(STAGED_SUMMARY, summary.model_dump_json(indent=2).encode())
+    return summary
+
+
+def finished_staging(work: Store) -> StageSummary | None:
+    """The summary of what is staged already, if staging came to its end and all its parts are there."""
+    if not work.exists(STAGED_SUMMARY):
+        return None
+    summary = StageSummary.model_validate_json(work.read_bytes(STAGED_SUMMARY))
+    there = set(work.names(STAGED_FOLDER))
+    return summary if all(part.name in there for part in summary.parts) else None
+
+
+def sink_schema(summary: StageSummary) -> pa.Schema:
+    """Schema of the input columns that go to the sink."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(summary.source_schema)))
+
+
+class _SinkSchema:
+    """The schema of the input columns, as the batches seen so far show it."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._refuse_output_columns()
+
+    def seen(self, batch: RowBatch) -> RowBatch:
+        """Takes note of a batch on its way.
+
+        Raises:
+            TerminalError: an input column has the name of an output column.
+        """
+        if not batch.schema.equals(self.schema):
+            self.schema = unified([self.schema, batch.schema])
+            self._refuse_output_columns()
+        return batch
+
+    def _refuse_output_columns(self) -> None:
+        taken = [field.name for field in OUTPUT_FIELDS if field.name in self.schema.names]
+        if taken:
+            raise TerminalError(
+                f"source.columns: input columns have names of output columns: {', '.join(taken)};"
+                " select the columns to carry to the sink without them"
+            )
+
+
+class _PartWriter:
+    """Writes staged rows as parts of bounded size and counts them."""
+
+    def __init__(self, work: Store) -> None:
+        self._work = work
+        self._tables: list[pa.Table] = []
+        self._waiting_rows = 0
+        self._waiting_tokens = 0
+        self.parts: list[StagedPart] = []
+        self.rows = 0
+        self.prompt_tokens = 0
+        self.error_rows: Counter[str] = Counter()
+
+    def add(self, table: pa.Table) -> None:
+        tokens = pc.sum(pc.list_value_length(table["prompt_token_ids"])).as_py() or 0
+        codes = pc.struct_field(table["error"], "code").drop_null()
+        self.error_rows.update(codes.to_pylist())
+        self.rows += len(table)
+        self.prompt_tokens += tokens
+        self._tables.append(table)
+        self._waiting_rows += len(table)
+        self._waiting_tokens += tokens
+        if self._waiting_rows >= PART_ROWS or self._waiting_tokens >= PART_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._tables:
+            return
+        name = f"{STAGED_FOLDER}/part-{len(self.parts):05d}.parquet"
+        self._work.write_table(name, pa.concat_tables(self._tables).combine_chunks())
+        self.parts.append(StagedPart(name=name, first_row=self.rows - self._waiting_rows, rows=self._waiting_rows))
+        self._tables, self._waiting_rows, self._waiting_tokens = [], 0, 0

@@ -1,0 +1,60 @@
+"""The stage step as a Prefect task."""
+
+# No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import StageSummary
+from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.readers import open_source
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.stage.staging import stage_rows
+from batchllm_operators.store import Store
+
+
+@task(
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_condition_fn=retry_transient,
+)
+def stage(
+    source: SourceSpec,
+    prompt: PromptSpec,
+    sampling: SamplingSpec,
+    model: ModelSpec,
+    work_uri: str,
+    storage: StorageOptions,
+    tokenizer_processes: int = 1,
+) -> StageSummary:
+    """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
+
+    Args:
+        source: where the rows are.
+        prompt: how a row becomes a prompt.
+        sampling: how completions are sampled.
+        model: the model that will answer.
+        work_uri: the work folder.
+        storage: how to reach the work folder.
+        tokenizer_processes: processes that render and tokenise.
+
+    Raises:
+        TerminalError: see `stage_rows`.
+        TransientError: after the retries.
+    """
+    summary = stage_rows(
+        open_source(source),
+        prompt,
+        sampling,
+        model,
+        Store(work_uri, storage),
+        tokenizer_processes=tokenizer_processes,
+    )
+    get_run_logger().info(
+        "staged %d rows: %d requests, %d errors, %d prompt tokens",
+        summary.rows, summary.requests, summary.errors, summary.prompt_tokens,
+    )  # fmt: skip
+    return summary

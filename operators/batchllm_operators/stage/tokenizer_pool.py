@@ -1,0 +1,66 @@
+"""Staging of batches in this process, or in several, with the same result."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+
+import pyarrow as pa
+
+from batchllm_operators.errors import TransientError
+from batchllm_operators.stage.readers import RowBatch
+from batchllm_operators.stage.row_stager import RowStager, StagerSettings
+
+_BATCHES_IN_FLIGHT = 2  # per process: one at work, one waiting
+
+
+def staged_tables(batches: Iterator[RowBatch], settings: StagerSettings, processes: int) -> Iterator[pa.Table]:
+    """The staged rows of each batch, in the order of the batches.
+
+    Args:
+        batches: read lazily; a few a process are in memory at a time.
+        settings: of the job.
+        processes: 1 works in this process; more are spawned, each with a tokenizer of its own.
+
+    Raises:
+        TerminalError: the model cannot be loaded.
+        TransientError: a process died.
+    """
+    stager = RowStager(settings)  # with several processes too: what is wrong with the model is said by this one
+    if processes == 1:
+        yield from map(stager.stage, batches)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_use_one_thread)
+    pending: deque[Future[pa.Table]] = deque()
+    content = settings.model_dump_json()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_stage, content, batch))
+            if len(pending) >= processes * _BATCHES_IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise TransientError("a tokenizer process died (killed, or out of memory)") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _use_one_thread() -> None:
+    """The tokenizer's own threads, one a core, would be too many beside other processes like this one."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _stage(settings: str, batch: RowBatch) -> pa.Table:
+    return _stager(settings).stage(batch)
+
+
+@lru_cache(maxsize=1)
+def _stager(settings: str) -> RowStager:
+    """Loaded once in a process."""
+    return RowStager(StagerSettings.model_validate_json(settings))

@@ -1,0 +1,124 @@
+"""Limits of the model, sampling of single rows, and identity of requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.stage.tokenizing import model_limits
+
+from .conftest import Stage, json_lines
+
+TOKENS = {"kind": "tokens", "column": "ids"}
+
+
+def test_a_prompt_without_room_for_a_completion_is_too_long(stage: Stage) -> None:
+    staged = stage([{"ids": [1] * 9}, {"ids": [1] * 10}], TOKENS, model={"max_model_len": 10})
+    good, bad = staged.errors
+    assert good is None
+    assert bad == (
+        "prompt_too_long", "the prompt has 10 tokens and max_model_len is 10: no room for a completion"
+    )  # fmt: skip
+    assert staged.summary.error_rows == {"prompt_too_long": 1}
+    assert (staged.summary.requests, staged.summary.prompt_tokens) == (1, 9)
+
+
+def test_max_tokens_is_reduced_where_the_prompt_fits_and_the_completion_would_not(stage: Stage) -> None:
+    rows = stage(
+        [{"ids": [1] * 4}, {"ids": [1] * 8}], TOKENS, model={"max_model_len": 10}, sampling={"max_tokens": 5}
+    ).rows
+    assert [row["max_tokens"] for row in rows] == [5, 2]
+    assert [row["sampling"] for row in rows] == [None, None]
+
+
+def test_limits_come_from_the_models_configuration(tiny_llama: str) -> None:
+    limits = model_limits(ModelSpec(id=tiny_llama))
+    config = orjson.loads((Path(tiny_llama) / "config.json").read_bytes())
+    assert limits.max_model_len == config["max_position_embeddings"]
+    assert limits.vocab_size == config["vocab_size"]
+    assert model_limits(ModelSpec(id=tiny_llama, max_model_len=77)).max_model_len == 77
+
+
+def test_a_model_path_that_does_not_exist_is_named(stage: Stage, tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-model")
+    with pytest.raises(TerminalError, match=rf"model\.id: no such folder: '{missing}'"):
+        stage([{"text": "x"}], model={"id": missing})
+
+
+def test_a_folder_that_is_no_model_is_named(stage: Stage, tmp_path: Path) -> None:
+    with pytest.raises(TerminalError, match=r"model\.id: not a model in Hugging Face layout \(no config\.json\)"):
+        stage([{"text": "x"}], model={"id": str(tmp_path)})
+
+
+def test_a_damaged_model_configuration_is_named(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(TerminalError, match=r"model\.id: cannot load the configuration of"):
+        stage([{"text": "x"}], model={"id": str(tmp_path)})
+
+
+def test_a_hub_id_that_cannot_be_reached_is_named(stage: Stage) -> None:
+    with pytest.raises(TerminalError, match=r"model\.id: cannot load the configuration of 'nobody/no-such-model'"):
+        stage([{"text": "x"}], model={"id": "nobody/no-such-model"})
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_row_may_override_sampling(stage: Stage, as_json: bool) -> None:
+    override: Any = {"max_tokens": 7, "temperature": 0.5, "stop": "END"}
+    rows = [{"text": "x", "s": orjson.dumps(override).decode() if as_json else override}, {"text": "x", "s": None}]
+    first, second = stage(rows, sampling={"override_column": "s", "seed": 3, "max_tokens": 9}).rows
+    assert (first["max_tokens"], second["max_tokens"]) == (7, 9)
+    assert second["sampling"] is None
+    assert orjson.loads(first["sampling"]) == {
+        "temperature": 0.5, "top_p": 1.0, "seed": 3, "max_tokens": 7, "stop": ["END"]
+    }  # fmt: skip
+    assert first["request_key"] != second["request_key"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, got 0"),
+        ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ("[1]", "expected sampling fields, got list"),
+        ("{", "expected a JSON object"),
+    ],
+)
+def test_a_bad_override_is_an_invalid_row(stage: Stage, override: Any, message: str) -> None:
+    rows = json_lines({"text": "x", "s": override}, {"text": "y", "s": None})
+    bad, good = stage(rows, sampling={"override_column": "s"}).errors
+    assert good is None
+    assert bad is not None
+    assert bad[0] == "invalid_row"
+    assert "column 's'" in bad[1]
+    assert message in bad[1]
+
+
+def test_equal_rows_share_a_key_where_sampling_is_deterministic(stage: Stage) -> None:
+    one, two, other = stage([{"text": "x"}, {"text": "x"}, {"text": "y"}]).rows
+    assert one["request_key"] == two["request_key"] != other["request_key"]
+
+
+def test_equal_rows_get_answers_of_their_own_where_sampling_is_random(stage: Stage) -> None:
+    one, two = stage([{"text": "x"}, {"text": "x"}], sampling={"temperature": 1.0}).rows
+    assert one["request_key"] != two["request_key"]
+    one, two = stage([{"text": "x"}, {"text": "x"}], sampling={"temperature": 1.0, "seed": 1}, work="seeded").rows
+    assert one["request_key"] == two["request_key"]
+
+
+def test_an_id_column_names_the_rows(stage: Stage) -> None:
+    rows = [{"text": "x", "id": 17}, {"text": "y", "id": None}]
+    assert [row["row_id"] for row in stage(rows, id_column="id").rows] == ["17", "1"]
+    assert [row["row_id"] for row in stage(rows, work="other").rows] == ["0", "1"]
+
+
+def test_missing_id_and_override_columns_are_refused(stage: Stage) -> None:
+    with pytest.raises(TerminalError, match=r"source\.id_column: no such column: id; columns: text"):
+        stage([{"text": "x"}], id_column="id")
+    with pytest.raises(TerminalError, match=r"sampling\.override_column: no such column: s; columns: text"):
+        stage([{"text": "x"}], sampling={"override_column": "s"})
