@@ -1,0 +1,62 @@
+"""The arguments of vLLM's engine: what the job decides, what the user passes through, and what is nobody's to set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.spec import ModelSpec
+
+# Arguments that have one right place in the job, or one right value.
+RESERVED = {
+    "model": "set model.id",
+    "revision": "set model.revision",
+    "dtype": "set model.dtype",
+    "max_model_len": "set model.max_model_len",
+    "block_size": "set planning.block_size: the plan shares prefixes in these blocks",
+    "tensor_parallel_size": "set execution.gpus_per_engine",
+    "tokenizer": "the tokenizer is the model's, because the rows were tokenised with it",
+    "tokenizer_mode": "the tokenizer is the model's, because the rows were tokenised with it",
+    "tokenizer_revision": "the tokenizer is the model's, because the rows were tokenised with it",
+    "skip_tokenizer_init": "completions are text, so the engine needs the tokenizer",
+    "enable_prefix_caching": "always on: the plan is made of shared prefixes",
+    "runner": "always 'generate'",
+    "data_parallel_size": "set execution.engines",
+}
+
+
+def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Collection[str]) -> dict[str, Any]:
+    """Keyword arguments for vLLM's `EngineArgs`.
+
+    Args:
+        model: the model part of the job.
+        block_size: tokens of a KV-cache block.
+        gpus: tensor-parallel size.
+        known: the fields of `EngineArgs`.
+
+    Raises:
+        TerminalError: `model.engine_args` names a reserved or an unknown argument.
+    """
+    for name in model.engine_args:
+        if name in RESERVED:
+            raise TerminalError(f"model.engine_args: {name!r} cannot be set here: {RESERVED[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's EngineArgs for the valid names"
+            raise TerminalError(f"model.engine_args: vLLM has no engine argument {name!r}; {hint}")
+    arguments: dict[str, Any] = {
+        "model": model.id,
+        "revision": model.revision,
+        "tokenizer_revision": model.revision,
+        "dtype": model.dtype,
+        "max_model_len": model.max_model_len,
+        "runner": "generate",
+        "block_size": block_size,
+        "tensor_parallel_size": gpus,
+        "enable_prefix_caching": True,
+        # As vllm.LLM does: statistics cost time in every step, and nobody watches an offline engine's log.
+        "disable_log_stats": True,
+    }
+    return arguments | model.engine_args

@@ -1,0 +1,139 @@
+"""What an engine process and its handle say to each other: JSON lines, one record each.
+
+Commands go to the engine, events come back. Rows never pass here: the engine reads its bundle from the work folder and
+writes its answers there. Credentials never pass either: the engine inherits the environment of its parent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import Record
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.spec import SamplingParameters
+
+
+class BundleCounts(Record):
+    """What a bundle has given so far: totals since its start, so that a message may be lost or repeated."""
+
+    requests: int = 0
+    """Answered requests, those with an error included."""
+    errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: BundleCounts) -> BundleCounts:
+        return BundleCounts(
+            requests=self.requests + other.requests,
+            errors=self.errors + other.errors,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
+
+
+class Load(Record):
+    """Command: load the model. Once, before the first bundle."""
+
+    kind: Literal["load"] = "load"
+    model: ModelSpec
+    block_size: int
+    """Tokens of a KV-cache block."""
+    gpus: int
+    """GPUs of this engine: its tensor-parallel size."""
+
+
+class Run(Record):
+    """Command: compute one bundle."""
+
+    kind: Literal["run"] = "run"
+    bundle: str
+    """Name of the bundle's object in the work folder."""
+    work_uri: str
+    storage: StorageOptions
+    sampling: SamplingParameters
+    """The job's own; the bundle's rows hold what single requests override."""
+    part_rows: int
+    part_seconds: float
+    known_parts: tuple[str, ...] = ()
+    """Result parts that an earlier attempt at this bundle has written: their requests are not computed again."""
+
+
+class Shutdown(Record):
+    """Command: write what is finished and end."""
+
+    kind: Literal["shutdown"] = "shutdown"
+
+
+class Started(Record):
+    """Event: the process is up and takes commands."""
+
+    kind: Literal["started"] = "started"
+
+
+class Loaded(Record):
+    """Event: the model is loaded."""
+
+    kind: Literal["loaded"] = "loaded"
+    seconds: float
+
+
+class Progress(Record):
+    """Event: the engine has made steps since its last message; also its sign of life."""
+
+    kind: Literal["progress"] = "progress"
+    bundle: str
+    counts: BundleCounts
+
+
+class PartWritten(Record):
+    """Event: a result part is visible on the store."""
+
+    kind: Literal["part_written"] = "part_written"
+    name: str
+
+
+class BundleDone(Record):
+    """Event: every request of the bundle stands in a result part."""
+
+    kind: Literal["bundle_done"] = "bundle_done"
+    counts: BundleCounts
+    parts: tuple[str, ...]
+    seconds: float
+
+
+class Failed(Record):
+    """Event: the command could not be carried out."""
+
+    kind: Literal["failed"] = "failed"
+    message: str
+    transient: bool
+    engine_lost: bool
+    """Whether the process ends now; else it takes further commands."""
+    uri: str | None = None
+
+
+Command = Annotated[Load | Run | Shutdown, Field(discriminator="kind")]
+Event = Annotated[Started | Loaded | Progress | PartWritten | BundleDone | Failed, Field(discriminator="kind")]
+
+_COMMANDS: TypeAdapter[Load | Run | Shutdown] = TypeAdapter(Command)
+_EVENTS: TypeAdapter[Started | Loaded | Progress | PartWritten | BundleDone | Failed] = TypeAdapter(Event)
+
+
+def encode(message: Record) -> bytes:
+    """One command or event as a line."""
+    return message.model_dump_json().encode() + b"\n"
+
+
+def decode_command(line: bytes) -> Load | Run | Shutdown:
+    """The command of a line; `pydantic.ValidationError` when it is none."""
+    return _COMMANDS.validate_json(line)
+
+
+def decode_event(line: bytes) -> Started | Loaded | Progress | PartWritten | BundleDone | Failed:
+    """The event of a line; `pydantic.ValidationError` when it is none."""
+    return _EVENTS.validate_json(line)

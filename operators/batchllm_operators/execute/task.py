@@ -1,0 +1,37 @@
+"""The Prefect task of this step: one task run per bundle."""
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+
+from batchllm_operators.execute.handle import ProgressCallback
+from batchllm_operators.execute.pool import EnginePool
+from batchllm_operators.records import BundleInfo, BundleResult
+from batchllm_operators.retry import retry_transient
+
+
+def _run_name() -> str:
+    parameters: dict[str, Any] = task_run.parameters
+    return f"execute {parameters['bundle'].name}"
+
+
+@task(
+    name="execute bundle",
+    task_run_name=_run_name,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=retry_transient,
+)
+def execute_bundle(bundle: BundleInfo, pool: EnginePool, on_progress: ProgressCallback) -> BundleResult:
+    """Compute one bundle on the next free engine of the pool.
+
+    How often a `TransientError` is tried again is the flow's to say: `execute_bundle.with_options(retries=...)`.
+
+    Args:
+        bundle: one bundle of the plan.
+        pool: the engines of this run; in `.map`, wrapped in `prefect.unmapped`.
+        on_progress: takes the bundle's name and its counts so far, e.g. `ProgressBoard.update`.
+    """
+    return pool.run_bundle(bundle, on_progress)

@@ -1,0 +1,183 @@
+"""Work folders with bundles to compute, and handles of small engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from batchllm_flows.demo.s3_server import S3Server
+from batchllm_operators.execute.devices import DeviceShare
+from batchllm_operators.execute.handle import LocalEngineHandle
+from batchllm_operators.execute.messages import Load, Run
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_FOLDER, RESULT_SCHEMA, BundleInfo
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.store import Store
+
+BLOCK_SIZE = 32
+PREFIX = list(range(1000, 1000 + 2 * BLOCK_SIZE))
+
+
+class WorkFolder:
+    """A work folder: writes bundles as the planner does, reads parts as the merge does."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @staticmethod
+    def key(number: int) -> bytes:
+        """Key of the request with this number."""
+        return blake2b(str(number).encode(), digest_size=16).digest()
+
+    def write_bundle(
+        self,
+        name: str = "bundle-00000",
+        *,
+        requests: int = 12,
+        max_tokens: int = 4,
+        lengths: dict[int, int] | None = None,
+        sampling: dict[int, str] | None = None,
+    ) -> BundleInfo:
+        """A bundle of prompts with a shared prefix of two blocks; `lengths`, `sampling`: of single requests."""
+        prompts = [
+            (PREFIX + [2000 + number] * 1000)[: (lengths or {}).get(number, len(PREFIX) + 5)]
+            for number in range(requests)
+        ]
+        table = pa.table(
+            {
+                "request_key": [self.key(number) for number in range(requests)],
+                "prompt_token_ids": prompts,
+                "max_tokens": [max_tokens] * requests,
+                "sampling": [(sampling or {}).get(number) for number in range(requests)],
+                "group_id": [0] * requests,
+                "prefix_tokens": [len(PREFIX)] * requests,
+                "expected_output_tokens": [max_tokens] * requests,
+            },
+            schema=BUNDLE_SCHEMA,
+        )
+        path = f"{PLAN_FOLDER}/{name}.parquet"
+        self.store.write_table(path, table)
+        return BundleInfo(
+            name=path,
+            requests=requests,
+            groups=1,
+            prompt_tokens=sum(map(len, prompts)),
+            expected_computed_prompt_tokens=sum(map(len, prompts)),
+            expected_output_tokens=requests * max_tokens,
+            expected_seconds=1.0,
+        )
+
+    def run_command(self, bundle: BundleInfo, **changes: object) -> Run:
+        """The command to compute a bundle."""
+        command = Run(
+            bundle=bundle.name,
+            work_uri=self.store.uri,
+            storage=StorageOptions(),
+            sampling=SamplingParameters(),
+            part_rows=1000,
+            part_seconds=60,
+        )
+        return command.model_copy(update=changes)
+
+    def read(self, parts: tuple[str, ...]) -> list[dict[str, Any]]:
+        """Rows of result parts; their schema is checked."""
+        rows: list[dict[str, Any]] = []
+        for name in parts:
+            with self.store.parquet(name) as file:
+                table = file.read()
+            assert table.schema == RESULT_SCHEMA
+            rows += table.to_pylist()
+        return rows
+
+    def answers(self, parts: tuple[str, ...]) -> dict[int, dict[str, Any]]:
+        """Rows of result parts by request number; a key that stands twice is an error."""
+        rows = self.read(parts)
+        by_key = {row["request_key"]: row for row in rows}
+        assert len(by_key) == len(rows)
+        return {number: by_key.pop(self.key(number)) for number in range(2000) if self.key(number) in by_key}
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> WorkFolder:
+    return WorkFolder(Store(str(tmp_path / "work")))
+
+
+@pytest.fixture
+def work_on_s3(bucket: str) -> WorkFolder:
+    return WorkFolder(Store(f"{bucket}/work"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_llama: str) -> ModelSpec:
+    """A model that loads in seconds and takes eight requests at a time."""
+    return ModelSpec(
+        id=tiny_llama,
+        dtype="float32",
+        max_model_len=512,
+        engine_args={"enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 1024**2},
+    )
+
+
+@pytest.fixture(scope="session")
+def load_command(tiny_model: ModelSpec) -> Load:
+    return Load(model=tiny_model, block_size=BLOCK_SIZE, gpus=1)
+
+
+@pytest.fixture
+def make_handle(tmp_path: Path) -> Iterator[Callable[..., LocalEngineHandle]]:
+    """Makes handles, which are closed at the end of the test."""
+    made: list[LocalEngineHandle] = []
+
+    def make(**changes: object) -> LocalEngineHandle:
+        settings: dict[str, Any] = {
+            "devices": DeviceShare(),
+            "log_file": tmp_path / f"engine-{len(made)}.log",
+            "load_timeout_s": 300.0,
+            "stall_timeout_s": 60.0,
+        }
+        made.append(LocalEngineHandle(f"engine {len(made)}", **{**settings, **changes}))
+        return made[-1]
+
+    yield make
+    for handle in made:
+        handle.close()
+
+
+@pytest.fixture(scope="module")
+def warm_engine(
+    load_command: Load, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalEngineHandle]:
+    """One loaded engine for the tests of a module; it can reach the S3 server."""
+    handle = LocalEngineHandle(
+        "engine 0",
+        devices=DeviceShare(),
+        log_file=tmp_path_factory.mktemp("engine") / "engine.log",
+        load_timeout_s=300,
+        stall_timeout_s=120,
+    )
+    try:
+        handle.load(load_command)
+        yield handle
+    finally:
+        handle.close()
+
+
+@pytest.fixture(scope="session")
+def group_is_gone() -> Callable[[int], bool]:
+    """Whether no process of a group is left."""
+
+    def gone(group: int) -> bool:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    return gone

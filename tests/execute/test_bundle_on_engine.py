@@ -1,0 +1,129 @@
+"""A loaded vLLM engine, in its process, computing bundles of a store."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.handle import LocalEngineHandle
+from batchllm_operators.execute.messages import BundleCounts
+from batchllm_operators.stage.spec import SamplingParameters
+
+pytestmark = pytest.mark.engine
+
+
+def nothing(*_: object) -> None:
+    return None
+
+
+def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(
+    warm_engine: LocalEngineHandle, work: Any
+) -> None:
+    bundle = work.write_bundle(requests=20, max_tokens=6)
+    reported: list[str] = []
+    progress: list[BundleCounts] = []
+    done = warm_engine.run_bundle(
+        work.run_command(bundle, part_rows=7), lambda _, counts: progress.append(counts), reported.append
+    )
+    assert list(done.parts) == reported
+    assert sorted(work.store.names("results")) == sorted(done.parts)
+    assert [len(work.read((name,))) for name in done.parts] == [7, 7, 6]
+    answers = work.answers(done.parts)
+    assert list(answers) == list(range(20))
+    for row in answers.values():
+        assert row["error"] is None
+        assert row["finish_reason"] == "length"
+        assert row["completion_tokens"] == len(row["output_token_ids"]) == 6
+        assert row["prompt_tokens"] == 69
+        assert row["completion"]
+    assert (done.counts.requests, done.counts.errors) == (20, 0)
+    assert done.counts.prompt_tokens == bundle.prompt_tokens
+    assert done.counts.completion_tokens == 120
+    assert done.counts.cached_tokens == sum(row["cached_tokens"] for row in answers.values()) >= 12 * 64
+    assert progress[0] == BundleCounts()
+
+
+def test_a_bundle_on_s3_is_computed_to_parts_on_s3(warm_engine: LocalEngineHandle, work_on_s3: Any) -> None:
+    done = warm_engine.run_bundle(work_on_s3.run_command(work_on_s3.write_bundle()), nothing, nothing)
+    assert len(work_on_s3.answers(done.parts)) == 12
+
+
+def test_greedy_answers_do_not_depend_on_the_bundle_they_come_in(warm_engine: LocalEngineHandle, work: Any) -> None:
+    small, large = work.write_bundle("small", requests=3), work.write_bundle("large", requests=12)
+    first = work.answers(warm_engine.run_bundle(work.run_command(small), nothing, nothing).parts)
+    second = work.answers(warm_engine.run_bundle(work.run_command(large), nothing, nothing).parts)
+    assert [first[number]["output_token_ids"] for number in range(3)] == [
+        second[number]["output_token_ids"] for number in range(3)
+    ]
+
+
+def test_a_request_the_engine_refuses_is_a_row_error_and_the_others_are_answered(
+    warm_engine: LocalEngineHandle, work: Any
+) -> None:
+    bundle = work.write_bundle(requests=5, lengths={2: 600})
+    done = warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+    answers = work.answers(done.parts)
+    refused = answers.pop(2)
+    assert refused["error"]["code"] == "engine_error"
+    assert "600" in refused["error"]["message"]
+    assert "512" in refused["error"]["message"]
+    assert refused["output_token_ids"] is None
+    assert refused["prompt_tokens"] is None
+    assert [row["error"] for row in answers.values()] == [None] * 4
+    assert (done.counts.requests, done.counts.errors) == (5, 1)
+
+
+def test_a_bundle_of_refused_requests_alone_ends(warm_engine: LocalEngineHandle, work: Any) -> None:
+    bundle = work.write_bundle(requests=2, lengths={0: 600, 1: 700})
+    done = warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+    assert (done.counts.requests, done.counts.errors) == (2, 2)
+
+
+def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: LocalEngineHandle, work: Any) -> None:
+    def tokens(bundle: Any, sampling: SamplingParameters) -> list[list[int]]:
+        done = warm_engine.run_bundle(work.run_command(bundle, sampling=sampling), nothing, nothing)
+        return [row["output_token_ids"] for row in work.answers(done.parts).values()]
+
+    plain = work.write_bundle("plain", requests=3, max_tokens=8)
+    mixed = work.write_bundle("mixed", requests=3, max_tokens=8, sampling={1: json.dumps({"temperature": 0.0})})
+    hot = SamplingParameters(temperature=2.0, seed=7)
+    greedy = tokens(plain, SamplingParameters())
+    sampled = tokens(mixed, hot)
+    assert sampled == tokens(mixed, hot)
+    assert sampled[1] == greedy[1]
+    assert sampled[0] != greedy[0]
+    assert sampled[2] != greedy[2]
+
+
+def test_a_stop_text_ends_a_completion(warm_engine: LocalEngineHandle, work: Any) -> None:
+    whole = work.write_bundle("whole", requests=1, max_tokens=8)
+    text = work.read(warm_engine.run_bundle(work.run_command(whole), nothing, nothing).parts)[0]["completion"]
+    stop = text[len(text) // 2 :]
+    bundle = work.write_bundle("stopped", requests=1, max_tokens=8, sampling={0: json.dumps({"stop": [stop]})})
+    row = work.read(warm_engine.run_bundle(work.run_command(bundle), nothing, nothing).parts)[0]
+    assert row["finish_reason"] == "stop"
+    assert row["completion"] == text.partition(stop)[0]
+
+
+def test_requests_in_known_parts_are_counted_but_not_computed_again(warm_engine: LocalEngineHandle, work: Any) -> None:
+    bundle = work.write_bundle(requests=10)
+    first = warm_engine.run_bundle(work.run_command(bundle, part_rows=4), nothing, nothing)
+    known = first.parts[:2]
+    again = warm_engine.run_bundle(work.run_command(bundle, known_parts=known), nothing, nothing)
+    assert again.parts[:2] == known
+    assert again.counts.requests == 10
+    assert again.counts.completion_tokens == first.counts.completion_tokens
+    assert work.answers(again.parts[2:]).keys() == work.answers(first.parts[2:]).keys()
+
+
+def test_a_missing_bundle_fails_for_good_and_leaves_the_engine_warm(warm_engine: LocalEngineHandle, work: Any) -> None:
+    bundle = work.write_bundle()
+    work.store.delete([bundle.name])
+    with pytest.raises(TerminalError, match="no such object") as caught:
+        warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+    assert caught.value.bundle == bundle.name
+    assert warm_engine.usable
+    assert warm_engine.run_bundle(work.run_command(work.write_bundle()), nothing, nothing).counts.requests == 12

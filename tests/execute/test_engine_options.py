@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
+from batchllm_operators.execute.spec import ModelSpec
+
+KNOWN = [*RESERVED, "max_num_seqs", "enforce_eager"]
+
+
+def test_the_job_decides_what_it_has_fields_for_and_passes_the_rest_through() -> None:
+    model = ModelSpec(id="org/name", revision="v1", dtype="float16", max_model_len=99, engine_args={"max_num_seqs": 3})
+    assert engine_arguments(model, block_size=16, gpus=2, known=KNOWN) == {
+        "model": "org/name",
+        "revision": "v1",
+        "tokenizer_revision": "v1",
+        "dtype": "float16",
+        "max_model_len": 99,
+        "runner": "generate",
+        "block_size": 16,
+        "tensor_parallel_size": 2,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "max_num_seqs": 3,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_an_argument_with_its_own_place_is_refused_with_that_place(name: str) -> None:
+    with pytest.raises(TerminalError, match=name) as caught:
+        engine_arguments(ModelSpec(id="m", engine_args={name: 1}), block_size=16, gpus=1, known=KNOWN)
+    assert RESERVED[name] in str(caught.value)
+
+
+def test_a_misspelt_argument_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(TerminalError, match="'enforce_eagre'; did you mean 'enforce_eager'"):
+        engine_arguments(ModelSpec(id="m", engine_args={"enforce_eagre": True}), block_size=16, gpus=1, known=KNOWN)
+
+
+def test_an_argument_like_no_other_is_refused_without_a_guess() -> None:
+    with pytest.raises(TerminalError, match="no engine argument 'zzz'; see vLLM's EngineArgs"):
+        engine_arguments(ModelSpec(id="m", engine_args={"zzz": True}), block_size=16, gpus=1, known=KNOWN)

