@@ -9,15 +9,44 @@ from pydantic import Field
 from batchllm_operators.spec import SpecModel
 
 
+class CostModel(SpecModel):
+    """Rates of one engine, as measured on its model and device.
+
+    A step of the engine takes `step_seconds`, and for each token it computes or generates, and for each KV token that
+    its generating requests read, the inverse of the rate.
+    """
+
+    step_seconds: float = Field(ge=0, description="seconds of a step that does nothing: reading the weights")
+    prefill_tokens_per_second: float = Field(gt=0, description="prompt tokens, beyond the step")
+    decode_tokens_per_second: float = Field(gt=0, description="generated tokens, beyond the step and reading KV")
+    kv_tokens_per_second: float = Field(gt=0, description="KV tokens that attention reads while generating")
+    kv_capacity_tokens: int = Field(ge=1, description="tokens that the KV cache holds")
+    max_running_requests: int = Field(ge=1, description="most requests in a step")
+
+
 class PlanningSpec(SpecModel):
     """How the requests of a job are grouped, ordered and packed."""
 
     block_size: int = Field(
         default=32, ge=1, le=1024, description="tokens of a KV-cache block; prefixes are shared in whole blocks"
     )
-    order: Literal["decode_first", "input"] = Field(
-        default="decode_first", description="groups by decreasing decode/prefill ratio, or as given (for comparison)"
+    order: Literal["decode_first", "blend", "input"] = Field(
+        default="decode_first",
+        description="groups by decreasing decode/prefill ratio; or from both ends of that list, so that compute-heavy "
+        "and memory-heavy work run together; or as given (for comparison)",
+    )
+    field_order: Literal["optimise", "as_given"] = Field(
+        default="optimise", description="order of the fields in each prompt of kind `fields`"
     )
     bundle_minutes: float = Field(
         default=5.0, gt=0.0, description="estimated engine minutes of one bundle, the unit of dispatch and of retry"
+    )
+    pilot_fraction: float = Field(
+        default=0.0, ge=0.0, le=0.5, description="share of the requests computed first, to learn output lengths from"
+    )
+    memory_gb: float = Field(
+        default=4.0, gt=0.0, description="memory for block hashes; those of larger jobs stand on the local disk"
+    )
+    cost: CostModel | None = Field(
+        default=None, description="rates of an engine, for the forecast; default: calibrated, else by hardware"
     )

@@ -1,0 +1,41 @@
+"""Earlier runs of a job: what they show of its output lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from batchllm_operators.records import JOB_FILE, WORK_FOLDER
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store
+
+MOST_RUNS = 3
+
+
+def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
+    """Work folders of other runs of the job of the same name, beside this one; at most `MOST_RUNS`.
+
+    Only looks where the work folder stands in its usual place, below `_batchllm/` of the sink.
+    """
+    root_uri, _, folder = work_uri.rstrip("/").rpartition("/")
+    if root_uri.rpartition("/")[2] != WORK_FOLDER:
+        return []
+    root = Store(root_uri, storage)
+    own = _job_name(root, folder)
+    if own is None:
+        return []
+    others = [one.path.partition("/")[0] for one in root.objects(f"*/{JOB_FILE}")]
+    same = [other for other in others if other != folder and _job_name(root, other) == own]
+    return [root.folder(other) for other in same[:MOST_RUNS]]
+
+
+def _job_name(root: Store, folder: str) -> str | None:
+    name = f"{folder}/{JOB_FILE}"
+    if not root.exists(name):
+        return None
+    try:
+        content: Any = orjson.loads(root.read_bytes(name))
+        return str(content["job"]["name"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None  # not a job of ours

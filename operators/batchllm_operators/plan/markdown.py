@@ -1,0 +1,120 @@
+"""The plan as a page that a person reads before any engine second is spent."""
+
+from __future__ import annotations
+
+from batchllm_operators.records import PlanSummary
+
+SHOWN_BUNDLES = 20
+
+_ORDERS = {
+    "decode_first": "Requests with a shared prefix stand together, deeper sharing within. Groups with more decode for "
+    "their prefill come first, so that decode tokens fill the steps that compute later prompts; within a group the "
+    "longest expected outputs come first.",
+    "blend": "Requests with a shared prefix stand together, deeper sharing within. Groups are taken from both ends of "
+    "the list by decode/prefill ratio, so that compute-heavy and memory-heavy work run together.",
+    "input": "Requests stand as the input rows do, for comparison; what is shared is found only while it is still in "
+    "the cache.",
+}
+
+_SOURCES = {
+    "row": "the rows themselves",
+    "same_request": "the same request in earlier results",
+    "group": "earlier results of the group",
+    "job": "earlier results of the job",
+    "max_tokens": "`max_tokens`",
+}
+
+
+def plan_markdown(plan: PlanSummary) -> str:
+    """The plan in Markdown: what is saved, what it will take, why this order, the largest groups, the bundles."""
+    lines = ["## Pilot" if plan.pilot else "## Plan", "", _headline(plan), "", _saving(plan), ""]
+    lines += _counts(plan) + ["", "### Order", "", explain_order(plan)]
+    if plan.largest_groups:
+        lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
+        lines += [
+            f"| {one.requests:,} | {one.prefix_tokens:,} | {one.saved_tokens:,} | {_duration(one.expected_seconds)} |"
+            for one in plan.largest_groups
+        ]
+    if plan.sharing_degrees:
+        lines += _section("How many share a prefix", "group size", "groups", "requests", "tokens saved")
+        smallest = 1
+        for one in plan.sharing_degrees:
+            size = f"{one.up_to:,}" if one.up_to <= smallest else f"{smallest:,} to {one.up_to:,}"
+            lines.append(f"| {size} | {one.groups:,} | {one.requests:,} | {one.saved_tokens:,} |")
+            smallest = one.up_to + 1
+    if plan.bundles:
+        lines += _section(
+            "Bundles", "bundle", "engine", "requests", "groups", "prompt tokens", "to compute", "forecast"
+        )
+        lines += [
+            f"| {one.name.rpartition('/')[2].removesuffix('.parquet')} | {one.worker} | {one.requests:,} "
+            f"| {one.groups:,} | {one.prompt_tokens:,} | {one.expected_computed_prompt_tokens:,} "
+            f"| {_duration(one.expected_seconds)} |"
+            for one in plan.bundles[:SHOWN_BUNDLES]
+        ]
+        if len(plan.bundles) > SHOWN_BUNDLES:
+            lines += ["", f"and {len(plan.bundles) - SHOWN_BUNDLES:,} more bundles."]
+    return "\n".join(lines) + "\n"
+
+
+def explain_order(plan: PlanSummary) -> str:
+    """Why the requests stand in this order, in a few sentences."""
+    sentences = [_ORDERS[plan.order]]
+    if plan.parted_trees:
+        sentences.append(
+            f"{plan.parted_trees:,} short common beginnings are computed more than once, because ordering what is "
+            "below them by ratio is worth more."
+        )
+    if plan.split_prefix_tokens:
+        sentences.append(
+            f"{plan.split_prefix_tokens:,} shared tokens are computed again, so that {plan.workers:,} engines finish "
+            "together."
+        )
+    return " ".join(sentences)
+
+
+def _headline(plan: PlanSummary) -> str:
+    engines = "" if plan.workers == 1 else f" on {plan.workers:,} engines"
+    price = "" if plan.expected_usd is None else f", about ${plan.expected_usd:,.2f}"
+    return (
+        f"**{plan.requests:,} requests** in {plan.groups:,} prefix groups and {len(plan.bundles):,} bundles: "
+        f"about **{_duration(plan.expected_seconds)}**{engines}{price}."
+    )
+
+
+def _saving(plan: PlanSummary) -> str:
+    stock = "" if plan.stock_saving is None else f"; a stock engine on the rows as given: {plan.stock_saving:.1%}"
+    return (
+        f"Of {plan.prompt_tokens:,} prompt tokens **{plan.expected_saving:.1%}** need not be computed "
+        f"(possible: {plan.optimum_saving:.1%}; with one shared prefix a request: {plan.single_level_saving:.1%}{stock})."
+    )
+
+
+def _counts(plan: PlanSummary) -> list[str]:
+    sources = ", ".join(f"{_SOURCES[source]} ({count:,})" for source, count in plan.estimate_sources.items())
+    return [
+        "| | |",
+        "|---|---:|",
+        f"| rows | {plan.rows:,} |",
+        f"| answered by another row's computation | {plan.duplicate_rows:,} |",
+        f"| answered by earlier results | {plan.done_requests:,} |",
+        f"| requests to compute | {plan.requests:,} |",
+        f"| their prompt tokens | {plan.planned_prompt_tokens:,} |",
+        f"| of these to compute | {plan.expected_computed_prompt_tokens:,} |",
+        f"| expected output tokens | {plan.expected_output_tokens:,} |",
+        f"| known from | {sources or 'nothing to estimate'} |",
+        f"| prefill and decode, all engines | {_duration(plan.expected_prefill_seconds)} "
+        f"and {_duration(plan.expected_decode_seconds)} |",
+    ]
+
+
+def _section(title: str, *columns: str) -> list[str]:
+    return ["", f"### {title}", "", f"| {' | '.join(columns)} |", "|" + "---:|" * len(columns)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

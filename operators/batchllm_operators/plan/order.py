@@ -1,0 +1,240 @@
+"""The order in which an engine takes the requests.
+
+Every shared prefix stays one run, so that an engine computes it once and needs it no longer than the run lasts. What
+is free is the order of siblings, the children of one prefix, at every level of the forest:
+
+- first the requests that are nothing but the shared prefix: they compute it without a token of their own;
+- then single requests, longest expected output first, so that no long one is left to run alone at the end;
+- then longer prefixes, those that are part of the same group before those that begin a group of their own, by
+  decreasing ratio of decode to prefill: decode tokens then mix with later prefill.
+
+At the top, single requests and whole trees stand by that ratio together; see `parting` for trees that are taken apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.plan.first_level import FirstLevel
+from batchllm_operators.plan.parting import trees_to_part
+from batchllm_operators.plan.prefix_forest import PrefixForest
+
+_WHOLE_PROMPT, _REQUEST, _SAME_GROUP, _SUBTREE = range(4)
+_SMALL = 24
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRequests:
+    """Columns of the requests at the positions of the depth-first order.
+
+    Attributes:
+        prompt_tokens: int32 [N].
+        shared_tokens: int64 [N], tokens of the full blocks shared with the position before.
+        output_tokens: int32 [N], expected.
+        decode_seconds: float64 [N], what each completion costs an engine.
+        whole_prompt: bool [N], whether the longest shared prefix is the whole prompt.
+    """
+
+    prompt_tokens: Int32s
+    shared_tokens: Int64s
+    output_tokens: Int32s
+    decode_seconds: Floats
+    whole_prompt: Bools
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOrder:
+    """Requests in the order an engine takes them.
+
+    Attributes:
+        positions: int64 [N], positions of the depth-first order.
+        shared_blocks: int32 [N], full blocks shared with the request before.
+        tree: int32 [N], number of the top-level tree, or single request, of each; increasing.
+        parted_trees: trees that were taken apart.
+    """
+
+    positions: Int64s
+    shared_blocks: Int32s
+    tree: Int32s
+    parted_trees: int = 0
+
+
+def order_by_ratio(
+    forest: PrefixForest,
+    first_level: FirstLevel,
+    requests: SortedRequests,
+    *,
+    block_size: int,
+    prefill_per_token: float,
+    policy: Literal["decode_first", "blend"],
+) -> EngineOrder:
+    """Order siblings by decreasing decode/prefill ratio, or blend both ends of that list.
+
+    Args:
+        forest: the shared prefixes.
+        first_level: the groups.
+        requests: what each request costs.
+        block_size: tokens of a block.
+        prefill_per_token: seconds.
+        policy: `blend` takes siblings from both ends of the sorted list, so that at any time the ratio of what has
+            been taken is near that of all: compute-heavy and memory-heavy work run together (BlendServe).
+    """
+    nodes, count = len(forest.parent), len(forest.leaf_parent)
+    top = nodes + count
+    parent = np.concatenate((forest.parent, forest.leaf_parent)).astype(np.int64)
+    parent[parent < 0] = top
+    depth = np.zeros(top + 1, dtype=np.int32)
+    depth[:nodes] = forest.depth
+    decode, tokens = _work_of_subtrees(forest, requests, depth[parent] * np.int64(block_size))
+    parted = trees_to_part(
+        forest,
+        first_level,
+        decode[:nodes],
+        tokens[:nodes],
+        block_size=block_size,
+        prefill_per_token=prefill_per_token,
+        saved_tokens=int(requests.shared_tokens.sum()),
+    )
+    if parted.any():
+        parent[np.append(parted, np.zeros(count + 1, dtype=np.bool_))[parent]] = top
+        decode, tokens = _work_of_subtrees(forest, requests, depth[parent] * np.int64(block_size))
+
+    kind = np.full(top, _SUBTREE, dtype=np.int8)
+    inner = parent != top
+    kind[:nodes][~first_level.chosen] = _SAME_GROUP
+    kind[nodes:] = np.where(requests.whole_prompt, _WHOLE_PROMPT, _REQUEST)
+    kind[~inner] = _SUBTREE
+    rank = decode / tokens
+    rank[nodes:] = np.where(inner[nodes:], requests.output_tokens, rank[nodes:])
+
+    children, offsets = _children(parent, forest.first, count)
+    _sort_siblings(children, offsets, kind, rank)
+    if policy == "blend":
+        _blend_siblings(children, offsets, kind, decode, tokens)
+    positions, shared, tree = _walk(children, offsets, depth, nodes, count)
+    return EngineOrder(positions, shared, tree, int(parted.sum()))
+
+
+def _work_of_subtrees(forest: PrefixForest, requests: SortedRequests, above: Int64s) -> tuple[Floats, Floats]:
+    """Decode seconds and computed prompt tokens of every node, then of every position, given what stands above it."""
+    nodes = len(forest.parent)
+    first, end = forest.first, forest.first + forest.leaves
+    own = np.concatenate(([0], np.cumsum(requests.prompt_tokens - requests.shared_tokens)))
+    decode = np.concatenate(([0.0], np.cumsum(requests.decode_seconds)))
+    node_tokens = own[end] - own[first] + requests.shared_tokens[first] - above[:nodes]
+    request_tokens = requests.prompt_tokens - above[nodes:]
+    tokens = np.maximum(np.concatenate((node_tokens, request_tokens)), 1).astype(np.float64)
+    return np.concatenate((decode[end] - decode[first], requests.decode_seconds)), tokens
+
+
+@compiled
+def _children(parent: Int64s, first: Int32s, count: int) -> tuple[Int64s, Int64s]:
+    """Nodes and requests by parent, in depth-first order, and where the children of each node begin."""
+    items = len(parent)
+    nodes = items - count
+    offsets = np.zeros(items + 2, dtype=np.int64)
+    for item in range(items):
+        offsets[parent[item] + 1] += 1
+    for item in range(items + 1):
+        offsets[item + 1] += offsets[item]
+    place = offsets[:-1].copy()
+    children = np.empty(items, dtype=np.int64)
+    node = 0
+    for position in range(count):
+        while node < nodes and first[node] == position:
+            children[place[parent[node]]] = node
+            place[parent[node]] += 1
+            node += 1
+        item = nodes + position
+        children[place[parent[item]]] = item
+        place[parent[item]] += 1
+    return children, offsets
+
+
+@compiled
+def _sort_siblings(children: Int64s, offsets: Int64s, kind: Int8s, rank: Floats) -> None:
+    """Sort siblings by kind, then by decreasing rank; equal ones keep their order."""
+    for node in range(len(offsets) - 1):
+        low, high = offsets[node], offsets[node + 1]
+        if high - low > _SMALL:
+            siblings = children[low:high]
+            siblings = siblings[np.argsort(-rank[siblings], kind="mergesort")]
+            children[low:high] = siblings[np.argsort(kind[siblings], kind="mergesort")]
+            continue
+        for position in range(low + 1, high):
+            item = children[position]
+            place = position
+            while place > low:
+                other = children[place - 1]
+                if kind[other] < kind[item] or (kind[other] == kind[item] and rank[other] >= rank[item]):
+                    break
+                children[place] = other
+                place -= 1
+            children[place] = item
+
+
+@compiled
+def _blend_siblings(children: Int64s, offsets: Int64s, kind: Int8s, decode: Floats, prefill: Floats) -> None:
+    """Take siblings of a kind from the front while decode so far is short of its share, else from the back."""
+    for node in range(len(offsets) - 1):
+        low, end = offsets[node], offsets[node + 1]
+        while low < end:
+            high = low
+            all_decode = all_prefill = 0.0
+            while high < end and kind[children[high]] == kind[children[low]]:
+                all_decode += decode[children[high]]
+                all_prefill += prefill[children[high]]
+                high += 1
+            if kind[children[low]] >= _SAME_GROUP and high - low > 2:
+                siblings = children[low:high].copy()
+                front, back = 0, high - low - 1
+                taken_decode = taken_prefill = 0.0
+                for position in range(low, high):
+                    if taken_decode * all_prefill <= all_decode * taken_prefill:
+                        item = siblings[front]
+                        front += 1
+                    else:
+                        item = siblings[back]
+                        back -= 1
+                    children[position] = item
+                    taken_decode += decode[item]
+                    taken_prefill += prefill[item]
+            low = high
+
+
+@compiled
+def _walk(children: Int64s, offsets: Int64s, depth: Int32s, nodes: int, count: int) -> tuple[Int64s, Int32s, Int32s]:
+    """The requests depth-first, with the blocks each shares with the one before, and its top-level tree."""
+    positions = np.empty(count, dtype=np.int64)
+    shared = np.empty(count, dtype=np.int32)
+    tree = np.empty(count, dtype=np.int32)
+    next_child = offsets[:-1].copy()
+    path = np.empty(nodes + 1, dtype=np.int64)
+    path[0] = len(offsets) - 2
+    on_path, done, trees, common = 1, 0, -1, 0
+    while on_path > 0:
+        node = path[on_path - 1]
+        if next_child[node] == offsets[node + 1]:
+            on_path -= 1
+            if on_path > 0:
+                common = depth[path[on_path - 1]]
+            continue
+        item = children[next_child[node]]
+        next_child[node] += 1
+        if on_path == 1:
+            trees += 1
+        if item < nodes:
+            path[on_path] = item
+            on_path += 1
+            continue
+        positions[done] = item - nodes
+        shared[done] = common
+        tree[done] = trees
+        common = depth[node]
+        done += 1
+    return positions, shared, tree

@@ -1,0 +1,65 @@
+"""The plan step: reads what is staged and done, writes bundles and the plan's summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchllm_operators.plan.cost import default_cost_model
+from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
+from batchllm_operators.plan.figures import summarise
+from batchllm_operators.plan.forming import GIGABYTE, form_plan
+from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
+from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
+from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.store import Store
+
+
+def plan_requests(
+    work: Store,
+    stage: StageSummary,
+    planning: PlanningSpec,
+    *,
+    workers: int = 1,
+    calibrated: CostModel | None = None,
+    earlier: Sequence[Store] = (),
+    usd_per_worker_hour: float | None = None,
+    pilot: bool = False,
+) -> PlanSummary:
+    """Plan what remains of a job: staged requests without those that readable results answer.
+
+    Writes `plan/bundle-*.parquet`, then `plan/summary.json`; an earlier plan is deleted first. The bundles depend on
+    the staged requests, the results, the spec and the rates only: same input, same bytes.
+
+    Args:
+        work: the work folder.
+        stage: what staging found.
+        planning: the planning part of the job.
+        workers: engines that will take bundles.
+        calibrated: measured rates of one engine; `planning.cost` goes before them, the hardware's default after.
+        earlier: work folders of earlier runs of the job, to learn output lengths from.
+        usd_per_worker_hour: price of one engine, for the forecast.
+        pilot: plan a sample of `planning.pilot_fraction` only, unless output lengths are known already. The summary
+            says whether it is one; plan again once its bundles are computed.
+
+    Raises:
+        TerminalError: a staged part is missing or damaged.
+        TransientError: the store does not answer.
+    """
+    started = time.monotonic()
+    cost = planning.cost or calibrated or default_cost_model()
+    with TokenSpool() as tokens, DiskArray(np.uint64) as disk:
+        hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
+        requests = read_requests(work, stage, block_size=planning.block_size, tokens=tokens, hashes=hashes)
+        plan = form_plan(
+            requests, read_results([work]), read_results(earlier), planning, cost, workers=workers, pilot=pilot
+        )
+        delete_plan(work)
+        write_bundles(work, plan, requests, tokens)
+    summary = summarise(plan, requests, planning, cost, workers=workers, usd_per_worker_hour=usd_per_worker_hour)
+    summary = summary.model_copy(update={"rows": stage.rows, "seconds": round(time.monotonic() - started, 3)})
+    write_summary(work, summary)
+    return summary

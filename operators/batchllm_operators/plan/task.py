@@ -1,0 +1,67 @@
+"""The plan step as a Prefect task."""
+
+# No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+
+from batchllm_operators.plan.earlier import earlier_runs
+from batchllm_operators.plan.markdown import plan_markdown
+from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store
+
+
+@task(
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_SECONDS,
+    retry_condition_fn=retry_transient,
+)
+def plan(
+    stage: StageSummary,
+    planning: PlanningSpec,
+    work_uri: str,
+    storage: StorageOptions,
+    workers: int = 1,
+    calibrated: CostModel | None = None,
+    usd_per_worker_hour: float | None = None,
+    pilot: bool = False,
+) -> PlanSummary:
+    """Group, order and pack the requests that remain; written to `plan/` of the work folder, shown as an artifact.
+
+    Args:
+        stage: what staging found.
+        planning: the planning part of the job.
+        work_uri: the work folder.
+        storage: how to reach it.
+        workers: engines that will take bundles.
+        calibrated: measured rates of one engine.
+        usd_per_worker_hour: price of one engine, for the forecast.
+        pilot: plan a sample first, see `plan_requests`.
+
+    Raises:
+        TerminalError: a staged part is missing or damaged.
+        TransientError: after the retries.
+    """
+    summary = plan_requests(
+        Store(work_uri, storage),
+        stage,
+        planning,
+        workers=workers,
+        calibrated=calibrated,
+        earlier=earlier_runs(work_uri, storage),
+        usd_per_worker_hour=usd_per_worker_hour,
+        pilot=pilot,
+    )
+    create_markdown_artifact(plan_markdown(summary), key="batchllm-plan", description="What the job will compute")
+    get_run_logger().info(
+        "planned %d requests in %d groups and %d bundles: saving %.1f %% of prompt tokens, possible %.1f %%",
+        summary.requests, summary.groups, len(summary.bundles),
+        100 * summary.expected_saving, 100 * summary.optimum_saving,
+    )  # fmt: skip
+    return summary

@@ -1,0 +1,172 @@
+"""Plans of whole jobs, from staged rows to bundles."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_SUMMARY, PlanSummary
+from batchllm_operators.store import Store
+from tests.plan.staged_jobs import (
+    ideal_computed_tokens,
+    key_of,
+    planned_prompts,
+    planned_rows,
+    stage_prompts,
+    write_results,
+)
+
+BLOCK = 4
+PLANNING = PlanningSpec(block_size=BLOCK)
+
+
+def grouped_prompts(groups: int = 6, members: int = 5, seed: int = 0) -> list[list[int]]:
+    """Shuffled prompts of groups with a shared first part, whose groups share a beginning in pairs."""
+    chance = random.Random(seed)
+    prompts = []
+    for group in range(groups):
+        prefix = [1000 + group // 2] * 6 + [2000 + group] * 7
+        prompts += [
+            [*prefix, *(chance.randrange(10_000) for _ in range(chance.randrange(1, 12)))] for _ in range(members)
+        ]
+    chance.shuffle(prompts)
+    return prompts
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Store:
+    return Store(str(tmp_path))
+
+
+def test_every_request_is_planned_once_with_its_tokens_and_its_group_together(work: Store) -> None:
+    prompts = grouped_prompts()
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING)
+    rows = planned_rows(work, plan)
+    assert sorted(row["prompt_token_ids"] for row in rows) == sorted(prompts)
+    assert all(row["request_key"] == key_of(row["prompt_token_ids"]) for row in rows)
+    groups = [row["group_id"] for row in rows]
+    assert groups == sorted(groups), "groups are numbered as they begin, and no group begins before another has ended"
+    for row in rows:
+        prefixes = {
+            tuple(other["prompt_token_ids"][: row["prefix_tokens"]])
+            for other in rows
+            if other["group_id"] == row["group_id"]
+        }
+        assert len(prefixes) == 1
+    assert plan.groups == 6
+    assert plan.requests == len(prompts)
+
+
+def test_bundles_have_the_contracts_schema_and_the_summary_is_written_last(work: Store) -> None:
+    plan = plan_requests(work, stage_prompts(work, grouped_prompts()), PLANNING)
+    with work.parquet(plan.bundles[0].name) as file:
+        assert file.schema_arrow.equals(BUNDLE_SCHEMA)
+    assert PlanSummary.model_validate_json(work.read_bytes(PLAN_SUMMARY)) == plan
+    assert work.names("plan") == sorted([*(bundle.name for bundle in plan.bundles), PLAN_SUMMARY])
+
+
+def test_the_planned_order_reaches_the_optimum_that_an_ideal_cache_shows(work: Store) -> None:
+    prompts = grouped_prompts(groups=8, members=6)
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING)
+    computed = ideal_computed_tokens(planned_prompts(work, plan), BLOCK)
+    assert plan.expected_computed_prompt_tokens == computed
+    assert plan.expected_saving == pytest.approx(1 - computed / sum(map(len, prompts)))
+    assert plan.optimum_saving == pytest.approx(plan.expected_saving)
+    assert plan.single_level_saving < plan.optimum_saving
+
+
+def test_equal_rows_become_one_request_and_count_as_saved(work: Store) -> None:
+    prompts = [[1] * 10, [2] * 10, [1] * 10, [1] * 10]
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING)
+    assert (plan.rows, plan.requests, plan.duplicate_rows) == (4, 2, 2)
+    assert plan.optimum_saving == pytest.approx(20 / 40)
+    assert plan.single_level_saving == pytest.approx(20 / 40)
+
+
+def test_rows_with_errors_are_left_out(work: Store) -> None:
+    plan = plan_requests(work, stage_prompts(work, [None, [1] * 9, None]), PLANNING)
+    assert (plan.rows, plan.requests, plan.prompt_tokens) == (3, 1, 9)
+
+
+def test_only_what_results_do_not_answer_is_planned(work: Store) -> None:
+    prompts = grouped_prompts()
+    staged = stage_prompts(work, prompts)
+    whole = plan_requests(work, staged, PLANNING)
+    write_results(work, prompts[:20], cached_tokens=3)
+    rest = plan_requests(work, staged, PLANNING)
+    assert sorted(planned_prompts(work, rest)) == sorted(prompts[20:])
+    assert (rest.done_requests, rest.requests) == (20, 10)
+    assert rest.optimum_saving == whole.optimum_saving
+    assert rest.prompt_tokens == whole.prompt_tokens
+    done_computed = sum(len(prompt) - 3 for prompt in prompts[:20])
+    assert rest.expected_saving == pytest.approx(
+        1 - (done_computed + rest.expected_computed_prompt_tokens) / rest.prompt_tokens
+    )
+
+
+def test_results_with_an_error_are_computed_again(work: Store) -> None:
+    prompts = grouped_prompts()
+    staged = stage_prompts(work, prompts)
+    write_results(work, prompts[:3], failed=True)
+    assert plan_requests(work, staged, PLANNING).requests == len(prompts)
+
+
+def test_a_damaged_result_part_is_computed_again_with_a_warning(work: Store, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = grouped_prompts()
+    staged = stage_prompts(work, prompts)
+    write_results(work, prompts[:3])
+    work.write_bytes("results/part-broken.parquet", b"PAR1 not quite")
+    assert plan_requests(work, staged, PLANNING).requests == len(prompts) - 3
+    assert "part-broken.parquet" in caplog.text
+
+
+def test_a_damaged_staged_part_is_an_error_that_names_it(work: Store) -> None:
+    staged = stage_prompts(work, grouped_prompts())
+    work.write_bytes(staged.parts[0].name, b"PAR1 not quite")
+    with pytest.raises(TerminalError, match=r"part-00000\.parquet"):
+        plan_requests(work, staged, PLANNING)
+
+
+def test_a_finished_job_has_an_empty_plan(work: Store) -> None:
+    prompts = grouped_prompts()
+    staged = stage_prompts(work, prompts)
+    plan_requests(work, staged, PLANNING)
+    write_results(work, prompts)
+    plan = plan_requests(work, staged, PLANNING)
+    assert plan.bundles == ()
+    assert plan.expected_seconds == 0
+    assert work.names("plan") == [PLAN_SUMMARY]
+
+
+def test_an_empty_job_has_an_empty_plan(work: Store) -> None:
+    plan = plan_requests(work, stage_prompts(work, []), PLANNING)
+    assert (plan.requests, plan.bundles, plan.optimum_saving) == (0, (), 0.0)
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_rows_or_their_parts(work: Store, tmp_path: Path) -> None:
+    prompts = grouped_prompts()
+    other = Store(str(tmp_path / "other"))
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, workers=2)
+    again = plan_requests(other, stage_prompts(other, prompts[::-1], rows_per_part=7), PLANNING, workers=2)
+    assert [work.read_bytes(one.name) for one in plan.bundles] == [other.read_bytes(one.name) for one in again.bundles]
+
+
+def test_sampling_overrides_travel_with_their_requests(work: Store) -> None:
+    prompts = [[number] * 9 for number in range(6)]
+    overrides = [None, '{"temperature": 0.5}', None, '{"top_p": 0.5}', '{"temperature": 0.5}', None]
+    plan = plan_requests(work, stage_prompts(work, prompts, sampling=overrides), PLANNING)
+    assert {row["prompt_token_ids"][0]: row["sampling"] for row in planned_rows(work, plan)} == dict(
+        enumerate(overrides)
+    )
+
+
+def test_every_worker_gets_a_bundle(work: Store) -> None:
+    prompts = [[7] * 20 + [number] * 4 for number in range(40)]
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, workers=4)
+    assert len(plan.bundles) == 4
+    longest = max(bundle.expected_seconds for bundle in plan.bundles)
+    assert longest < 1.5 * min(bundle.expected_seconds for bundle in plan.bundles)
+    assert plan.expected_saving < plan.optimum_saving, "the shared prefix is computed by each worker"
