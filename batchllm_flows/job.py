@@ -18,6 +18,11 @@ from batchllm_operators.spec import SpecModel
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.store import Store
 
+
+class InvalidJobError(TerminalError):
+    """The job file cannot be read, or is not a valid job."""
+
+
 _PARTS_WITHOUT_INFLUENCE = {"name", "execution", "sink", "planning"}
 
 
@@ -42,22 +47,22 @@ class BatchJob(SpecModel):
             overrides: values by dotted path, e.g. `{"sampling.max_tokens": 64}`, set before validation.
 
         Raises:
-            TerminalError: no such file, not YAML, or not a valid job; names each field, what was expected and got.
+            InvalidJobError: no such file, not YAML, or not a valid job; names each field, what was expected and got.
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise TerminalError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
+            raise InvalidJobError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise TerminalError(f"job file is not YAML or JSON: {error}", uri=str(path)) from error
+            raise InvalidJobError(f"job file is not YAML or JSON: {error}", uri=str(path)) from error
         if not isinstance(values, dict):
-            raise TerminalError(f"job file: expected a mapping, got {type(values).__name__}", uri=str(path))
+            raise InvalidJobError(f"job file: expected a mapping, got {type(values).__name__}", uri=str(path))
         for dotted, value in (overrides or {}).items():
             _set(values, dotted, value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise TerminalError(explain(error), uri=str(path)) from error
+            raise InvalidJobError(explain(error), uri=str(path)) from error
 
     def job_id(self, fingerprint: list[InputObject]) -> str:
         """Id of this job on this input: what decides the answers counts; sink, execution and planning do not."""
@@ -91,6 +96,6 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     for folder in folders:
         inner = place.setdefault(folder, {})
         if not isinstance(inner, dict):
-            raise TerminalError(f"--set {dotted}: {folder} is not a section but {inner!r}")
+            raise InvalidJobError(f"--set {dotted}: {folder} is not a section but {inner!r}")
         place = inner
     place[last] = value

@@ -42,7 +42,12 @@ class S3Server:
 
 
 @contextmanager
-def serve_s3(folder: Path, *, access_key: str = "demo", secret_key: str = "demo-secret") -> Iterator[S3Server]:
+def serve_s3(
+    folder: Path,
+    *,
+    access_key: str = "demo",
+    secret_key: str = "demo-secret",  # noqa: S107 - a server for loopback
+) -> Iterator[S3Server]:
     """Run the server until the block ends, on a free port of the loopback address.
 
     Raises:

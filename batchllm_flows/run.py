@@ -1,0 +1,74 @@
+"""One run of a job: its identity, its folders, and whether its output is complete already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from batchllm_flows.job import BatchJob
+from batchllm_flows.report import JobReport, StepSeconds
+from batchllm_operators.keys import canonical_json
+from batchllm_operators.merge.sink import check_sink, refuse_input_in_sink
+from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, InputObject
+from batchllm_operators.stage.readers import open_source
+from batchllm_operators.store import Store
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """A job on the input it found."""
+
+    job: BatchJob
+    job_id: str
+    objects: tuple[InputObject, ...]
+    work: Store
+    sink: Store
+    complete: JobReport | None
+    """The report of the run that completed this very job, if there was one."""
+
+
+def open_run(job: BatchJob) -> JobRun:
+    """Look at the source and the sink; write `job.json`.
+
+    Raises:
+        TerminalError: no input, no access, or a sink that holds another job's output in mode `error`.
+    """
+    source = open_source(job.source)
+    identity = job.job_id(source.objects)
+    work, sink = job.work_store(identity), job.sink_store()
+    refuse_input_in_sink(source, sink)
+    manifest = check_sink(sink, job.sink.mode, identity)
+    complete = None
+    if manifest is not None and work.exists(REPORT_FILE):
+        report = JobReport.model_validate_json(work.read_bytes(REPORT_FILE))
+        complete = report.model_copy(update={"already_complete": True, "computed_requests": 0})
+    else:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "job_id": identity,
+            "job": job.model_dump(mode="json"),
+            "input": [one.model_dump() for one in source.objects],
+        }
+        work.write_bytes(JOB_FILE, canonical_json(content))
+    return JobRun(job, identity, tuple(source.objects), work, sink, complete)
+
+
+@dataclass
+class StepClock:
+    """Measures the steps of a run."""
+
+    started: float = field(default_factory=time.monotonic)
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure a block as the step of this name."""
+        start = time.monotonic()
+        yield
+        self.steps[name] = round(time.monotonic() - start, 3)
+
+    def seconds(self) -> StepSeconds:
+        """The steps measured so far, and the total."""
+        return StepSeconds(**self.steps, total=round(time.monotonic() - self.started, 3))

@@ -1,0 +1,55 @@
+"""The examples run as they stand, but for the model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import orjson
+import pytest
+
+from batchllm_flows.flows import batch_inference
+from batchllm_flows.job import BatchJob
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.engine
+def test_the_local_job_answers_every_review(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: None
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    changes = {"model.id": smollm2, "model.engine_args.enforce_eager": True, "sink.uri": str(tmp_path / "out")}
+    report = batch_inference(BatchJob.from_file("examples/jobs/local.yaml", changes))
+    assert (report.rows_out, report.rows_error, report.duplicate_rows) == (8, 0, 1)
+    answers = [orjson.loads(line) for line in (tmp_path / "out" / "part-00000.jsonl").read_bytes().splitlines()]
+    assert [answer["id"] for answer in answers] == [f"r{number:02d}" for number in range(1, 9)]
+    assert all(answer["completion"].strip() for answer in answers)
+
+
+def test_the_s3_job_is_valid() -> None:
+    job = BatchJob.from_file(EXAMPLES / "jobs" / "s3_to_s3.yaml")
+    assert job.execution.engines == 8
+
+
+@pytest.mark.engine
+def test_a_pipeline_composes_the_job_as_a_subflow(tiny_llama: str, tmp_path: Path, prefect_server: None) -> None:
+    spec = importlib.util.spec_from_file_location("compose_in_a_pipeline", EXAMPLES / "compose_in_a_pipeline.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.describe_cities(str(tmp_path), tiny_llama) == 4
+
+
+def test_the_catalogue_of_the_demo_is_the_same_each_time_and_has_what_the_demo_shows() -> None:
+    from batchllm_flows.demo.catalogue import build_catalogue
+
+    catalogue = build_catalogue()
+    assert catalogue.equals(build_catalogue())
+    assert catalogue.num_rows >= 300
+    assert len(set(catalogue["module"].to_pylist())) >= 25
+    assert catalogue["docstring"].null_count == 1
+    questions = [tuple(row.values()) for row in catalogue.drop_columns(["name"]).to_pylist()]
+    assert len(questions) - len(set(questions)) >= 3
+    assert " at 0x" not in "".join(catalogue["signature"].to_pylist())

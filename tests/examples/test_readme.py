@@ -1,0 +1,79 @@
+"""What README says is executed here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from batchllm_flows.job import BatchJob
+from batchllm_operators.spec import SpecModel
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for found, text in BLOCKS if found == language]
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_every_job_file_in_the_readme_is_a_valid_job(text: str) -> None:
+    BatchJob.model_validate(yaml.safe_load(text))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("text", blocks("python"))
+def test_every_python_block_runs_as_it_stands_but_for_the_model(
+    text: str, smollm2: str, bucket: str, prefect_server: None
+) -> None:
+    from tests.flows.jobs import questions, write_input
+
+    write_input(f"{bucket}/questions", questions(8))
+    named = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", smollm2).replace("s3://my-bucket", bucket)
+    assert named != text
+    exec(compile(named, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 - our own README
+
+
+def test_every_shell_line_names_targets_and_commands_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    lines = [line.split("#")[0].split() for text in blocks("sh") for line in text.splitlines() if line.strip()]
+    assert any(words[0] == "make" for words in lines)
+    for words in lines:
+        if words and words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets
+        if words and words[0] == "batchllm":
+            arguments = [word for word in words[2:] if word.startswith("--") and word != "--set"]
+            shown = subprocess.run(
+                [sys.executable, "-c", "from batchllm_flows.cli import main; main()", words[1], "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={"COLUMNS": "200"},
+            ).stdout
+            assert all(argument in shown for argument in arguments), shown
+
+
+def models(model: Any, path: str) -> list[str]:
+    """Dotted names of all fields of a spec, prompt kinds included."""
+    names = []
+    for name, field in model.model_fields.items():
+        inner = [one for one in _members(field.annotation) if isinstance(one, type) and issubclass(one, SpecModel)]
+        names += [piece for one in inner for piece in models(one, f"{path}{name}.")] or [f"{path}{name}"]
+    return names
+
+
+def _members(annotation: Any) -> list[Any]:
+    arguments = getattr(annotation, "__args__", ())
+    return [annotation] if not arguments else [one for argument in arguments for one in _members(argument)]
+
+
+def test_the_table_of_fields_names_every_field_of_a_job() -> None:
+    told = set(re.findall(r"^\| `([a-z_.]+)` \|", README, flags=re.MULTILINE))
+    assert told == set(models(BatchJob, ""))

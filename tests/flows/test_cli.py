@@ -1,0 +1,87 @@
+"""The command line in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.flows.jobs import job_values, questions, write_input
+
+
+@pytest.fixture
+def environment(prefect_server: None) -> dict[str, str]:
+    from prefect.settings import get_current_settings
+
+    return os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "HF_HUB_OFFLINE": "1"}
+
+
+def batchllm(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from batchllm_flows.cli import main; main()", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def write_job(folder: Path, model: str, **changes: object) -> str:
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job_values(str(folder / "in"), str(folder / "out"), model, **changes)))
+    return str(path)
+
+
+def test_the_schema_is_printed_as_json() -> None:
+    printed = batchllm(["schema"], dict(os.environ))
+    assert printed.returncode == 0
+    assert "prompt" in json.loads(printed.stdout)["properties"]
+
+
+def test_wrong_usage_and_wrong_job_files_end_with_2(tmp_path: Path) -> None:
+    path = write_job(tmp_path, "model", sampling={"max_tokns": 3})
+    for arguments in (["run"], ["run", path], ["run", str(tmp_path / "none.yaml")], ["run", path, "--set", "nothing"]):
+        assert batchllm(arguments, dict(os.environ)).returncode == 2
+    assert "did you mean 'max_tokens'" in batchllm(["run", path], dict(os.environ)).stderr
+
+
+def test_a_job_that_cannot_run_ends_with_1_and_one_clear_line(
+    tmp_path: Path, environment: dict[str, str], tiny_llama: str
+) -> None:
+    printed = batchllm(["run", write_job(tmp_path, tiny_llama), "--quiet"], environment)
+    assert printed.returncode == 1
+    assert "batchllm: source.uri: no object matches" in printed.stderr
+    assert "Traceback" not in printed.stderr
+
+
+def test_a_plan_is_printed_for_people_and_for_programs(
+    tmp_path: Path, environment: dict[str, str], tiny_llama: str
+) -> None:
+    write_input(str(tmp_path / "in"), questions())
+    path = write_job(tmp_path, tiny_llama)
+    as_json = batchllm(["plan", path, "--json", "--quiet"], environment)
+    assert as_json.returncode == 0, as_json.stderr
+    assert json.loads(as_json.stdout)["requests"] == 39
+    assert "need not be computed" in batchllm(["plan", path, "--quiet"], environment).stdout
+
+
+@pytest.mark.engine
+def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
+    tmp_path: Path, environment: dict[str, str], tiny_llama: str
+) -> None:
+    table = questions(30)
+    without = [None if index == 4 else text for index, text in enumerate(table["question"].to_pylist())]
+    write_input(str(tmp_path / "in"), table.set_column(2, "question", [without]))
+    path = write_job(tmp_path, tiny_llama)
+    printed = batchllm(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
+    assert printed.returncode == 3, printed.stderr
+    report = json.loads(printed.stdout)
+    assert report["error_rows"] == {"invalid_row": 1}
+    again = batchllm(["report", str(tmp_path / "out"), "--json"], environment)
+    assert json.loads(again.stdout) == report

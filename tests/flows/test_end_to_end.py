@@ -1,0 +1,158 @@
+"""The whole way of a job on real parts: S3 server, Prefect, vLLM on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pytest
+
+from batchllm_flows.flows import batch_inference, plan_batch_inference
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.records import MANIFEST_FILE, RESULTS_FOLDER
+from batchllm_operators.store import Store
+from tests.flows.jobs import job, questions, read_output, write_input
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def artifact_types() -> dict[str, str]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return {str(found.key): str(found.type) for found in client.read_artifacts()}
+
+
+@pytest.mark.engine
+def test_a_job_from_s3_to_s3_answers_every_row_in_order_once(bucket: str, tiny_llama: str) -> None:
+    rows = questions()
+    write_input(f"{bucket}/in", rows)
+    this_job = job(f"{bucket}/in", f"{bucket}/out", tiny_llama)
+
+    report = batch_inference(this_job)
+
+    output = read_output(f"{bucket}/out")
+    assert output.select(rows.column_names).equals(rows)
+    assert output.column_names[-6:] == [
+        "completion", "finish_reason", "error", "prompt_tokens", "cached_tokens", "completion_tokens",
+    ]  # fmt: skip
+    assert output["error"].null_count == output.num_rows
+    assert set(output["completion_tokens"].to_pylist()) <= set(range(1, 7))
+    assert output["completion"][0] == output["completion"][1]
+    assert (report.rows_in, report.rows_out, report.rows_error, report.duplicate_rows) == (40, 40, 0, 1)
+    assert report.saving >= 0.98 * report.optimum_saving > 0.5
+    assert {"questions-progress": "progress", "questions-report": "markdown"}.items() <= artifact_types().items()
+    assert "markdown" in {kind for key, kind in artifact_types().items() if "plan" in key}
+
+    # The same job again finds its output complete; under another sink mode too.
+    again = batch_inference(this_job)
+    assert again.already_complete
+    assert again.computed_requests == 0
+
+    # Another job does not overwrite it unasked, and does when asked.
+    with pytest.raises(TerminalError, match="overwrite"):
+        batch_inference(job(f"{bucket}/in", f"{bucket}/out", tiny_llama, sampling={"max_tokens": 3}))
+    replaced = batch_inference(
+        job(f"{bucket}/in", f"{bucket}/out", tiny_llama, sampling={"max_tokens": 3}, sink__mode="overwrite")
+    )
+    assert replaced.job_id != report.job_id
+    assert max(read_output(f"{bucket}/out")["completion_tokens"].to_pylist()) == 3
+
+
+@pytest.mark.engine
+def test_an_interrupted_job_computes_only_what_is_missing(tmp_path: Path, tiny_llama: str) -> None:
+    write_input(str(tmp_path / "in"), questions())
+    this_job = job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama)
+    first = batch_inference(this_job)
+    answers = read_output(first.output_uri)
+    sink, work = Store(first.output_uri), Store(first.work_uri)
+    parts = work.names(RESULTS_FOLDER)
+    with work.parquet(parts[0]) as part:
+        lost = part.metadata.num_rows
+    assert len(parts) > 1
+    work.delete(parts[:1])
+    sink.delete([MANIFEST_FILE, *(name for name in sink.names() if name.startswith("part-"))])
+
+    second = batch_inference(this_job)
+
+    assert second.computed_requests == lost
+    assert read_output(first.output_uri)["completion"].equals(answers["completion"])
+
+
+@pytest.mark.engine
+def test_bad_rows_become_row_errors_and_the_job_goes_on(bucket: str, tiny_llama: str) -> None:
+    lines = [orjson.dumps(row) for row in questions(60).to_pylist()]
+    lines[5] = b'{"id": "broken"'
+    lines[7] = b'{"id": "bytes", "document": "\xff", "question": "?"}'
+    lines[9] = orjson.dumps({"id": "long", "document": "word " * 4000, "question": "?"})
+    Store(f"{bucket}/in").write_bytes("rows.jsonl", b"\n".join(lines))
+    changes = {"source": {"uri": f"{bucket}/in/rows.jsonl", "format": "jsonl"}, "sink__format": "parquet"}
+
+    report = batch_inference(job("", f"{bucket}/out", tiny_llama, **changes, execution={"max_error_fraction": 0.05}))
+
+    assert report.error_rows == {"invalid_row": 2, "prompt_too_long": 1}
+    output = read_output(f"{bucket}/out").to_pylist()
+    assert len(output) == 60
+    assert "rows.jsonl line 6" in output[5]["error"]["message"]
+    assert "rows.jsonl line 8" in output[7]["error"]["message"]
+    assert "2048" in output[9]["error"]["message"]
+    assert [row["completion"] is None for row in output].count(True) == 3
+
+
+def test_too_many_bad_rows_fail_the_job_and_leave_nothing_that_looks_complete(tmp_path: Path, tiny_llama: str) -> None:
+    table = questions(20)
+    nothing = pa.array([None] * 20, pa.string())
+    write_input(str(tmp_path / "in"), table.set_column(2, "question", nothing))
+    with pytest.raises(TerminalError, match=r"20 of 20 rows.*invalid_row"):
+        batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama))
+    assert not Store(str(tmp_path / "out")).exists(MANIFEST_FILE)
+
+
+def test_an_empty_dataset_gives_an_empty_complete_output(bucket: str, tiny_llama: str) -> None:
+    write_input(f"{bucket}/in", questions(2).slice(0, 0), files=1)
+    report = batch_inference(job(f"{bucket}/in", f"{bucket}/out", tiny_llama))
+    assert (report.rows_in, report.rows_out, report.bundles) == (0, 0, 0)
+    assert read_output(f"{bucket}/out").num_rows == 0
+
+
+def test_planning_alone_starts_no_engine_and_forecasts(tmp_path: Path, tiny_llama: str) -> None:
+    write_input(str(tmp_path / "in"), questions())
+    summary = plan_batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama))
+    assert summary.requests == 39
+    assert summary.expected_saving == pytest.approx(summary.optimum_saving)
+    assert not Store(str(tmp_path / "out")).exists(MANIFEST_FILE)
+
+
+def test_faults_before_any_work_say_what_to_mend(bucket: str, tmp_path: Path, tiny_llama: str) -> None:
+    write_input(f"{bucket}/in", questions(4))
+    out = f"{bucket}/out"
+    with pytest.raises(TerminalError, match=r"no object matches"):
+        batch_inference(job(f"{bucket}/nothing-here", out, tiny_llama))
+    with pytest.raises(TerminalError, match=r"titel.*document.*question"):
+        batch_inference(job(f"{bucket}/in", out, tiny_llama, prompt={"kind": "chat", "user": "{{ titel }}"}))
+    with pytest.raises(TerminalError, match=r"no-such-model"):
+        batch_inference(job(f"{bucket}/in", out, str(tmp_path / "no-such-model")))
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    with pytest.raises(TerminalError, match=rf"bucket does not exist.*{endpoint}.*no-such-bucket"):
+        batch_inference(job("s3://no-such-bucket/in", out, tiny_llama))
+
+
+@pytest.mark.engine
+def test_a_real_model_answers_with_text_of_the_right_kind(tmp_path: Path, smollm2: str) -> None:
+    cities = pa.table({"country": ["France", "Italy", "Japan"], "capital": ["Paris", "Rome", "Tokyo"]})
+    write_input(str(tmp_path / "in"), cities, files=1)
+    batch_inference(
+        job(
+            str(tmp_path / "in"),
+            str(tmp_path / "out"),
+            smollm2,
+            source={"uri": str(tmp_path / "in"), "format": "parquet"},
+            prompt={"kind": "chat", "user": "What is the capital of {{ country }}? Answer in one short sentence."},
+            sampling={"max_tokens": 24},
+        )
+    )
+    for row in read_output(str(tmp_path / "out")).to_pylist():
+        assert row["capital"] in row["completion"]
+        assert row["finish_reason"] == "stop"

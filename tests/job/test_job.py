@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchllm_flows.job import BatchJob, InvalidJobError
+from batchllm_operators.errors import TerminalError, TransientError
+from batchllm_operators.records import InputObject
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {
+        "source": {"uri": "in", "format": "parquet"},
+        "prompt": {"kind": "chat", "user": "{{ text }}"},
+        "model": {"id": "model"},
+        "sink": {"uri": "out"},
+    } | changes
+
+
+def write(folder: Path, content: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(content)
+    return path
+
+
+def test_a_job_is_loaded_from_json_and_survives_the_round_trip(tmp_path: Path) -> None:
+    job = BatchJob.from_file(write(tmp_path, json.dumps(values())))
+    assert BatchJob.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"source": {"uri": "in", "fromat": "parquet"}}, "source: unknown key 'fromat'; did you mean 'format'?"),
+        ({"smapling": {}}, "unknown key 'smapling'; did you mean 'sampling'?"),
+        ({"prompt": {"kind": "chat", "user": "x", "zzz": 1}}, "unknown key 'zzz'; valid keys: kind, system, user"),
+        ({"prompt": {"kind": "chatt", "user": "x"}}, "'chat'"),
+        ({"sampling": {"temperature": -1}}, "sampling.temperature: Input should be greater than or equal to 0 (got"),
+        ({"sampling": {"stop": ["a", ""]}}, "expected non-empty texts"),
+        ({"execution": {"engines": 0}}, "execution.engines"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_expected(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InvalidJobError) as caught:
+        BatchJob.from_file(write(tmp_path, json.dumps(values(**changes))))
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_and_a_file_that_is_not_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJobError, match=r"No such file.*nowhere\.yaml"):
+        BatchJob.from_file(tmp_path / "nowhere.yaml")
+    with pytest.raises(InvalidJobError, match="not YAML"):
+        BatchJob.from_file(write(tmp_path, "a: ["))
+    with pytest.raises(InvalidJobError, match="expected a mapping, got list"):
+        BatchJob.from_file(write(tmp_path, "[]"))
+
+
+def test_settings_replace_values_by_dotted_path(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps(values()))
+    job = BatchJob.from_file(path, {"sampling.max_tokens": 7, "model.engine_args.enforce_eager": True})
+    assert job.sampling.max_tokens == 7
+    assert job.model.engine_args == {"enforce_eager": True}
+    with pytest.raises(InvalidJobError, match="id is not a section"):
+        BatchJob.from_file(path, {"model.id.deeper": 1})
+
+
+def test_the_id_follows_what_decides_the_answers_and_nothing_else() -> None:
+    objects = [InputObject(path="a", size=1, version="v")]
+    base = BatchJob.model_validate(values())
+    same = BatchJob.model_validate(values(sink={"uri": "elsewhere"}, execution={"engines": 4}, name="other"))
+    warmer = BatchJob.model_validate(values(sampling={"temperature": 1.0}))
+    assert base.job_id(objects) == same.job_id(objects)
+    assert base.job_id(objects) != warmer.job_id(objects)
+    assert base.job_id(objects) != base.job_id([InputObject(path="a", size=1, version="w")])
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = BatchJob.model_json_schema()
+    assert set(schema["properties"]) == {
+        "name", "source", "prompt", "model", "sampling", "planning", "execution", "sink",
+    }  # fmt: skip
+    assert schema["additionalProperties"] is False
+
+
+def test_errors_survive_pickling_with_where_they_happened() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(TransientError("lost", bundle="bundle-00001", uri="s3://b/x")))  # noqa: S301
+    assert isinstance(error, TransientError)
+    assert str(error) == "lost (bundle bundle-00001, uri s3://b/x)"
+    assert not isinstance(error, TerminalError)
