@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from prefect import flow, get_run_logger, unmapped
@@ -43,10 +45,16 @@ def batch_inference(job: BatchJob) -> JobReport:
     logger.info("job %s: %d input objects, work folder %s", run.job_id, len(run.objects), run.work.uri)
     with clock.step("stage"):
         staged = _stage(run)
-    with clock.step("plan"):
-        planned = plan(staged, job.planning, run.work.uri, job.sink.storage, workers=job.execution.engines)
-    with clock.step("execute"):
-        results = _execute(run, planned)
+    with _engine_pool(run) as pool:
+        with clock.step("plan"):
+            planned = _plan(run, staged, pilot=job.planning.pilot_fraction > 0)
+        with clock.step("execute"):
+            results = _execute(run, planned, pool)
+        if planned.pilot:
+            with clock.step("plan"):
+                planned = _plan(run, staged)
+            with clock.step("execute"):
+                results += _execute(run, planned, pool)
     with clock.step("merge"):
         manifest = merge(
             job.source,
@@ -63,7 +71,7 @@ def batch_inference(job: BatchJob) -> JobReport:
         planned,
         results,
         clock.seconds(),
-        engines=_engines(job, planned),
+        engines=min(job.execution.engines, len(results)),
         output_uri=run.sink.uri,
         work_uri=run.work.uri,
     )
@@ -80,7 +88,7 @@ def plan_batch_inference(job: BatchJob) -> PlanSummary:
     """
     run = open_run(job)
     staged = _stage(run)
-    return plan(staged, job.planning, run.work.uri, job.sink.storage, workers=job.execution.engines)
+    return _plan(run, staged)
 
 
 def _stage(run: JobRun) -> StageSummary:
@@ -96,31 +104,45 @@ def _stage(run: JobRun) -> StageSummary:
     )
 
 
-def _engines(job: BatchJob, planned: PlanSummary) -> int:
-    return min(job.execution.engines, len(planned.bundles))
+def _plan(run: JobRun, staged: StageSummary, *, pilot: bool = False) -> PlanSummary:
+    job, price = run.job, run.job.execution.usd_per_gpu_hour
+    return plan(
+        staged,
+        job.planning,
+        run.work.uri,
+        job.sink.storage,
+        workers=job.execution.engines,
+        usd_per_worker_hour=None if price is None else price * job.execution.gpus_per_engine,
+        pilot=pilot,
+    )
 
 
-def _execute(run: JobRun, planned: PlanSummary) -> list[BundleResult]:
-    """One task run per bundle, one thread per engine; engines stay warm from bundle to bundle.
+def _engine_pool(run: JobRun) -> EnginePool:
+    """The engines of this run: started by the first bundles, and warm until the run ends."""
+    job = run.job
+    return EnginePool(
+        model=job.model,
+        execution=job.execution,
+        block_size=job.planning.block_size,
+        sampling=job.sampling,
+        work=run.work,
+    )
 
-    The pool closes before the task runner: its `close` ends the calls that the runner's threads wait in, which
-    Prefect cannot interrupt (Ctrl-C, cancellation, a failed bundle).
+
+def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> list[BundleResult]:
+    """One task run per bundle, one thread per engine.
+
+    Where this fails the pool closes before the task runner: closing ends the calls that the runner's threads wait in,
+    which Prefect cannot interrupt (Ctrl-C, cancellation, a failed bundle).
     """
     if not planned.bundles:
         return []
-    job = run.job
     board = ProgressBoard(planned.bundles)
-    bundle_task = execute_bundle.with_options(retries=job.execution.retries)
+    bundle_task = execute_bundle.with_options(retries=run.job.execution.retries)
     with (
-        ThreadPoolTaskRunner[Any](max_workers=_engines(job, planned)) as runner,
-        EnginePool(
-            model=job.model,
-            execution=job.execution,
-            block_size=job.planning.block_size,
-            sampling=job.sampling,
-            work=run.work,
-        ) as pool,
-        LiveProgress(board, f"{artifact_slug(job.name)}-progress"),
+        ThreadPoolTaskRunner[Any](max_workers=min(run.job.execution.engines, len(planned.bundles))) as runner,
+        _closed_on_failure(pool),
+        LiveProgress(board, f"{artifact_slug(run.job.name)}-progress"),
     ):
         futures = runner.map(
             bundle_task,
@@ -139,6 +161,15 @@ def _execute(run: JobRun, planned: PlanSummary) -> list[BundleResult]:
         if failed is not None:
             raise failed
         return results
+
+
+@contextmanager
+def _closed_on_failure(pool: EnginePool) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        pool.close()
+        raise
 
 
 def _publish(report: JobReport) -> None:

@@ -49,6 +49,8 @@ class JobReport(Record):
     engine_load_seconds: float
     """Summed over the engines of this run."""
     expected_seconds: float
+    """Of the last plan; a pilot before it is not in there."""
+    expected_usd: float | None
     seconds: StepSeconds
     output_uri: str
     work_uri: str
@@ -81,7 +83,7 @@ def build_report(
         rows_error=sum(manifest.error_rows.values()),
         error_rows=manifest.error_rows,
         requests=plan.requests + plan.done_requests,
-        computed_requests=plan.requests,
+        computed_requests=sum(result.requests for result in results),
         duplicate_rows=plan.duplicate_rows,
         prompt_tokens=prompt_tokens,
         computed_prompt_tokens=manifest.computed_prompt_tokens,
@@ -93,6 +95,7 @@ def build_report(
         engines=engines,
         engine_load_seconds=sum(result.load_seconds for result in results),
         expected_seconds=plan.expected_seconds,
+        expected_usd=plan.expected_usd,
         seconds=seconds,
         output_uri=output_uri,
         work_uri=work_uri,

@@ -64,10 +64,10 @@ class StepClock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure a block as the step of this name."""
+        """Measure a block as a part of the step of this name."""
         start = time.monotonic()
         yield
-        self.steps[name] = round(time.monotonic() - start, 3)
+        self.steps[name] = round(self.steps.get(name, 0.0) + time.monotonic() - start, 3)
 
     def seconds(self) -> StepSeconds:
         """The steps measured so far, and the total."""

@@ -1,7 +1,8 @@
 """Seeded workloads of the shapes that the paper and its peers report (prompts are token ids).
 
-A prompt is a few pieces one after the other: a template, a document, a question. Every piece has a number; equal numbers
-are equal text, other numbers other text, so a workload is a few columns and its tokens are made when they are needed.
+A prompt is a few pieces one after the other: a template, a document, a question. Every piece has a number; equal
+numbers are equal text, other numbers other text, so a workload is a few columns, and its tokens are made when they are
+needed.
 Prefixes and suffixes are all distinct where the shape does not say otherwise, and rows are shuffled.
 """
 
@@ -117,7 +118,7 @@ def two_level_tree(
 
 
 def zipf_groups(requests: int, *, scale: float = 1.0, seed: int = 0) -> Workload:
-    """Group sizes by Zipf's law (1.1) over as many groups as 10 % of the rows; prefixes log-normal around 600 tokens."""
+    """Group sizes by Zipf's law (1.1), as many groups as 10 % of the rows; prefixes log-normal around 600 tokens."""
     chance = np.random.default_rng(seed)
     groups = max(requests // 10, 1)
     weight = 1 / np.arange(1, groups + 1) ** 1.1

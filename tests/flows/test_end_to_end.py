@@ -11,7 +11,7 @@ import pytest
 
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import MANIFEST_FILE, RESULTS_FOLDER
+from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, RESULTS_FOLDER, PlanSummary
 from batchllm_operators.store import Store
 from tests.flows.jobs import job, questions, read_output, write_input
 
@@ -137,6 +137,19 @@ def test_faults_before_any_work_say_what_to_mend(bucket: str, tmp_path: Path, ti
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     with pytest.raises(TerminalError, match=rf"bucket does not exist.*{endpoint}.*no-such-bucket"):
         batch_inference(job("s3://no-such-bucket/in", out, tiny_llama))
+
+
+@pytest.mark.engine
+def test_a_pilot_sample_is_computed_first_and_teaches_the_plan(tmp_path: Path, tiny_llama: str) -> None:
+    write_input(str(tmp_path / "in"), questions(60))
+    changes = {"planning": {"pilot_fraction": 0.2}, "execution__usd_per_gpu_hour": 3.0}
+    report = batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama, **changes))
+    assert (report.rows_out, report.rows_error, report.computed_requests) == (60, 0, 59)
+    assert report.bundles >= 2
+    assert report.expected_usd is not None
+    summary = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
+    assert not summary.pilot
+    assert 0 < summary.done_requests < 59
 
 
 @pytest.mark.engine

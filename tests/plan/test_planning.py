@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.plan.cost import CPU_DEFAULT
+from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_SUMMARY, PlanSummary
@@ -152,6 +154,83 @@ def test_the_plan_does_not_depend_on_the_order_of_the_rows_or_their_parts(work: 
     plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, workers=2)
     again = plan_requests(other, stage_prompts(other, prompts[::-1], rows_per_part=7), PLANNING, workers=2)
     assert [work.read_bytes(one.name) for one in plan.bundles] == [other.read_bytes(one.name) for one in again.bundles]
+
+
+def test_a_small_memory_gives_the_same_bytes(work: Store) -> None:
+    staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
+    plan = plan_requests(work, staged, PLANNING, workers=2)
+    whole = [work.read_bytes(one.name) for one in plan.bundles]
+    small = plan_requests(work, staged, PLANNING.model_copy(update={"memory_gb": 1e-6}), workers=2)
+    assert [work.read_bytes(one.name) for one in small.bundles] == whole
+    assert small.stock_saving is None, "too large to replay"
+
+
+def test_an_earlier_plan_leaves_nothing_behind(work: Store) -> None:
+    staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
+    plan_requests(work, staged, PLANNING, workers=8)
+    plan = plan_requests(work, staged, PLANNING)
+    assert work.names("plan") == sorted([*(bundle.name for bundle in plan.bundles), PLAN_SUMMARY])
+
+
+def test_a_pilot_is_a_sample_of_every_group_and_its_lengths_are_learnt_from(work: Store) -> None:
+    prompts = grouped_prompts(groups=4, members=20)
+    staged = stage_prompts(work, prompts)
+    planning = PLANNING.model_copy(update={"pilot_fraction": 0.2})
+    pilot = plan_requests(work, staged, planning, pilot=True)
+    assert pilot.pilot
+    assert (pilot.requests, pilot.groups) == (16, 4)
+    assert plan_markdown(pilot).startswith("## Pilot")
+    write_results(work, planned_prompts(work, pilot), completion_tokens=5)
+    rest = plan_requests(work, staged, planning, pilot=True)
+    assert not rest.pilot
+    assert rest.requests == len(prompts) - 16
+    assert rest.estimate_sources == {"group": 64}
+    assert {row["expected_output_tokens"] for row in planned_rows(work, rest)} == {5}
+
+
+def test_the_forecast_has_seconds_and_a_price(work: Store) -> None:
+    staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
+    plan = plan_requests(work, staged, PLANNING, workers=2, usd_per_worker_hour=3600.0)
+    engine_seconds = sum(bundle.expected_seconds for bundle in plan.bundles)
+    assert plan.expected_prefill_seconds + plan.expected_decode_seconds == pytest.approx(engine_seconds, rel=1e-2)
+    assert engine_seconds / 2 <= plan.expected_seconds <= engine_seconds
+    assert plan.expected_usd == pytest.approx(2 * plan.expected_seconds, rel=1e-2)
+    assert sum(group.expected_seconds for group in plan.largest_groups) <= engine_seconds
+
+
+def test_measured_rates_go_before_the_hardwares_and_the_jobs_own_before_both(work: Store) -> None:
+    staged = stage_prompts(work, grouped_prompts())
+    slow = CPU_DEFAULT.model_copy(update={"prefill_tokens_per_second": 1.0})
+    slower = CPU_DEFAULT.model_copy(update={"prefill_tokens_per_second": 0.5})
+    plan = plan_requests(work, staged, PLANNING, calibrated=slow)
+    own = plan_requests(work, staged, PLANNING.model_copy(update={"cost": slower}), calibrated=slow)
+    assert own.expected_prefill_seconds == pytest.approx(2 * plan.expected_prefill_seconds)
+
+
+def test_the_plan_says_what_a_stock_engine_would_save(work: Store) -> None:
+    prompts = grouped_prompts(groups=30, members=10)
+    small = CPU_DEFAULT.model_copy(update={"kv_capacity_tokens": 200, "max_running_requests": 2})
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING.model_copy(update={"cost": small}))
+    assert plan.stock_saving is not None
+    assert 0 < plan.stock_saving < 0.5 * plan.expected_saving
+    as_given = plan_requests(
+        work, stage_prompts(work, prompts), PLANNING.model_copy(update={"cost": small, "order": "input"})
+    )
+    assert as_given.expected_saving < plan.expected_saving
+    assert planned_prompts(work, as_given) == prompts
+
+
+def test_sharing_is_shown_by_degree_and_as_a_forest(work: Store) -> None:
+    plan = plan_requests(work, stage_prompts(work, [*grouped_prompts(), [9] * 9]), PLANNING)
+    assert [(one.up_to, one.groups, one.requests) for one in plan.sharing_degrees] == [(1, 1, 1), (8, 6, 30)]
+    assert sum(one.saved_tokens for one in plan.sharing_degrees) == sum(
+        group.saved_tokens for group in plan.largest_groups
+    )
+    roots = [prefix for prefix in plan.shared_prefixes if prefix.parent < 0]
+    assert [prefix.requests for prefix in roots] == [10, 10, 10]
+    for prefix in plan.shared_prefixes:
+        if prefix.parent >= 0:
+            assert prefix.prefix_tokens > plan.shared_prefixes[prefix.parent].prefix_tokens
 
 
 def test_sampling_overrides_travel_with_their_requests(work: Store) -> None:

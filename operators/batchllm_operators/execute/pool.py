@@ -104,6 +104,8 @@ class EnginePool:
         )
         with self.lease() as lease:
             done: BundleDone = lease.handle.run_bundle(command, on_progress, written.append)
+        # A later plan of the same run may use the name again.
+        del self._written[bundle.name]
         return BundleResult(
             bundle=bundle.name,
             requests=done.counts.requests,

@@ -29,6 +29,7 @@ class ExecutionSpec(SpecModel):
     engine_python: str | None = Field(
         default=None, description="interpreter of the engine's own environment; default: this one"
     )
+    usd_per_gpu_hour: float | None = Field(default=None, ge=0, description="price of a GPU, for the plan's forecast")
     retries: int = Field(default=2, ge=0, le=10, description="further attempts at a bundle after a transient error")
     load_timeout_s: float = Field(default=1800.0, gt=0, description="seconds an engine may take to load its model")
     stall_timeout_s: float = Field(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Int32s, Int64s, UInt64s
+from batchllm_operators.plan.arrays import Bools, Int32s, Int64s, UInt64s
 from batchllm_operators.plan.compiled import compiled
 from batchllm_operators.plan.disk_array import DiskArray
 
@@ -36,18 +36,20 @@ class BlockHashes:
     Attributes:
         starts: int64 [N], where the hashes of each prompt begin in `lanes`.
         blocks: int32 [N], how many full blocks each prompt has.
+        whole: bool [N], whether these blocks are the whole prompt.
         lanes: uint64 [at least the sum of blocks, 2].
         disk: where the lanes stand, when they are not in memory.
     """
 
     starts: Int64s
     blocks: Int32s
+    whole: Bools
     lanes: UInt64s
     disk: DiskArray | None = None
 
     def of(self, prompts: Int64s) -> BlockHashes:
         """Hashes of some of the prompts."""
-        return BlockHashes(self.starts[prompts], self.blocks[prompts], self.lanes, self.disk)
+        return BlockHashes(self.starts[prompts], self.blocks[prompts], self.whole[prompts], self.lanes, self.disk)
 
     def levels(self, prompts: Int64s, first: int, count: int) -> BlockHashes:
         """A copy of the hashes number first..first + count of some prompts, at the same block numbers as here.
@@ -66,7 +68,7 @@ class BlockHashes:
                 self.disk.forget()
         starts = np.zeros_like(self.starts)
         starts[prompts] = begins - first
-        return BlockHashes(starts, self.blocks, lanes)
+        return BlockHashes(starts, self.blocks, self.whole, lanes)
 
 
 def hash_blocks(tokens: Int32s, offsets: Int64s, block_size: int) -> BlockHashes:
@@ -77,12 +79,12 @@ def hash_blocks(tokens: Int32s, offsets: Int64s, block_size: int) -> BlockHashes
         offsets: int64 [N + 1] into `tokens`.
         block_size: tokens of a block.
     """
-    blocks = np.diff(offsets) // block_size
+    blocks, rest = np.divmod(np.diff(offsets), block_size)
     block_offsets = np.zeros(len(offsets), dtype=np.int64)
     np.cumsum(blocks, out=block_offsets[1:])
     lanes = np.empty((int(block_offsets[-1]), 2), dtype=np.uint64)
     _hash_blocks(tokens, offsets, block_offsets, block_size, lanes)
-    return BlockHashes(block_offsets[:-1], blocks.astype(np.int32), lanes)
+    return BlockHashes(block_offsets[:-1], blocks.astype(np.int32), rest == 0, lanes)
 
 
 @compiled

@@ -14,8 +14,8 @@ from batchllm_operators.plan.spec import CostModel
 CPU_DEFAULT = CostModel(
     step_seconds=0.012,
     prefill_tokens_per_second=5_500,
-    decode_tokens_per_second=2_500,
-    kv_tokens_per_second=1_000_000,
+    decode_tokens_per_second=3_200,
+    kv_tokens_per_second=2_800_000,
     kv_capacity_tokens=170_000,
     max_running_requests=256,
 )

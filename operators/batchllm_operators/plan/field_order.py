@@ -139,7 +139,9 @@ def _shared_length(table: FieldTable, order: Int32s) -> int:
     starts = np.arange(rows, dtype=np.int64) * fields
     numbers = np.arange(rows, dtype=np.uint64)
     keys: UInt64s = np.stack([numbers, numbers], axis=1)
-    sorted_rows = sort_by_prefix(BlockHashes(starts, np.full(rows, fields, dtype=np.int32), lanes), keys)
+    sorted_rows = sort_by_prefix(
+        BlockHashes(starts, np.full(rows, fields, dtype=np.int32), np.ones(rows, dtype=np.bool_), lanes), keys
+    )
     lengths = np.zeros((rows, fields + 1), dtype=np.int64)
     np.cumsum(table.lengths[sequence], axis=1, out=lengths[:, 1:])
     return int(lengths[sorted_rows.rows, sorted_rows.shared_blocks].sum())
@@ -271,7 +273,7 @@ def _worth(table: Int64s, weight: Floats, values: _Values, value: int) -> float:
     for field in range(table.shape[1]):
         if values.constant[value] >> field & 1:
             total += weight[table[values.head[value], field]]
-    return total * (values.rows_left[value] - 1)
+    return total * float(values.rows_left[value] - 1)
 
 
 @compiled

@@ -124,7 +124,7 @@ def form_plan(
     prompt_tokens, output_tokens = requests.prompt_tokens[rows], estimates.tokens[rows]
     seconds = forecast(prompt_tokens, output_tokens, cost)
     if planning.order == "input":
-        engine = _order_as_given(planned, requests, block, cost)
+        engine = _order_as_given(planned, requests, estimates, block, cost)
     else:
         engine = order_by_ratio(
             planned.forest,
@@ -199,16 +199,13 @@ def _estimates(
     return estimate_output_tokens(requests.max_tokens, requests.estimate, group, known, observed)
 
 
-def _order_as_given(sharing: Sharing, requests: RequestColumns, block_size: int, cost: CostModel) -> EngineOrder:
-    """The order of the input rows, and what a cache of the engine's size finds in it."""
+def _order_as_given(
+    sharing: Sharing, requests: RequestColumns, estimates: OutputEstimates, block_size: int, cost: CostModel
+) -> EngineOrder:
+    """The order of the input rows, and what the cache of a stock engine holds of each."""
     rows = sharing.order.rows
     positions = np.argsort(requests.first_row[rows], kind="stable").astype(np.int64)
-    found = simulate_cache(
-        positions,
-        number_blocks(sharing.order, requests.hashes.blocks[rows]),
-        usable_blocks(requests.prompt_tokens[rows], block_size),
-        capacity_blocks=max(cost.kv_capacity_tokens // block_size, 1),
-    )
+    found = _replay_stock(sharing.order, positions, requests, estimates, block_size, cost)
     return EngineOrder(positions, found, np.zeros(len(rows), dtype=np.int32))
 
 
@@ -216,23 +213,35 @@ def _stock_computed_tokens(
     whole: Sharing, requests: RequestColumns, estimates: OutputEstimates, planning: PlanningSpec, cost: CostModel
 ) -> int | None:
     """Prompt tokens that a stock engine computes for all rows in their order; None when they are too many to replay."""
-    block, rows = planning.block_size, whole.order.rows
-    blocks, lengths = requests.hashes.blocks[rows], requests.prompt_tokens[rows]
-    if int(blocks.sum(dtype=np.int64)) * BYTES_PER_NUMBER > planning.memory_gb * GIGABYTE:
+    rows = whole.order.rows
+    if int(requests.hashes.blocks.sum(dtype=np.int64)) * BYTES_PER_NUMBER > planning.memory_gb * GIGABYTE:
         return None
     position = np.empty(len(rows), dtype=np.int64)
     position[rows] = np.arange(len(rows))
-    tokens = lengths + estimates.tokens[rows]
-    capacity = max(cost.kv_capacity_tokens // block, 1)
-    found = simulate_cache(
-        position[requests.request_of_row],
-        number_blocks(whole.order, blocks),
-        usable_blocks(lengths, block),
-        capacity_blocks=capacity,
-        own_blocks=-(-tokens // block) - blocks,
+    positions = position[requests.request_of_row]
+    found = _replay_stock(whole.order, positions, requests, estimates, planning.block_size, cost)
+    return requests.row_tokens - planning.block_size * int(found.sum(dtype=np.int64))
+
+
+def _replay_stock(
+    order: PrefixOrder,
+    positions: Int64s,
+    requests: RequestColumns,
+    estimates: OutputEstimates,
+    block_size: int,
+    cost: CostModel,
+) -> Int32s:
+    """Blocks that a stock engine finds in its cache when it is fed these positions."""
+    rows = order.rows
+    blocks, lengths = requests.hashes.blocks[rows], requests.prompt_tokens[rows]
+    return simulate_cache(
+        positions,
+        number_blocks(order, blocks),
+        usable_blocks(lengths, block_size),
+        capacity_blocks=max(cost.kv_capacity_tokens // block_size, 1),
+        own_blocks=-(-(lengths + estimates.tokens[rows]) // block_size) - blocks,
         running=cost.max_running_requests,
     )
-    return requests.row_tokens - block * int(found.sum(dtype=np.int64))
 
 
 def _groups(sharing: Sharing, positions: Int64s, block_size: int) -> tuple[Int32s, Int32s]:

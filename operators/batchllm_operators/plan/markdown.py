@@ -28,7 +28,7 @@ _SOURCES = {
 def plan_markdown(plan: PlanSummary) -> str:
     """The plan in Markdown: what is saved, what it will take, why this order, the largest groups, the bundles."""
     lines = ["## Pilot" if plan.pilot else "## Plan", "", _headline(plan), "", _saving(plan), ""]
-    lines += _counts(plan) + ["", "### Order", "", explain_order(plan)]
+    lines += [*_counts(plan), "", "### Order", "", explain_order(plan)]
     if plan.largest_groups:
         lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
         lines += [
@@ -86,7 +86,7 @@ def _saving(plan: PlanSummary) -> str:
     stock = "" if plan.stock_saving is None else f"; a stock engine on the rows as given: {plan.stock_saving:.1%}"
     return (
         f"Of {plan.prompt_tokens:,} prompt tokens **{plan.expected_saving:.1%}** need not be computed "
-        f"(possible: {plan.optimum_saving:.1%}; with one shared prefix a request: {plan.single_level_saving:.1%}{stock})."
+        f"(possible: {plan.optimum_saving:.1%}; with one prefix a request: {plan.single_level_saving:.1%}{stock})."
     )
 
 
@@ -109,7 +109,7 @@ def _counts(plan: PlanSummary) -> list[str]:
 
 
 def _section(title: str, *columns: str) -> list[str]:
-    return ["", f"### {title}", "", f"| {' | '.join(columns)} |", "|" + "---:|" * len(columns)]
+    return ["", f"### {title}", "", f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
 
 
 def _duration(seconds: float) -> str:

@@ -74,8 +74,9 @@ def usable_blocks(prompt_tokens: Int32s, block_size: int) -> Int32s:
 def sort_by_prefix(hashes: BlockHashes, keys: UInt64s, *, window_bytes: int | None = None) -> PrefixOrder:
     """Sort requests so that every shared prefix is one range, shorter requests before those that continue them.
 
-    The order depends on the requests alone, not on the order they come in: siblings stand by hash, and requests with
-    the same blocks by key. Work grows with the blocks that are shared, plus one sort.
+    Of requests with the same blocks those without a further token come first: they compute the last of them in any
+    case. Then the order depends on the requests alone, not on the order they come in: siblings stand by hash, and
+    requests with the same blocks by key. Work grows with the blocks that are shared, plus one sort.
 
     Args:
         hashes: block hashes of N requests.
@@ -95,7 +96,9 @@ def sort_by_prefix(hashes: BlockHashes, keys: UInt64s, *, window_bytes: int | No
             open_rows = np.concatenate([rows[low:high] for low, high in ranges])
             levels = max(window_bytes // (HASH_BYTES * len(open_rows)), 1)
             window = hashes.levels(open_rows, depth, levels)
-        ranges = _refine(rows, shared, ranges, depth, depth + levels, window.starts, window.blocks, window.lanes, keys)
+        ranges = _refine(
+            rows, shared, ranges, depth, depth + levels, window.starts, window.blocks, window.whole, window.lanes, keys
+        )
         depth += levels
     return PrefixOrder(rows, shared)
 
@@ -109,6 +112,7 @@ def _refine(
     to_depth: int,
     starts: Int64s,
     blocks: Int32s,
+    whole: Bools,
     lanes: UInt64s,
     keys: UInt64s,
 ) -> Int64s:
@@ -128,8 +132,18 @@ def _refine(
             agreeing[agreed, 0], agreeing[agreed, 1] = low, high
             agreed += 1
             continue
-        middle = _ended_first(rows, low, high, depth, blocks)
-        _sort(rows, low, middle, keys, starts[:0], 0)
+        middle = low
+        for position in range(low, high):
+            if blocks[rows[position]] == depth:
+                rows[position], rows[middle] = rows[middle], rows[position]
+                middle += 1
+        without_more = low
+        for position in range(low, middle):
+            if whole[rows[position]]:
+                rows[position], rows[without_more] = rows[without_more], rows[position]
+                without_more += 1
+        _sort(rows, low, without_more, keys, starts[:0], 0)
+        _sort(rows, without_more, middle, keys, starts[:0], 0)
         shared[low + 1 : min(middle + 1, high)] = depth
         _sort(rows, middle, high, lanes, starts, depth)
         begin = middle
@@ -158,17 +172,6 @@ def _all_agree(rows: Int64s, low: int, high: int, depth: int, starts: Int64s, bl
         if lanes[here, 0] != lanes[first, 0] or lanes[here, 1] != lanes[first, 1]:
             return False
     return high - low > 1
-
-
-@compiled
-def _ended_first(rows: Int64s, low: int, high: int, depth: int, blocks: Int32s) -> int:
-    """Move the requests without a further block to the front; returns where the others begin."""
-    middle = low
-    for position in range(low, high):
-        if blocks[rows[position]] == depth:
-            rows[position], rows[middle] = rows[middle], rows[position]
-            middle += 1
-    return middle
 
 
 @compiled

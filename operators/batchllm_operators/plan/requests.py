@@ -99,17 +99,19 @@ class HashSpool:
                 self._disk.append(piece.reshape(-1))
             self._lanes.clear()
 
-    def hashes(self, blocks: Int32s) -> BlockHashes:
+    def hashes(self, prompt_tokens: Int32s, block_size: int) -> BlockHashes:
         """The hashes of all rows; nothing may be added after.
 
         Args:
-            blocks: int32 [rows], how many blocks each row has.
+            prompt_tokens: int32 [rows].
+            block_size: tokens of a block.
         """
+        blocks, rest = np.divmod(prompt_tokens, np.int32(block_size))
         if self.on_disk:
-            return BlockHashes(starts_of(blocks), blocks, self._disk.values().reshape(-1, 2), self._disk)
+            return BlockHashes(starts_of(blocks), blocks, rest == 0, self._disk.values().reshape(-1, 2), self._disk)
         lanes = np.concatenate(self._lanes)
         self._lanes.clear()
-        return BlockHashes(starts_of(blocks), blocks, lanes)
+        return BlockHashes(starts_of(blocks), blocks, rest == 0, lanes)
 
 
 def read_requests(
@@ -229,7 +231,6 @@ class _Reading:
         first, request_of_row = distinct_keys(keys)
         column = {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
         prompt_tokens = column["prompt_tokens"]
-        blocks = prompt_tokens // self._block_size
         return RequestColumns(
             request_of_row=request_of_row,
             row_tokens=int(prompt_tokens.sum(dtype=np.int64)),
@@ -241,7 +242,7 @@ class _Reading:
             sampling=column["sampling"][first],
             sampling_texts=list(self._sampling_codes),
             token_starts=starts_of(prompt_tokens)[first],
-            hashes=self._hashes.hashes(blocks).of(first),
+            hashes=self._hashes.hashes(prompt_tokens, self._block_size).of(first),
         )
 
     def _codes(self, texts: pa.Array) -> Int32s:

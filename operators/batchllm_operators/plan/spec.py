@@ -35,9 +35,6 @@ class PlanningSpec(SpecModel):
         description="groups by decreasing decode/prefill ratio; or from both ends of that list, so that compute-heavy "
         "and memory-heavy work run together; or as given (for comparison)",
     )
-    field_order: Literal["optimise", "as_given"] = Field(
-        default="optimise", description="order of the fields in each prompt of kind `fields`"
-    )
     bundle_minutes: float = Field(
         default=5.0, gt=0.0, description="estimated engine minutes of one bundle, the unit of dispatch and of retry"
     )

@@ -1,0 +1,52 @@
+"""Rates of engines: fitted, kept, and used for the forecast."""
+
+import numpy as np
+import pytest
+
+from batchllm_operators.plan.cost import CPU_DEFAULT, StepTimes, default_cost_model, fit_cost_model, forecast
+from batchllm_operators.plan.spec import CostModel
+
+
+def steps_of(cost: CostModel, count: int = 60, noise: float = 0.0) -> StepTimes:
+    chance = np.random.default_rng(0)
+    prefill = chance.integers(0, 4000, count)
+    decode = chance.integers(0, 200, count)
+    kv = decode * chance.integers(100, 4000, count)
+    seconds = (
+        cost.step_seconds
+        + prefill / cost.prefill_tokens_per_second
+        + decode / cost.decode_tokens_per_second
+        + kv / cost.kv_tokens_per_second
+    )
+    return StepTimes(prefill, decode, kv, seconds * (1 + noise * chance.standard_normal(count)))
+
+
+def test_a_fit_finds_the_rates_that_made_the_steps() -> None:
+    fitted = fit_cost_model(steps_of(CPU_DEFAULT), kv_capacity_tokens=170_000, max_running_requests=256)
+    assert fitted.model_dump() == pytest.approx(CPU_DEFAULT.model_dump(), rel=1e-6)
+
+
+def test_a_fit_of_noisy_steps_is_near_and_never_negative() -> None:
+    fitted = fit_cost_model(steps_of(CPU_DEFAULT, 400, 0.05), kv_capacity_tokens=1, max_running_requests=1)
+    assert fitted.prefill_tokens_per_second == pytest.approx(CPU_DEFAULT.prefill_tokens_per_second, rel=0.1)
+    assert fitted.step_seconds >= 0
+
+
+def test_a_fit_needs_prefill_and_decode() -> None:
+    only_prefill = StepTimes(np.arange(9), np.zeros(9, np.int64), np.zeros(9, np.int64), np.ones(9))
+    with pytest.raises(ValueError, match="with prefill and decode among them"):
+        fit_cost_model(only_prefill, kv_capacity_tokens=1, max_running_requests=1)
+
+
+def test_longer_prompts_and_outputs_cost_more_and_a_small_cache_makes_decode_slow() -> None:
+    prompts = np.array([100, 100, 1000], dtype=np.int32)
+    outputs = np.array([10, 20, 20], dtype=np.int32)
+    roomy = forecast(prompts, outputs, CPU_DEFAULT)
+    assert (np.diff(roomy.decode) > 0).all()
+    tight = forecast(prompts, outputs, CPU_DEFAULT.model_copy(update={"kv_capacity_tokens": 400}))
+    assert (tight.decode > roomy.decode).all()
+
+
+def test_the_forecast_of_nothing_is_nothing() -> None:
+    nothing = np.zeros(0, dtype=np.int32)
+    assert forecast(nothing, nothing, default_cost_model()).decode.shape == (0,)
