@@ -18,7 +18,8 @@ from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.records import RESULTS_FOLDER, StageSummary
 from batchllm_operators.store import Store
 
-READ_ROWS = 8192
+READ_ROWS = 1024
+"""Rows of a batch: small enough for its buffers to be used again, instead of mapped anew (half the time of reading)."""
 QUEUED_BATCHES = 2
 ESTIMATE_COLUMN = "expected_output_tokens"
 """Optional column of the staged rows: what a row says about the length of its own completion."""

@@ -14,7 +14,7 @@ from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.records import BUNDLE_SCHEMA, KEY_TYPE, PLAN_FOLDER, PLAN_SUMMARY, PlanSummary
 from batchllm_operators.store import PARQUET_COMPRESSION, Store
 
-ROW_GROUP_TOKENS = 2_000_000
+ROW_GROUP_TOKENS = 1_000_000
 WRITERS = 8
 """Objects written at a time: a write mostly waits for the disk or the network."""
 
