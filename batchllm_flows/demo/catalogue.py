@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import random
 import re
+import subprocess
+import sys
 from types import ModuleType
 
 import pyarrow as pa
@@ -33,6 +36,21 @@ CATALOGUE_SCHEMA = pa.schema(
         pa.field("docstring", pa.string()),
     ]
 )
+
+
+def fresh_catalogue() -> pa.Table:
+    """`build_catalogue` in a process of its own, so that equal interpreters give equal catalogues.
+
+    Packages that patch the standard library (torch, Prefect) would otherwise change it by having been imported.
+    """
+    built = subprocess.run(
+        [sys.executable, "-P", "-m", "batchllm_flows.demo.catalogue"],
+        check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
+    with pa.ipc.open_stream(built.stdout) as stream:
+        return stream.read_all()
 
 
 def build_catalogue() -> pa.Table:
@@ -94,3 +112,9 @@ def _row(listed_name: str, module: ModuleType, document: str, name: str, functio
         "signature": signature(function),
         "docstring": docstring[:DOCSTRING_CHARACTERS] if docstring else None,
     }
+
+
+if __name__ == "__main__":
+    _catalogue = build_catalogue()
+    with pa.ipc.new_stream(sys.stdout.buffer, _catalogue.schema) as _stream:
+        _stream.write_table(_catalogue)

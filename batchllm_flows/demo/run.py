@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from batchllm_flows.demo.catalogue import build_catalogue
+from batchllm_flows.demo.catalogue import fresh_catalogue
 from batchllm_flows.demo.model import smollm2_folder
 from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_flows.job import BatchJob
@@ -97,7 +97,7 @@ def write_input(store: Store) -> int:
 
     An unchanged object keeps its version, so that a second run of the demo finds the same input.
     """
-    catalogue = build_catalogue()
+    catalogue = fresh_catalogue()
     rows_per_file = -(-catalogue.num_rows // INPUT_FILES)
     present = set(store.names())
     for index in range(INPUT_FILES):

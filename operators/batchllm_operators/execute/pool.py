@@ -105,7 +105,7 @@ class EnginePool:
         with self.lease() as lease:
             done: BundleDone = lease.handle.run_bundle(command, on_progress, written.append)
         # A later plan of the same run may use the name again.
-        del self._written[bundle.name]
+        self._written.pop(bundle.name, None)
         return BundleResult(
             bundle=bundle.name,
             requests=done.counts.requests,
