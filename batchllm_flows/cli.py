@@ -67,15 +67,22 @@ def plan(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, 
 def report(
     uri: Annotated[str, typer.Argument(help="folder of a job's output", show_default=False)],
     endpoint_url: Annotated[str | None, typer.Option(help="S3 endpoint, where it is not AWS")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="copy the page with plots to this file")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the report of the job whose output is in a folder."""
-    from batchllm_flows.report import read_report, report_markdown
+    from batchllm_flows.report import read_report, read_report_page, report_markdown
     from batchllm_operators.merge.spec import SinkSpec
     from batchllm_operators.spec import StorageOptions
 
     sink = SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url))
     found = _guarded(lambda: read_report(sink))
+    if html is not None:
+        page = _guarded(lambda: read_report_page(sink))
+        try:
+            html.write_bytes(page)
+        except OSError as error:
+            _fail(f"--html: cannot write {html}: {error.strerror}", EXIT_FAILED)
     _print(found.model_dump(mode="json"), report_markdown(found), as_json)
 
 

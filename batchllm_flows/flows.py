@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,16 +13,28 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.live import LiveProgress
-from batchllm_flows.report import JobReport, build_report, report_markdown
+from batchllm_flows.report import ExecutedPlan, JobReport, build_report, report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.errors import BatchLLMError, TerminalError
-from batchllm_operators.execute.pool import EnginePool
+from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, CalibrationCache
+from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
 from batchllm_operators.execute.progress import ProgressBoard
-from batchllm_operators.execute.task import execute_bundle
+from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
+from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
-from batchllm_operators.records import REPORT_FILE, BundleResult, PlanSummary, StageSummary
+from batchllm_operators.records import (
+    PLAN_PAGE,
+    REPORT_FILE,
+    REPORT_PAGE,
+    WORK_FOLDER,
+    BundleResult,
+    PlanSummary,
+    StageSummary,
+)
 from batchllm_operators.stage.task import stage
+from batchllm_operators.svg import markdown_image
 
 
 @flow(name="batch-inference", flow_run_name="{job.name}", validate_parameters=True)
@@ -40,21 +52,24 @@ def batch_inference(job: BatchJob) -> JobReport:
     run = open_run(job)
     if run.complete is not None:
         logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
-        _publish(run.complete)
+        with _only_shown():
+            _show_report(run.complete)
         return run.complete
     logger.info("job %s: %d input objects, work folder %s", run.job_id, len(run.objects), run.work.uri)
     with clock.step("stage"):
         staged = _stage(run)
     with _engine_pool(run) as pool:
-        with clock.step("plan"):
-            planned = _plan(run, staged, pilot=job.planning.pilot_fraction > 0)
         with clock.step("execute"):
-            results = _execute(run, planned, pool)
+            calibrated = _calibrate(run, staged, pool)
+        with clock.step("plan"):
+            planned = _plan(run, staged, calibrated, pilot=job.planning.pilot_fraction > 0)
+        with clock.step("execute"):
+            executed = [ExecutedPlan(planned, _execute(run, planned, pool))]
         if planned.pilot:
             with clock.step("plan"):
-                planned = _plan(run, staged)
+                planned = _plan(run, staged, calibrated)
             with clock.step("execute"):
-                results += _execute(run, planned, pool)
+                executed.append(ExecutedPlan(planned, _execute(run, planned, pool)))
     with clock.step("merge"):
         manifest = merge(
             job.source,
@@ -68,15 +83,18 @@ def batch_inference(job: BatchJob) -> JobReport:
         )
     report = build_report(
         manifest,
-        planned,
-        results,
+        executed,
         clock.seconds(),
-        engines=min(job.execution.engines, len(results)),
+        started=clock.started_at,
+        engines=min(job.execution.engines, sum(len(one.results) for one in executed)),
         output_uri=run.sink.uri,
         work_uri=run.work.uri,
+        usd_per_engine_hour=_usd_per_engine_hour(run),
+        engine_settings=pool.settings,
     )
     run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
-    _publish(report)
+    with _only_shown():
+        _show_report(report, _write_page(run, report, executed))
     return report
 
 
@@ -87,8 +105,14 @@ def plan_batch_inference(job: BatchJob) -> PlanSummary:
     The work is not lost: `batch_inference` of the same job finds the staged rows.
     """
     run = open_run(job)
-    staged = _stage(run)
-    return _plan(run, staged)
+    planned = _plan(run, _stage(run), _calibrations(run).latest())
+    page_uri = None
+    with _only_shown():
+        from batchllm_flows.html_report.page import plan_page
+
+        run.work.write_bytes(PLAN_PAGE, plan_page(planned, job.name).encode())
+        page_uri = run.work.uri_of(PLAN_PAGE)
+    return planned.model_copy(update={"page_uri": page_uri})
 
 
 def _stage(run: JobRun) -> StageSummary:
@@ -100,21 +124,50 @@ def _stage(run: JobRun) -> StageSummary:
         job.model,
         run.work.uri,
         job.sink.storage,
+        field_order=job.planning.field_order,
         tokenizer_processes=job.execution.tokenizer_processes,
     )
 
 
-def _plan(run: JobRun, staged: StageSummary, *, pilot: bool = False) -> PlanSummary:
-    job, price = run.job, run.job.execution.usd_per_gpu_hour
+def _plan(run: JobRun, staged: StageSummary, calibrated: Calibration | None, *, pilot: bool = False) -> PlanSummary:
+    job = run.job
     return plan(
         staged,
         job.planning,
         run.work.uri,
         job.sink.storage,
         workers=job.execution.engines,
-        usd_per_worker_hour=None if price is None else price * job.execution.gpus_per_engine,
+        calibrated=calibrated,
+        usd_per_worker_hour=_usd_per_engine_hour(run),
         pilot=pilot,
     )
+
+
+def _calibrations(run: JobRun) -> CalibrationCache:
+    """Kept beside the output, for every job that writes there."""
+    return CalibrationCache(
+        run.sink.folder(f"{WORK_FOLDER}/{CALIBRATIONS_FOLDER}"),
+        run.job.model,
+        block_size=run.job.planning.block_size,
+        gpus_per_engine=run.job.execution.gpus_per_engine,
+    )
+
+
+def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
+    """The engines' rates as kept; else as an engine measures them now, where it has something to compute anyway."""
+    job = run.job
+    if job.planning.cost is not None:
+        return None
+    cache = _calibrations(run)
+    kept = cache.latest()
+    if kept is not None or not job.execution.calibrate or not has_requests_left(run.work, staged):
+        return kept
+    return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache)
+
+
+def _usd_per_engine_hour(run: JobRun) -> float | None:
+    price = run.job.execution.usd_per_gpu_hour
+    return None if price is None else price * run.job.execution.gpus_per_engine
 
 
 def _engine_pool(run: JobRun) -> EnginePool:
@@ -129,18 +182,20 @@ def _engine_pool(run: JobRun) -> EnginePool:
     )
 
 
-def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> list[BundleResult]:
-    """One task run per bundle, one thread per engine.
+def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> tuple[BundleResult, ...]:
+    """One task run per bundle, each in a thread that waits for its engine.
 
     Where this fails the pool closes before the task runner: closing ends the calls that the runner's threads wait in,
     which Prefect cannot interrupt (Ctrl-C, cancellation, a failed bundle).
     """
     if not planned.bundles:
-        return []
+        return ()
     board = ProgressBoard(planned.bundles)
     bundle_task = execute_bundle.with_options(retries=run.job.execution.retries)
     with (
-        ThreadPoolTaskRunner[Any](max_workers=min(run.job.execution.engines, len(planned.bundles))) as runner,
+        ThreadPoolTaskRunner[Any](
+            max_workers=min(THREADS_PER_ENGINE * run.job.execution.engines, len(planned.bundles))
+        ) as runner,
         _closed_on_failure(pool),
         LiveProgress(board, f"{artifact_slug(run.job.name)}-progress"),
     ):
@@ -160,7 +215,7 @@ def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> list[Bundle
                 failed = error
         if failed is not None:
             raise failed
-        return results
+        return tuple(results)
 
 
 @contextmanager
@@ -172,9 +227,37 @@ def _closed_on_failure(pool: EnginePool) -> Iterator[None]:
         raise
 
 
-def _publish(report: JobReport) -> None:
+@contextmanager
+def _only_shown() -> Iterator[None]:
+    """For what a person looks at: a fault there is told, and does not fail a job whose work is done."""
+    try:
+        yield
+    except Exception:
+        get_run_logger().warning("a report could not be shown, the job itself is done", exc_info=True)
+
+
+def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) -> list[str]:
+    """Write the page of a run; returns the plots of its facts, as lines of Markdown."""
+    # Imported here: drawing loads matplotlib, which a run needs only at its end.
+    from batchllm_flows.html_report.page import report_page
+    from batchllm_flows.html_report.plots import report_plots
+    from batchllm_flows.html_report.step_trace import read_step_trace
+
+    trace, notes = read_step_trace(run.work, since=report.started.timestamp())
+    plots = report_plots(report, executed, trace)
+    run.work.write_bytes(REPORT_PAGE, report_page(report, executed[-1].plan, plots, trace, notes).encode())
+    return [
+        *markdown_image("Savings", plots.saving),
+        *markdown_image("Each bundle against its forecast", plots.bundles),
+        *markdown_image("Steps of the engines", plots.engine_steps),
+    ]
+
+
+def _show_report(report: JobReport, images: Sequence[str] = ()) -> None:
     create_markdown_artifact(
-        report_markdown(report), key=f"{artifact_slug(report.job_name)}-report", description="Report of the run"
+        "\n".join([report_markdown(report), *images]),
+        key=f"{artifact_slug(report.job_name)}-report",
+        description="Report of the run",
     )
 
 

@@ -15,7 +15,7 @@ from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import WORK_FOLDER, InputObject
 from batchllm_operators.spec import SpecModel
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.store import Store
 
 
@@ -65,9 +65,14 @@ class BatchJob(SpecModel):
             raise InvalidJobError(explain(error), uri=str(path)) from error
 
     def job_id(self, fingerprint: list[InputObject]) -> str:
-        """Id of this job on this input: what decides the answers counts; sink, execution and planning do not."""
+        """Id of this job on this input: what decides the answers counts; sink, execution and planning do not.
+
+        Of planning, the order of the fields does where it is part of the prompt.
+        """
         spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
         del spec["source"]["storage"]
+        if isinstance(self.prompt, FieldsPrompt):
+            spec["field_order"] = self.planning.field_order
         return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])
 
     def work_store(self, identity: str) -> Store:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
+from contextvars import copy_context
 from types import TracebackType
 from typing import cast
 from uuid import UUID
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from batchllm_operators.execute.progress import ProgressBoard, ProgressSnapshot
+from batchllm_operators.terminal import terminal
 
-QUIET_VARIABLE = "BATCHLLM_QUIET"
 REFRESH_SECONDS = 2.0
 
 
@@ -25,36 +23,44 @@ class LiveProgress:
         board: filled by the engines' threads.
         artifact_key: key of the Prefect artifact.
 
-    The terminal bar stands on standard error, where that is a terminal, unless `BATCHLLM_QUIET` is set.
+        refresh_seconds: between two looks at the board.
+
+    The terminal bar stands on standard error, where that is a terminal, unless `BATCHLLM_QUIET` is set. Faults of the
+    Prefect API are warned of once and never leave the block: a display must not fail the job.
     """
 
-    def __init__(self, board: ProgressBoard, artifact_key: str) -> None:
+    def __init__(self, board: ProgressBoard, artifact_key: str, *, refresh_seconds: float = REFRESH_SECONDS) -> None:
         self._board = board
         self._key = artifact_key
+        self._refresh_seconds = refresh_seconds
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._refresh, name="live-progress", daemon=True)
+        self._artifact: UUID | None = None
+        self._warned = False
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
-        if not os.environ.get(QUIET_VARIABLE) and sys.stderr.isatty():
+        console = terminal()
+        if console is not None:
             self._bar = Progress(
                 TextColumn("execute"),
                 BarColumn(),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=console,
                 transient=True,
             )
 
     def __enter__(self) -> LiveProgress:
-        from prefect.artifacts import create_progress_artifact
+        from prefect import get_run_logger
 
-        snapshot = self._board.snapshot()
-        created = create_progress_artifact(0.0, key=self._key, description=progress_line(snapshot))
-        # Typed as a coroutine too, which it is inside a running event loop only; these flows are synchronous.
-        self._artifact = cast(UUID, created)
+        self._logger = get_run_logger()
         if self._bar is not None:
-            self._bar_task = self._bar.add_task(progress_line(snapshot), total=1.0)
+            self._bar_task = self._bar.add_task("", total=1.0)
             self._bar.start()
+        self._show()
+        # In a copy of the context, so that an artifact first created in the thread still belongs to the flow run.
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._refresh,), name="live-progress", daemon=True
+        )
         self._thread.start()
         return self
 
@@ -62,24 +68,38 @@ class LiveProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        # A request to an API in trouble is tried again for a minute: what ends with an error does not wait for it.
+        self._thread.join(None if error is None else self._refresh_seconds)
         if self._bar is not None:
             self._bar.stop()
         if error is None:
             self._show()
 
     def _refresh(self) -> None:
-        while not self._stop.wait(REFRESH_SECONDS):
+        while not self._stop.wait(self._refresh_seconds):
             self._show()
 
     def _show(self) -> None:
-        from prefect.artifacts import update_progress_artifact
-
         snapshot = self._board.snapshot()
         line = progress_line(snapshot)
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, completed=snapshot.fraction, description=line)
-        update_progress_artifact(self._artifact, progress=100.0 * snapshot.fraction, description=line)
+        try:
+            self._publish(100.0 * snapshot.fraction, line)
+        except Exception as error:
+            if not self._warned:
+                self._logger.warning("progress is not shown in Prefect for now, the job goes on: %s", error)
+            self._warned = True
+
+    def _publish(self, percent: float, line: str) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        if self._artifact is None:
+            created = create_progress_artifact(percent, key=self._key, description=line)
+            # Typed as a coroutine too, which it is inside a running event loop only; these flows are synchronous.
+            self._artifact = cast(UUID, created)
+        else:
+            update_progress_artifact(self._artifact, progress=percent, description=line)
 
 
 def progress_line(snapshot: ProgressSnapshot) -> str:

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from batchllm_flows import __version__
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, BundleResult, Manifest, PlanSummary, Record
+from batchllm_operators.plan.markdown import duration, usd
+from batchllm_operators.records import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    REPORT_PAGE,
+    BundleInfo,
+    BundleResult,
+    EngineSetting,
+    Manifest,
+    PlanSummary,
+    Record,
+)
 from batchllm_operators.store import Store
+
+SECONDS_PER_HOUR = 3600
+
+Kind = TypeVar("Kind", bound=Record)
 
 
 class StepSeconds(Record):
@@ -18,6 +41,34 @@ class StepSeconds(Record):
     total: float
 
 
+class ExpectedActual(Record):
+    """A figure as the plan expected it, and as it came."""
+
+    expected: int | float
+    actual: int | float
+
+    @property
+    def ratio(self) -> float | None:
+        """Fact over forecast; None where nothing was expected."""
+        return self.actual / self.expected if self.expected else None
+
+
+class ForecastAgainstFact(Record):
+    """The forecast of the plans of one run, a pilot's included, against what the run did.
+
+    All but the saving are of this run alone: what earlier runs of the job had computed is in neither side.
+    """
+
+    saving: ExpectedActual
+    """Share of the prompt tokens of the whole job; what earlier runs computed is in both sides."""
+    computed_prompt_tokens: ExpectedActual
+    output_tokens: ExpectedActual
+    execute_seconds: ExpectedActual
+    """Of the execute step, loading the engines left out."""
+    usd: ExpectedActual | None
+    """The fact is the time of all engines from the begin of the execute step to its end, loading included."""
+
+
 class JobReport(Record):
     """One run of a job, `report.json` of the work folder.
 
@@ -26,8 +77,11 @@ class JobReport(Record):
 
     job_id: str
     job_name: str
+    version: str
+    """Of batchllm-flows."""
+    started: datetime
     already_complete: bool
-    """This run found the complete output and computed nothing."""
+    """This run found the complete output and computed nothing; the figures are of the run that completed it."""
     rows_in: int
     rows_out: int
     rows_error: int
@@ -37,46 +91,78 @@ class JobReport(Record):
     """Distinct requests, duplicates counted once."""
     computed_requests: int
     """Requests this run computed; the others were answered by earlier runs."""
+    answered_tokens: int
+    """Prompt and completion tokens of the requests this run computed."""
     duplicate_rows: int
     prompt_tokens: int
     computed_prompt_tokens: int
     completion_tokens: int
     saving: float
-    expected_saving: float
     optimum_saving: float
+    forecast: ForecastAgainstFact
     bundles: int
     engines: int
     engine_load_seconds: float
     """Summed over the engines of this run."""
-    expected_seconds: float
-    """Of the last plan; a pilot before it is not in there."""
-    expected_usd: float | None
+    engine_settings: tuple[EngineSetting, ...] = ()
     seconds: StepSeconds
     output_uri: str
     work_uri: str
 
     @property
     def tokens_per_second(self) -> float:
-        """Prompt and completion tokens answered in a second of the execute step, engine loading left out."""
-        busy = self.seconds.execute - self.engine_load_seconds / max(self.engines, 1)
-        return (self.prompt_tokens + self.completion_tokens) / busy if busy > 0 else 0.0
+        """Prompt and completion tokens this run answered in a second of the execute step, engine loading left out."""
+        busy = self.forecast.execute_seconds.actual
+        return self.answered_tokens / busy if busy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class ExecutedPlan:
+    """A plan and what executing its bundles gave."""
+
+    plan: PlanSummary
+    results: tuple[BundleResult, ...]
+
+    def bundles(self) -> Iterator[tuple[BundleInfo, BundleResult]]:
+        """Each bundle of the plan with its result, in the plan's order."""
+        by_name = {result.bundle: result for result in self.results}
+        return ((bundle, by_name[bundle.name]) for bundle in self.plan.bundles)
 
 
 def build_report(
     manifest: Manifest,
-    plan: PlanSummary,
-    results: list[BundleResult],
+    executed: Sequence[ExecutedPlan],
     seconds: StepSeconds,
     *,
+    started: datetime,
     engines: int,
     output_uri: str,
     work_uri: str,
+    usd_per_engine_hour: float | None = None,
+    engine_settings: Sequence[EngineSetting] = (),
 ) -> JobReport:
-    """Put together what the steps returned."""
-    prompt_tokens = manifest.prompt_tokens
+    """Put together what the steps returned.
+
+    Args:
+        manifest: of the output.
+        executed: the plans of this run in their order; the last one is that of all requests that were left.
+        seconds: of the steps.
+        started: begin of the run.
+        engines: how many computed.
+        output_uri: the sink.
+        work_uri: the work folder.
+        usd_per_engine_hour: price of one engine; None: not known.
+        engine_settings: what was chosen for the engines, and why.
+    """
+    plan = executed[-1].plan
+    results = [result for one in executed for result in one.results]
+    load_seconds = sum(result.load_seconds for result in results)
+    saving = 1 - manifest.computed_prompt_tokens / manifest.prompt_tokens if manifest.prompt_tokens else 0.0
     return JobReport(
         job_id=manifest.job_id,
         job_name=manifest.job_name,
+        version=__version__,
+        started=started,
         already_complete=False,
         rows_in=plan.rows,
         rows_out=manifest.rows,
@@ -84,18 +170,33 @@ def build_report(
         error_rows=manifest.error_rows,
         requests=plan.requests + plan.done_requests,
         computed_requests=sum(result.requests for result in results),
+        answered_tokens=sum(result.prompt_tokens + result.completion_tokens for result in results),
         duplicate_rows=plan.duplicate_rows,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=manifest.prompt_tokens,
         computed_prompt_tokens=manifest.computed_prompt_tokens,
         completion_tokens=manifest.completion_tokens,
-        saving=1 - manifest.computed_prompt_tokens / prompt_tokens if prompt_tokens else 0.0,
-        expected_saving=plan.expected_saving,
+        saving=saving,
         optimum_saving=plan.optimum_saving,
+        forecast=ForecastAgainstFact(
+            saving=ExpectedActual(expected=_expected_saving(executed), actual=saving),
+            computed_prompt_tokens=ExpectedActual(
+                expected=sum(one.plan.expected_computed_prompt_tokens for one in executed),
+                actual=sum(_computed(result) for result in results),
+            ),
+            output_tokens=ExpectedActual(
+                expected=sum(one.plan.expected_output_tokens for one in executed),
+                actual=sum(result.completion_tokens for result in results),
+            ),
+            execute_seconds=ExpectedActual(
+                expected=round(sum(one.plan.expected_seconds for one in executed), 3),
+                actual=round(max(seconds.execute - load_seconds / max(engines, 1), 0.0), 3),
+            ),
+            usd=None if usd_per_engine_hour is None else _price(executed, usd_per_engine_hour, engines, seconds),
+        ),
         bundles=len(results),
         engines=engines,
-        engine_load_seconds=sum(result.load_seconds for result in results),
-        expected_seconds=plan.expected_seconds,
-        expected_usd=plan.expected_usd,
+        engine_load_seconds=load_seconds,
+        engine_settings=tuple(engine_settings),
         seconds=seconds,
         output_uri=output_uri,
         work_uri=work_uri,
@@ -106,28 +207,85 @@ def read_report(sink: SinkSpec) -> JobReport:
     """The report of the job whose complete output a sink holds.
 
     Raises:
-        TerminalError: the folder holds no complete output.
+        TerminalError: the folder holds no complete output, or one that this version does not read.
     """
+    return load_report(_work_of(sink))
+
+
+def read_report_page(sink: SinkSpec) -> bytes:
+    """The page of that report, as `read_report`."""
+    work = _work_of(sink)
+    if not work.exists(REPORT_PAGE):
+        raise TerminalError("this job has no report page", uri=work.uri_of(REPORT_PAGE))
+    return work.read_bytes(REPORT_PAGE)
+
+
+def load_report(work: Store) -> JobReport:
+    """The report in a work folder.
+
+    Raises:
+        TerminalError: there is none, or it was written by another version of this package.
+    """
+    return _load(
+        JobReport,
+        work,
+        REPORT_FILE,
+        "read it with that version, or delete it and run the job again: its answers are kept and not computed again",
+    )
+
+
+def _work_of(sink: SinkSpec) -> Store:
     store = Store(sink.uri, sink.storage)
     if not store.exists(MANIFEST_FILE):
         raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=store.uri)
-    manifest = Manifest.model_validate_json(store.read_bytes(MANIFEST_FILE))
-    return JobReport.model_validate_json(Store(manifest.work_uri, sink.storage).read_bytes(REPORT_FILE))
+    manifest = _load(Manifest, store, MANIFEST_FILE, "read it with that version")
+    return Store(manifest.work_uri, sink.storage)
+
+
+def _load(kind: type[Kind], store: Store, name: str, advice: str) -> Kind:
+    try:
+        return kind.model_validate_json(store.read_bytes(name))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(piece) for piece in fault["loc"])
+        raise TerminalError(
+            f"{name} is not as batchllm-flows {__version__} writes it ({where}: {fault['msg']}), but perhaps as "
+            f"another version does; {advice}",
+            uri=store.uri_of(name),
+        ) from error
+
+
+def _computed(result: BundleResult) -> int:
+    return result.prompt_tokens - result.cached_tokens
+
+
+def _expected_saving(executed: Sequence[ExecutedPlan]) -> float:
+    """The saving of the whole job as the plans forecast it: the last one knows the facts of a pilot before it."""
+    last = executed[-1].plan
+    known = sum(
+        sum(_computed(result) for result in one.results) - one.plan.expected_computed_prompt_tokens
+        for one in executed[:-1]
+    )
+    return last.expected_saving + known / last.prompt_tokens if last.prompt_tokens else 0.0
+
+
+def _price(
+    executed: Sequence[ExecutedPlan], usd_per_engine_hour: float, engines: int, seconds: StepSeconds
+) -> ExpectedActual:
+    return ExpectedActual(
+        expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), 4),
+        actual=round(usd_per_engine_hour * engines * seconds.execute / SECONDS_PER_HOUR, 4),
+    )
 
 
 def report_markdown(report: JobReport) -> str:
-    """The report as a page of Markdown: outcome first, then saving, speed and places."""
+    """The report as a page of Markdown: outcome first, then saving, forecast against fact, speed and places."""
     errors = ", ".join(f"{count:,} {code}" for code, count in sorted(report.error_rows.items())) or "none"
     seconds = report.seconds
     lines = [
         f"# {report.job_name}: {report.rows_out:,} rows, {report.rows_error:,} without an answer",
         "",
-        f"Job `{report.job_id}`. "
-        + (
-            "Its output was complete already: nothing was computed."
-            if report.already_complete
-            else f"{report.computed_requests:,} of {report.requests:,} distinct requests computed in this run."
-        ),
+        f"Job `{report.job_id}`. {whose_figures(report)}",
         "",
         "| | |",
         "|---|---|",
@@ -135,19 +293,59 @@ def report_markdown(report: JobReport) -> str:
         f"| row errors | {errors} |",
         f"| duplicate rows | {report.duplicate_rows:,} |",
         f"| prompt tokens | {report.prompt_tokens:,}, of which computed {report.computed_prompt_tokens:,} |",
-        f"| saving | {report.saving:.1%} (forecast {report.expected_saving:.1%}, "
-        f"optimum {report.optimum_saving:.1%}) |",
+        f"| saving | {report.saving:.1%} (optimum {report.optimum_saving:.1%}) |",
         f"| completion tokens | {report.completion_tokens:,} |",
         f"| speed | {report.tokens_per_second:,.0f} tokens/s on {report.engines} engine(s) |",
         f"| output | `{report.output_uri}` |",
         f"| work folder | `{report.work_uri}` |",
+        f"| page with plots | `{report.work_uri}/{REPORT_PAGE}` |",
+        "",
+        "| forecast against fact | forecast | fact | ratio |",
+        "|---|---:|---:|---:|",
+        *(f"| {' | '.join(row)} |" for row in forecast_rows(report.forecast)),
         "",
         "| step | seconds |",
-        "|---|---|",
+        "|---|---:|",
         f"| stage | {seconds.stage:.1f} |",
         f"| plan | {seconds.plan:.1f} |",
         f"| execute, {report.bundles} bundles (engine load {report.engine_load_seconds:.1f}) | {seconds.execute:.1f} |",
         f"| merge | {seconds.merge:.1f} |",
         f"| total | {seconds.total:.1f} |",
     ]
+    if report.engine_settings:
+        lines += ["", "| engine setting | value | why |", "|---|---|---|"]
+        lines += [f"| `{one.name}` | {one.value} | {one.reason} |" for one in report.engine_settings]
     return "\n".join(lines) + "\n"
+
+
+def whose_figures(report: JobReport) -> str:
+    """Which run computed what, in a sentence or two."""
+    if report.already_complete:
+        return "Its output was complete already: nothing was computed. The figures are of the run that completed it."
+    computed = f"{report.computed_requests:,} of {report.requests:,} distinct requests computed in this run."
+    if report.computed_requests >= report.requests:
+        return computed
+    return (
+        f"{computed} The others were answered by earlier runs: rows, tokens and saving are of the whole job, "
+        "times and the forecast of this run."
+    )
+
+
+def forecast_rows(forecast: ForecastAgainstFact) -> list[tuple[str, str, str, str]]:
+    """Name, forecast, fact and their ratio of each figure, to be read."""
+    saving, price = forecast.saving, forecast.usd
+    rows = [("saving, whole job", f"{saving.expected:.1%}", f"{saving.actual:.1%}", _ratio(saving))]
+    for name, figure in (
+        ("computed prompt tokens", forecast.computed_prompt_tokens),
+        ("output tokens", forecast.output_tokens),
+    ):
+        rows.append((name, f"{figure.expected:,}", f"{figure.actual:,}", _ratio(figure)))
+    time = forecast.execute_seconds
+    rows.append(("execute, engines loaded", duration(time.expected), duration(time.actual), _ratio(time)))
+    if price is not None:
+        rows.append(("price (fact: with loading)", usd(price.expected), usd(price.actual), _ratio(price)))
+    return rows
+
+
+def _ratio(figure: ExpectedActual) -> str:
+    return "" if figure.ratio is None else f"{figure.ratio:.2f}"

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from batchllm_flows.job import BatchJob
-from batchllm_flows.report import JobReport, StepSeconds
+from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.merge.sink import check_sink, refuse_input_in_sink
 from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, InputObject
@@ -33,7 +34,8 @@ def open_run(job: BatchJob) -> JobRun:
     """Look at the source and the sink; write `job.json`.
 
     Raises:
-        TerminalError: no input, no access, or a sink that holds another job's output in mode `error`.
+        TerminalError: no input, no access, a sink that holds another job's output in mode `error`, or a complete output
+            whose report this version does not read.
     """
     source = open_source(job.source)
     identity = job.job_id(source.objects)
@@ -42,8 +44,7 @@ def open_run(job: BatchJob) -> JobRun:
     manifest = check_sink(sink, job.sink.mode, identity)
     complete = None
     if manifest is not None and work.exists(REPORT_FILE):
-        report = JobReport.model_validate_json(work.read_bytes(REPORT_FILE))
-        complete = report.model_copy(update={"already_complete": True, "computed_requests": 0})
+        complete = load_report(work).model_copy(update={"already_complete": True, "computed_requests": 0})
     else:
         content = {
             "format_version": FORMAT_VERSION,
@@ -59,6 +60,7 @@ def open_run(job: BatchJob) -> JobRun:
 class StepClock:
     """Measures the steps of a run."""
 
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: float = field(default_factory=time.monotonic)
     steps: dict[str, float] = field(default_factory=dict)
 

@@ -17,8 +17,11 @@ STAGED_FOLDER = "staged"
 STAGED_SUMMARY = "staged/summary.json"
 PLAN_FOLDER = "plan"
 PLAN_SUMMARY = "plan/summary.json"
+PLAN_PAGE = "plan/plan.html"
 RESULTS_FOLDER = "results"
+TRACE_FOLDER = "trace"
 REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
 MANIFEST_FILE = "_manifest.json"
 WORK_FOLDER = "_batchllm"
 
@@ -39,6 +42,9 @@ STAGED_SCHEMA = pa.schema(
         pa.field("error", ERROR_TYPE),
     ]
 )
+
+# In the staged rows too where the job has an override column: what a row says of the length of its own completion.
+ESTIMATE_FIELD = pa.field("expected_output_tokens", pa.int32())
 
 # One row per request to compute, in the order the engine takes them.
 BUNDLE_SCHEMA = pa.schema(
@@ -100,6 +106,17 @@ class StagedPart(Record):
     rows: int
 
 
+class FieldSharing(Record):
+    """Prompts of kind `fields`: the share of the fields' text that a row has in common with the row before it."""
+
+    as_given: float
+    """Rows and fields as given."""
+    sorted_rows: float
+    """Rows in the order of a plan, fields as given."""
+    chosen: float
+    """Rows in the order of a plan, fields in the chosen order."""
+
+
 class StageSummary(Record):
     """What staging found; `staged/summary.json`, written last."""
 
@@ -111,6 +128,8 @@ class StageSummary(Record):
     """Rows that make a request (rows without an error)."""
     source_schema: str
     """Schema of the input columns that go to the sink: Arrow IPC bytes, base64."""
+    field_sharing: FieldSharing | None = None
+    """Where the order of the fields was chosen."""
     seconds: float
 
     @property
@@ -144,7 +163,7 @@ class GroupInfo(Record):
 
 
 class SharingDegree(Record):
-    """The groups of up to so many requests, and of more than the entry before."""
+    """The groups of up to so many requests, a power of two, and of more than half as many."""
 
     up_to: int
     groups: int
@@ -204,16 +223,24 @@ class PlanSummary(Record):
     workers: int = 1
     split_prefix_tokens: int = 0
     """Shared tokens computed again, because groups are split over workers."""
+    field_sharing: FieldSharing | None = None
+    """Where the order of the fields was chosen."""
     pilot: bool = False
     """Whether this plan holds only a sample, to learn output lengths from."""
     cache_tokens: int = 0
     """KV capacity of an engine in the forecast."""
+    rates: str = "hardware default"
+    """Where the rates of the forecast come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
     expected_prefill_seconds: float = 0.0
     expected_decode_seconds: float = 0.0
     expected_seconds: float
     """Until the last engine has finished."""
     expected_usd: float | None = None
     """Price of the engines until then."""
+    stage_seconds: float = 0.0
+    """What staging took, when it was done."""
+    page_uri: str | None = None
+    """Where the plan stands as a page with plots; None when none was written."""
     seconds: float
 
 
@@ -230,6 +257,14 @@ class BundleResult(Record):
     load_seconds: float
     """Seconds this bundle waited for its engine to load; 0 on a warm engine."""
     seconds: float
+
+
+class EngineSetting(Record):
+    """A setting of the engine, and who chose it for which reason."""
+
+    name: str
+    value: str
+    reason: str
 
 
 class OutputFile(Record):

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -88,14 +89,15 @@ class Store:
 
     def objects(self, pattern: str = "") -> list[InputObject]:
         """The objects below this folder that match a glob pattern (default: all), sorted by path."""
-        with self._errors(""):
-            # One level is listed as one level: the folder may be a bucket of millions of deeper objects.
-            flat = bool(pattern) and "/" not in pattern and "**" not in pattern
-            found = self._listing(self._root, flat=flat)
-        if pattern:
-            matches = re.compile(glob_translate(pattern)).match
-            found = {name: info for name, info in found.items() if matches(name)}
-        return [_input_object(name, info) for name, info in sorted(found.items())]
+        return [_input_object(name, info) for name, info in sorted(self._matching(pattern).items())]
+
+    def newest(self, pattern: str) -> list[str]:
+        """Names of the objects below this folder that match a glob pattern, the last written first.
+
+        A store may round its times to seconds; objects of one time stand by name.
+        """
+        found = self._matching(pattern)
+        return sorted(sorted(found), key=lambda name: _modified(found[name]), reverse=True)
 
     def object(self, name: str) -> InputObject | None:
         """Size and version of one object; None when there is no object of this name."""
@@ -213,6 +215,16 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
+    def _matching(self, pattern: str) -> dict[str, dict[str, Any]]:
+        with self._errors(""):
+            # One level is listed as one level: the folder may be a bucket of millions of deeper objects.
+            flat = bool(pattern) and "/" not in pattern and "**" not in pattern
+            found = self._listing(self._root, flat=flat)
+        if not pattern:
+            return found
+        matches = re.compile(glob_translate(pattern)).match
+        return {name: info for name, info in found.items() if matches(name)}
+
     def _listing(self, folder: str, *, flat: bool = False) -> dict[str, dict[str, Any]]:
         """Objects by name at (flat) or at and below a folder of the filesystem."""
         self._fs.invalidate_cache()
@@ -317,6 +329,14 @@ def _input_object(name: str, info: dict[str, Any]) -> InputObject:
     if version is None:
         raise TerminalError(f"this store tells neither ETag nor modification time of its objects: {info['name']}")
     return InputObject(path=name, size=int(info["size"]), version=str(version).strip('"'))
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """Seconds since the epoch at which an object was last written."""
+    time = info.get("mtime", info.get("LastModified"))
+    if time is None:
+        raise TerminalError(f"this store tells no modification time of its objects: {info['name']}")
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
 def _is_damage(error: Exception) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -44,18 +46,24 @@ class WorkFolder:
         max_tokens: int = 4,
         lengths: dict[int, int] | None = None,
         sampling: dict[int, str] | None = None,
+        first: int = 0,
+        long_rows: Collection[int] = (),
+        long_tokens: int = 100_000,
     ) -> BundleInfo:
-        """A bundle of prompts with a shared prefix of two blocks; `lengths`, `sampling`: of single requests."""
+        """A bundle of prompts with a shared prefix of two blocks, numbered from `first`.
+
+        `lengths`, `sampling`: of single requests; those at `long_rows` have `long_tokens` in place of `max_tokens`.
+        """
+        numbers = range(first, first + requests)
         prompts = [
-            (PREFIX + [2000 + number] * 1000)[: (lengths or {}).get(number, len(PREFIX) + 5)]
-            for number in range(requests)
+            (PREFIX + [2000 + number] * 1000)[: (lengths or {}).get(number, len(PREFIX) + 5)] for number in numbers
         ]
         table = pa.table(
             {
-                "request_key": [self.key(number) for number in range(requests)],
+                "request_key": [self.key(number) for number in numbers],
                 "prompt_token_ids": prompts,
-                "max_tokens": [max_tokens] * requests,
-                "sampling": [(sampling or {}).get(number) for number in range(requests)],
+                "max_tokens": [long_tokens if row in long_rows else max_tokens for row in range(requests)],
+                "sampling": [(sampling or {}).get(number) for number in numbers],
                 "group_id": [0] * requests,
                 "prefix_tokens": [len(PREFIX)] * requests,
                 "expected_output_tokens": [max_tokens] * requests,
@@ -148,6 +156,23 @@ def make_handle(tmp_path: Path) -> Iterator[Callable[..., LocalEngineHandle]]:
     yield make
     for handle in made:
         handle.close()
+
+
+@pytest.fixture
+def told_engine(tmp_path: Path) -> Callable[..., str]:
+    """Makes an interpreter whose engine processes do as these settings say, see `told_engine.py`."""
+
+    def make(**settings: object) -> str:
+        told = tmp_path / f"told-{len(list(tmp_path.glob('told-*')))}"
+        told.mkdir()
+        (told / "settings.json").write_text(json.dumps(settings))
+        script = Path(__file__).with_name("told_engine.py")
+        interpreter = told / "interpreter"
+        interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "{told / "settings.json"}" "$@"\n')
+        interpreter.chmod(0o755)
+        return str(interpreter)
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.handle import LocalEngineHandle
+from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.stage.spec import SamplingParameters
 
@@ -19,14 +19,21 @@ def nothing(*_: object) -> None:
     return None
 
 
+QUIET = BundleCallbacks(nothing, nothing, nothing)
+
+
 def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(
     warm_engine: LocalEngineHandle, work: Any
 ) -> None:
     bundle = work.write_bundle(requests=20, max_tokens=6)
     reported: list[str] = []
     progress: list[BundleCounts] = []
+    all_read: list[int] = []
     done = warm_engine.run_bundle(
-        work.run_command(bundle, part_rows=7), lambda _, counts: progress.append(counts), reported.append
+        work.run_command(bundle, part_rows=7),
+        BundleCallbacks(
+            lambda _, counts: progress.append(counts), reported.append, lambda: all_read.append(len(progress))
+        ),
     )
     assert list(done.parts) == reported
     assert sorted(work.store.names("results")) == sorted(done.parts)
@@ -44,17 +51,18 @@ def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(
     assert done.counts.completion_tokens == 120
     assert done.counts.cached_tokens == sum(row["cached_tokens"] for row in answers.values()) >= 12 * 64
     assert progress[0] == BundleCounts()
+    assert len(all_read) == 1
 
 
 def test_a_bundle_on_s3_is_computed_to_parts_on_s3(warm_engine: LocalEngineHandle, work_on_s3: Any) -> None:
-    done = warm_engine.run_bundle(work_on_s3.run_command(work_on_s3.write_bundle()), nothing, nothing)
+    done = warm_engine.run_bundle(work_on_s3.run_command(work_on_s3.write_bundle()), QUIET)
     assert len(work_on_s3.answers(done.parts)) == 12
 
 
 def test_greedy_answers_do_not_depend_on_the_bundle_they_come_in(warm_engine: LocalEngineHandle, work: Any) -> None:
     small, large = work.write_bundle("small", requests=3), work.write_bundle("large", requests=12)
-    first = work.answers(warm_engine.run_bundle(work.run_command(small), nothing, nothing).parts)
-    second = work.answers(warm_engine.run_bundle(work.run_command(large), nothing, nothing).parts)
+    first = work.answers(warm_engine.run_bundle(work.run_command(small), QUIET).parts)
+    second = work.answers(warm_engine.run_bundle(work.run_command(large), QUIET).parts)
     assert [first[number]["output_token_ids"] for number in range(3)] == [
         second[number]["output_token_ids"] for number in range(3)
     ]
@@ -64,7 +72,7 @@ def test_a_request_the_engine_refuses_is_a_row_error_and_the_others_are_answered
     warm_engine: LocalEngineHandle, work: Any
 ) -> None:
     bundle = work.write_bundle(requests=5, lengths={2: 600})
-    done = warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+    done = warm_engine.run_bundle(work.run_command(bundle), QUIET)
     answers = work.answers(done.parts)
     refused = answers.pop(2)
     assert refused["error"]["code"] == "engine_error"
@@ -78,13 +86,13 @@ def test_a_request_the_engine_refuses_is_a_row_error_and_the_others_are_answered
 
 def test_a_bundle_of_refused_requests_alone_ends(warm_engine: LocalEngineHandle, work: Any) -> None:
     bundle = work.write_bundle(requests=2, lengths={0: 600, 1: 700})
-    done = warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+    done = warm_engine.run_bundle(work.run_command(bundle), QUIET)
     assert (done.counts.requests, done.counts.errors) == (2, 2)
 
 
 def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: LocalEngineHandle, work: Any) -> None:
     def tokens(bundle: Any, sampling: SamplingParameters) -> list[list[int]]:
-        done = warm_engine.run_bundle(work.run_command(bundle, sampling=sampling), nothing, nothing)
+        done = warm_engine.run_bundle(work.run_command(bundle, sampling=sampling), QUIET)
         return [row["output_token_ids"] for row in work.answers(done.parts).values()]
 
     plain = work.write_bundle("plain", requests=3, max_tokens=8)
@@ -100,19 +108,19 @@ def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: 
 
 def test_a_stop_text_ends_a_completion(warm_engine: LocalEngineHandle, work: Any) -> None:
     whole = work.write_bundle("whole", requests=1, max_tokens=8)
-    text = work.read(warm_engine.run_bundle(work.run_command(whole), nothing, nothing).parts)[0]["completion"]
+    text = work.read(warm_engine.run_bundle(work.run_command(whole), QUIET).parts)[0]["completion"]
     stop = text[len(text) // 2 :]
     bundle = work.write_bundle("stopped", requests=1, max_tokens=8, sampling={0: json.dumps({"stop": [stop]})})
-    row = work.read(warm_engine.run_bundle(work.run_command(bundle), nothing, nothing).parts)[0]
+    row = work.read(warm_engine.run_bundle(work.run_command(bundle), QUIET).parts)[0]
     assert row["finish_reason"] == "stop"
     assert row["completion"] == text.partition(stop)[0]
 
 
 def test_requests_in_known_parts_are_counted_but_not_computed_again(warm_engine: LocalEngineHandle, work: Any) -> None:
     bundle = work.write_bundle(requests=10)
-    first = warm_engine.run_bundle(work.run_command(bundle, part_rows=4), nothing, nothing)
+    first = warm_engine.run_bundle(work.run_command(bundle, part_rows=4), QUIET)
     known = first.parts[:2]
-    again = warm_engine.run_bundle(work.run_command(bundle, known_parts=known), nothing, nothing)
+    again = warm_engine.run_bundle(work.run_command(bundle, known_parts=known), QUIET)
     assert again.parts[:2] == known
     assert again.counts.requests == 10
     assert again.counts.completion_tokens == first.counts.completion_tokens
@@ -123,7 +131,7 @@ def test_a_missing_bundle_fails_for_good_and_leaves_the_engine_warm(warm_engine:
     bundle = work.write_bundle()
     work.store.delete([bundle.name])
     with pytest.raises(TerminalError, match="no such object") as caught:
-        warm_engine.run_bundle(work.run_command(bundle), nothing, nothing)
+        warm_engine.run_bundle(work.run_command(bundle), QUIET)
     assert caught.value.bundle == bundle.name
     assert warm_engine.usable
-    assert warm_engine.run_bundle(work.run_command(work.write_bundle()), nothing, nothing).counts.requests == 12
+    assert warm_engine.run_bundle(work.run_command(work.write_bundle()), QUIET).counts.requests == 12

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import TerminalError, TransientError
-from batchllm_operators.execute.handle import LocalEngineHandle
+from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import BundleCounts, Load
 from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
@@ -29,6 +29,9 @@ MakeHandle = Callable[..., LocalEngineHandle]
 
 def nothing(*_: object) -> None:
     return None
+
+
+QUIET = BundleCallbacks(nothing, nothing, nothing)
 
 
 @pytest.fixture
@@ -141,12 +144,11 @@ def test_an_engine_core_in_its_own_process_is_killed_with_its_dead_leader(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # vLLM's default on GPUs
     handle = make_handle()
     handle.load(load_command)
-    assert handle.run_bundle(work.run_command(work.write_bundle()), nothing, nothing).counts.requests == 12
+    assert handle.run_bundle(work.run_command(work.write_bundle()), QUIET).counts.requests == 12
     with pytest.raises(TransientError, match="killed by signal 9"):
         handle.run_bundle(
             work.run_command(work.write_bundle(requests=400, max_tokens=200)),
-            lambda *_: os.kill(handle.pid, signal.SIGKILL),
-            nothing,
+            BundleCallbacks(lambda *_: os.kill(handle.pid, signal.SIGKILL), nothing, nothing),
         )
     assert not handle.usable
     assert group_is_gone(handle.pid)
@@ -259,31 +261,15 @@ def test_the_engine_process_ends_when_its_parent_is_killed(tmp_path: Path, group
 
 
 def test_an_engine_left_in_the_midst_of_a_bundle_by_a_failing_callback_is_not_used_again(
-    make_handle: MakeHandle, load_command: Load, work: Any, tmp_path: Path, group_is_gone: Gone
+    make_handle: MakeHandle, load_command: Load, work: Any, told_engine: Callable[..., str], group_is_gone: Gone
 ) -> None:
-    never_done = tmp_path / "never_done.py"
-    never_done.write_text(
-        "import socket, sys, time\n"
-        "from batchllm_operators.execute.engine_process import EngineProcess\n"
-        "class NeverDone:\n"
-        "    capacity, unfinished = 1, 0\n"
-        "    def submit(self, request): self.unfinished = 1\n"
-        "    def step(self): time.sleep(0.01); return []\n"
-        "    def abort(self): self.unfinished = 0\n"
-        "    def close(self): pass\n"
-        "channel = socket.socket(fileno=int(sys.argv[sys.argv.index('--channel-fd') + 1]))\n"
-        "EngineProcess(channel, lambda load: NeverDone()).serve()\n"
-    )
-    interpreter = tmp_path / "interpreter"
-    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{never_done}" "$@"\n')
-    interpreter.chmod(0o755)
-    handle = make_handle(python=str(interpreter))
+    handle = make_handle(python=told_engine(step_seconds=0.01))
     handle.load(load_command)
 
     def fail(*_: object) -> None:
         raise KeyError("in the callback")
 
     with pytest.raises(KeyError, match="in the callback"):
-        handle.run_bundle(work.run_command(work.write_bundle()), fail, nothing)
+        handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(fail, nothing, nothing))
     assert not handle.usable
     assert group_is_gone(handle.pid)

@@ -21,7 +21,6 @@ def test_the_job_decides_what_it_has_fields_for_and_passes_the_rest_through() ->
         "block_size": 16,
         "tensor_parallel_size": 2,
         "enable_prefix_caching": True,
-        "disable_log_stats": True,
         "max_num_seqs": 3,
     }
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from batchllm_operators.errors import RowError, RowErrorCode
-from batchllm_operators.execute.engine import Completion, Request
-from batchllm_operators.execute.feeding import completions, count, read_requests
+from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
+from batchllm_operators.execute.engine import Completion, Engine, Request
+from batchllm_operators.execute.feeding import BundleFeed, BundleStep, bundle_keys, count, read_requests, read_rows
 from batchllm_operators.stage.spec import SamplingParameters
 
 SAMPLING = SamplingParameters(temperature=0.5, stop=("end",))
@@ -45,30 +45,72 @@ class StepByStepEngine:
     def close(self) -> None: ...
 
 
-def requests(count: int, empty: int = -1) -> Iterator[Request]:
-    for number in range(count):
+def requests(count: int, *, empty: int = -1, first: int = 0) -> Iterator[Request]:
+    for number in range(first, first + count):
         yield Request(number.to_bytes(16, "big"), [] if number == empty else [1, 2, 3], SAMPLING)
+
+
+def run(feed: BundleFeed) -> list[BundleStep]:
+    """All steps until the feed is empty."""
+    steps: list[BundleStep] = []
+    while feed.busy:
+        steps += feed.step()
+    return steps
+
+
+def finished(steps: list[BundleStep], bundle: str = "a") -> list[int]:
+    """Numbers of the requests of a bundle in the order in which they finished."""
+    return [int.from_bytes(one.request_key, "big") for step in steps if step.bundle == bundle for one in step.finished]
+
+
+def fed(engine: Engine, **bundles: Iterator[Request]) -> BundleFeed:
+    feed = BundleFeed(engine)
+    for name, its in bundles.items():
+        feed.add(name, its)
+    return feed
 
 
 def test_the_engine_holds_no_more_than_its_capacity_and_answers_all() -> None:
     engine = StepByStepEngine()
-    finished = [one for step in completions(engine, requests(20), lambda: False) for one in step]
-    assert [int.from_bytes(one.request_key, "big") for one in finished] == list(range(20))
+    assert finished(run(fed(engine, a=requests(20)))) == list(range(20))
     assert engine.most_held == engine.capacity
     assert not engine.aborted
 
 
 def test_requests_are_read_only_when_there_is_room_for_them() -> None:
     read = requests(20)
-    steps = completions(StepByStepEngine(), read, lambda: False)
-    next(steps)
+    fed(StepByStepEngine(), a=read).step()
     assert next(read).key == (4).to_bytes(16, "big")
 
 
+def test_the_next_bundle_enters_as_the_one_before_leaves_and_answers_go_to_their_own() -> None:
+    engine = StepByStepEngine()
+    held: list[int] = []
+    feed = fed(engine, a=requests(6), b=requests(6, first=100), c=requests(2, first=200))
+    steps = []
+    while feed.busy:
+        steps += feed.step()
+        held.append(engine.unfinished)
+    assert finished(steps, "a") == list(range(6))
+    assert finished(steps, "b") == list(range(100, 106))
+    assert finished(steps, "c") == [200, 201]
+    # One finishes a step, and until the last requests are read there is always another in its place.
+    assert held == [3] * 11 + [2, 1, 0]
+    first_of_b = next(place for place, step in enumerate(steps) if step.bundle == "b" and step.finished)
+    last_of_a = next(place for place, step in enumerate(steps) if step.bundle == "a" and step.done)
+    assert first_of_b > last_of_a
+
+
+def test_a_bundle_says_once_it_is_read_and_once_it_is_done() -> None:
+    steps = run(fed(StepByStepEngine(), a=requests(6)))
+    assert [step.all_read for step in steps] == [False, False, False, True, True, True]
+    assert [step.done for step in steps] == [False] * 5 + [True]
+
+
 def test_a_refused_request_is_among_the_completions() -> None:
-    finished = [one for step in completions(StepByStepEngine(), requests(6, empty=2), lambda: False) for one in step]
-    assert len(finished) == 6
-    assert count(finished).model_dump() == {
+    steps = run(fed(StepByStepEngine(), a=requests(6, empty=2)))
+    assert sorted(finished(steps)) == list(range(6))
+    assert count(one for step in steps for one in step.finished).model_dump() == {
         "requests": 6,
         "errors": 1,
         "prompt_tokens": 15,
@@ -77,23 +119,39 @@ def test_a_refused_request_is_among_the_completions() -> None:
     }
 
 
-def test_a_stop_between_two_steps_aborts_what_is_unfinished() -> None:
+def test_a_bundle_that_cannot_be_read_further_leaves_the_others_alone() -> None:
+    def broken() -> Iterator[Request]:
+        yield from requests(2)
+        raise TerminalError("damaged")
+
+    steps = run(fed(StepByStepEngine(), a=broken(), b=requests(5, first=100)))
+    (fault,) = [step for step in steps if step.fault is not None]
+    assert (fault.bundle, fault.done, str(fault.fault)) == ("a", True, "damaged")
+    assert finished(steps, "b") == list(range(100, 105))
+
+
+def test_a_dropped_bundle_goes_unheard_and_may_come_again() -> None:
     engine = StepByStepEngine()
-    seen: list[Completion] = []
-    steps = completions(engine, requests(20), lambda: len(seen) >= 3)
-    for step in steps:
-        seen += step
-    assert len(seen) == 3
+    feed = fed(engine, a=requests(4), b=requests(3, first=100))
+    feed.step()
+    feed.drop("a")
+    assert finished(run(feed), "a") == []
+    feed = fed(engine, a=requests(4), b=requests(3, first=100))
+    steps = feed.step()
+    feed.drop("a")
+    feed.add("a", requests(4))
+    steps += run(feed)
+    assert sorted(finished(steps)) == [0, 0, 1, 2, 3]
+    assert finished(steps, "b") == [100, 101, 102]
+
+
+def test_an_abort_leaves_the_engine_free() -> None:
+    engine = StepByStepEngine()
+    feed = fed(engine, a=requests(20))
+    feed.step()
+    feed.abort()
     assert engine.aborted
-    assert engine.unfinished == 0
-
-
-def test_a_caller_that_fails_leaves_the_engine_free() -> None:
-    engine = StepByStepEngine()
-    steps = completions(engine, requests(20), lambda: False)
-    next(steps)
-    steps.close()
-    assert engine.unfinished == 0
+    assert (engine.unfinished, feed.busy) == (0, False)
 
 
 def test_requests_come_in_the_order_of_the_bundle_without_those_that_are_done(work: Any) -> None:
@@ -115,4 +173,13 @@ def test_a_bundle_with_nothing_left_to_do_ends_at_once(work: Any, empty: bool) -
     bundle = work.write_bundle(requests=0 if empty else 5)
     done = {work.key(number) for number in range(5)}
     left = read_requests(work.store, bundle.name, SAMPLING, done)
-    assert [one for step in completions(StepByStepEngine(), left, lambda: False) for one in step] == []
+    (step,) = run(fed(StepByStepEngine(), a=left))
+    assert (step.finished, step.all_read, step.done) == ([], True, True)
+
+
+def test_some_rows_of_a_bundle_are_counted_with_those_that_are_done(work: Any) -> None:
+    bundle = work.write_bundle(requests=600)
+    done = {work.key(number) for number in range(250, 260)}
+    found = [request.key for request in read_rows(work.store, bundle.name, SAMPLING, done, (245, 300))]
+    assert found == [work.key(number) for number in [*range(245, 250), *range(260, 300)]]
+    assert bundle_keys(work.store, bundle.name) == [work.key(number) for number in range(600)]

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from batchllm_operators.execute.messages import (
+    AllRead,
     BundleCounts,
     BundleDone,
     Failed,
@@ -19,6 +20,7 @@ from batchllm_operators.execute.messages import (
     encode,
 )
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.records import Record
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.spec import SamplingParameters
@@ -37,7 +39,11 @@ RUN = Run(
 
 @pytest.mark.parametrize(
     "command",
-    [Load(model=ModelSpec(id="m", engine_args={"enforce_eager": True}), block_size=32, gpus=1), RUN, Shutdown()],
+    [
+        Load(model=ModelSpec(id="m", engine_args={"enforce_eager": True}), block_size=32, gpus=1, calibrate=True),
+        RUN,
+        Shutdown(),
+    ],
     ids=lambda command: command.kind,
 )
 def test_a_command_comes_back_from_its_one_line(command: Record) -> None:
@@ -52,10 +58,15 @@ def test_a_command_comes_back_from_its_one_line(command: Record) -> None:
     [
         Started(),
         Loaded(seconds=1.5),
+        Loaded(
+            seconds=1.5,
+            calibration=Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1.0),
+        ),
         Progress(bundle="b", counts=COUNTS),
-        PartWritten(name="results/part-1.parquet"),
-        BundleDone(counts=COUNTS, parts=("a", "b"), seconds=2.0),
-        Failed(message="first\nsecond", transient=True, engine_lost=False, uri="s3://bucket/x"),
+        AllRead(bundle="b"),
+        PartWritten(bundle="b", name="results/part-1.parquet"),
+        BundleDone(bundle="b", counts=COUNTS, parts=("a", "b"), seconds=2.0),
+        Failed(bundle="b", message="first\nsecond", transient=True, engine_lost=False, uri="s3://bucket/x"),
     ],
     ids=lambda event: event.kind,
 )

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError, TransientError
 from batchllm_operators.execute.engine import Completion
-from batchllm_operators.execute.part_writer import PartWriter, part_table
+from batchllm_operators.execute.part_writer import QUEUED_PARTS, PartWriter, part_table
 from batchllm_operators.records import RESULT_SCHEMA
 from batchllm_operators.store import Store
 
@@ -18,6 +21,30 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Inline(Executor):
+    """Writes at once, in the thread that asks."""
+
+    def submit(self, call: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class SlowStore(Store):
+    """A store whose writes wait until they may go on."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.may_go_on = threading.Event()
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        assert self.may_go_on.wait(30)
+        super().write_table(name, table)
 
 
 class FailingStore(Store):
@@ -53,7 +80,14 @@ def answers(first: int, count: int) -> list[Completion]:
 
 
 def writer(store: Store, clock: Clock, **changes: Any) -> PartWriter:
-    settings = {"part_rows": 10, "part_seconds": 30.0, "on_part": lambda _: None, "clock": clock, **changes}
+    settings = {
+        "part_rows": 10,
+        "part_seconds": 30.0,
+        "on_part": lambda _: None,
+        "writing": Inline(),
+        "clock": clock,
+        **changes,
+    }
     return PartWriter(store, **settings)
 
 
@@ -142,3 +176,55 @@ def test_an_error_stands_in_its_row_with_null_tokens() -> None:
     assert set(first.values()) == {None}
     assert second["error"] is None
     assert second["output_token_ids"] == [1, 2]
+
+
+@pytest.fixture
+def thread() -> Iterator[Executor]:
+    with ThreadPoolExecutor(1) as thread:
+        yield thread
+
+
+def test_who_adds_does_not_wait_for_the_store_until_it_is_several_parts_behind(
+    tmp_path: Path, clock: Clock, thread: Executor
+) -> None:
+    store = SlowStore(str(tmp_path))
+    parts = writer(store, clock, writing=thread)
+    for number in range(1 + QUEUED_PARTS):
+        parts.add(answers(10 * number, 10))
+    assert (parts.parts, parts.idle) == ((), False)
+    adding = threading.Thread(target=parts.add, args=(answers(100, 10),))
+    adding.start()
+    adding.join(0.2)
+    assert adding.is_alive()
+    store.may_go_on.set()
+    adding.join(30)
+    assert not adding.is_alive()
+    parts.flush()
+    assert parts.idle
+    assert rows(store) == dict.fromkeys([*range(10 * (1 + QUEUED_PARTS)), *range(100, 110)], 1)
+
+
+def test_a_fault_in_the_writing_thread_is_raised_by_the_next_call_and_keeps_the_rows(
+    tmp_path: Path, clock: Clock, thread: Executor
+) -> None:
+    store = FailingStore(str(tmp_path), [TerminalError("denied")])
+    parts = writer(store, clock, writing=thread)
+    parts.add(answers(0, 10))
+    with pytest.raises(TerminalError, match="denied"):
+        parts.flush()
+    assert rows(store) == {}
+    parts.add(answers(10, 3))
+    parts.flush()
+    assert rows(store) == dict.fromkeys(range(13), 1)
+
+
+def test_handing_over_at_the_end_does_not_wait(tmp_path: Path, clock: Clock, thread: Executor) -> None:
+    store = SlowStore(str(tmp_path))
+    parts = writer(store, clock, writing=thread)
+    parts.add(answers(0, 3))
+    assert parts.idle
+    parts.hand_over()
+    assert not parts.idle
+    store.may_go_on.set()
+    parts.flush()
+    assert rows(store) == dict.fromkeys(range(3), 1)

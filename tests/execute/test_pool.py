@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
-from batchllm_operators.execute.handle import ProgressCallback
-from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Run
+from batchllm_operators.execute.handle import BundleCallbacks
+from batchllm_operators.execute.isolation import EngineDiedError
+from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
 from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
+from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
+from batchllm_operators.records import BundleInfo
 from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
+
+CALIBRATION = Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1.0)
 
 
 class ToldHandle:
@@ -26,30 +31,40 @@ class ToldHandle:
         self.load_fault: BatchLLMError | None = None
         self.faults: list[BatchLLMError] = []
         self.entered = threading.Event()
+        self.both_entered = threading.Event()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.closed = False
+        self.reads_all = False
+        self.writes = True
 
-    def load(self, command: Load) -> float:
+    def load(self, command: Load) -> Loaded:
         self.loads.append(command)
         if self.load_fault is not None:
             self.usable = False
             raise self.load_fault
-        return 0.0
+        return Loaded(seconds=0.0, calibration=CALIBRATION if command.calibrate else None)
 
-    def run_bundle(self, command: Run, on_progress: ProgressCallback, on_part: Callable[[str], None]) -> BundleDone:
+    def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
         self.runs.append(command)
-        on_progress(command.bundle, BundleCounts())
+        callbacks.on_progress(command.bundle, BundleCounts())
         part = f"results/part-{len(self.runs)}.parquet"
-        on_part(part)
+        if self.writes:
+            callbacks.on_part(part)
+        if self.reads_all:
+            callbacks.on_all_read()
+        if self.faults:
+            self.usable = False
+            raise self.faults.pop(0)
+        if self.entered.is_set():
+            self.both_entered.set()
         self.entered.set()
         assert self.may_go_on.wait(30)
         if self.closed:
             raise TerminalError("closed")
-        if self.faults:
-            self.usable = False
-            raise self.faults.pop(0)
-        return BundleDone(counts=BundleCounts(requests=1), parts=(*command.known_parts, part), seconds=1.0)
+        return BundleDone(
+            bundle=command.bundle, counts=BundleCounts(requests=1), parts=(*command.known_parts, part), seconds=1.0
+        )
 
     def close(self) -> None:
         self.closed = True
@@ -119,6 +134,75 @@ def test_two_threads_get_two_engines_and_a_third_waits_for_one(make_pool: Callab
     assert sum(len(handle.runs) for handle in handles) == 3
 
 
+def start(pool: EnginePool, *bundles: BundleInfo) -> list[threading.Thread]:
+    """Run bundles, each in its thread."""
+    threads = [threading.Thread(target=pool.run_bundle, args=(bundle, nothing)) for bundle in bundles]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_an_engine_takes_its_next_bundle_once_it_has_read_the_one_before(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    handle = ToldHandle()
+    handle.reads_all = True
+    handle.may_go_on.clear()
+    with make_pool([handle]) as pool:
+        threads = start(pool, *(work.write_bundle(f"bundle-{number}") for number in range(3)))
+        assert handle.both_entered.wait(30)
+        handle.may_go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert len(handle.runs) == 3
+    assert len(handle.loads) == 1
+
+
+def test_bundles_go_to_idle_engines_before_they_share_one(make_pool: Callable[..., EnginePool], work: Any) -> None:
+    handles = [ToldHandle(), ToldHandle()]
+    for handle in handles:
+        handle.reads_all = True
+        handle.may_go_on.clear()
+    with make_pool(handles, engines=2) as pool:
+        threads = start(pool, work.write_bundle("one"))
+        assert handles[0].entered.wait(30)
+        threads += start(pool, work.write_bundle("two"))
+        assert handles[1].entered.wait(30)
+        for handle in handles:
+            handle.may_go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert [len(handle.runs) for handle in handles] == [1, 1]
+
+
+def test_the_search_for_a_guilty_request_has_its_engine_for_itself(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    first, second, unloadable, shared = handles = [ToldHandle() for _ in range(4)]
+    for handle in handles:
+        handle.writes = False  # parts that are not there cannot be read
+    first.faults.append(EngineDiedError("died"))
+    second.faults.append(EngineDiedError("died"))
+    unloadable.load_fault = TransientError("killed")
+    shared.reads_all = True
+    shared.may_go_on.clear()
+    innocent, suspect = work.write_bundle("innocent"), work.write_bundle("suspect", first=100)
+    with make_pool(handles) as pool:
+        with pytest.raises(EngineDiedError, match="died"):
+            pool.run_bundle(suspect, nothing)
+        with pytest.raises(TransientError, match="killed"):
+            pool.run_bundle(suspect, nothing)
+        threads = start(pool, innocent)
+        assert shared.entered.wait(30)
+        threads += start(pool, suspect)
+        assert not shared.both_entered.wait(0.3)
+        shared.may_go_on.set()
+        for thread in threads:
+            thread.join(30)
+    assert [run.rows for run in shared.runs] == [None, (0, 6), (6, 12)]
+    assert [run.bundle for run in shared.runs] == [innocent.name, suspect.name, suspect.name]
+
+
 def test_another_attempt_at_a_bundle_knows_the_parts_of_the_first_and_other_bundles_do_not(
     make_pool: Callable[..., EnginePool], work: Any
 ) -> None:
@@ -155,6 +239,27 @@ def test_a_load_that_failed_for_now_is_tried_again(make_pool: Callable[..., Engi
         with pytest.raises(TransientError, match="killed"):
             pool.run_bundle(work.write_bundle(), nothing)
         assert pool.run_bundle(work.write_bundle(), nothing).requests == 1
+
+
+def test_one_engine_measures_its_rates_and_is_warm_for_the_first_bundle(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    first, second = ToldHandle(), ToldHandle()
+    with make_pool([first, second], engines=2) as pool:
+        assert pool.calibrate() == CALIBRATION
+        assert pool.run_bundle(work.write_bundle("one"), nothing).load_seconds > 0
+        assert pool.run_bundle(work.write_bundle("two"), nothing).load_seconds == 0
+        assert pool.calibrate() is None
+    assert [load.calibrate for load in first.loads] == [True]
+    assert len(first.runs) == 2
+    assert second.loads == []
+
+
+def test_an_engine_that_nobody_asked_measures_nothing(make_pool: Callable[..., EnginePool], work: Any) -> None:
+    handle = ToldHandle()
+    with make_pool([handle]) as pool:
+        pool.run_bundle(work.write_bundle(), nothing)
+    assert [load.calibrate for load in handle.loads] == [False]
 
 
 def test_closing_ends_the_working_thread_and_the_waiting_one(make_pool: Callable[..., EnginePool], work: Any) -> None:

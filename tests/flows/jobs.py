@@ -37,7 +37,7 @@ def job_values(source: str, sink: str, model: str, /, **changes: Any) -> dict[st
             "engine_args": {"enforce_eager": True, "num_gpu_blocks_override": 512, "max_num_seqs": 16},
         },
         "sampling": {"max_tokens": 6},
-        "execution": {"retries": 1, "part_rows": 10},
+        "execution": {"retries": 1, "part_rows": 10, "calibrate": False},
         "sink": {"uri": sink},
     }
     for path, value in changes.items():

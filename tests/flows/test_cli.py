@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,17 @@ def test_a_plan_is_printed_for_people_and_for_programs(
     as_json = batchllm(["plan", path, "--json", "--quiet"], environment)
     assert as_json.returncode == 0, as_json.stderr
     assert json.loads(as_json.stdout)["requests"] == 39
-    assert "need not be computed" in batchllm(["plan", path, "--quiet"], environment).stdout
+    printed = batchllm(["plan", path, "--quiet"], environment).stdout
+    for words in (
+        "need not be computed (possible:", "with one prefix a request:", "a stock engine on the rows as given:",
+        "### Forecast", "| its prefill |", "| its decode |", "### Order", "### Groups that save most",
+        "### How many share a prefix", "### Bundles",
+    ):  # fmt: skip
+        assert words in printed
+    page = re.search(r"With plots: `(.*)`", printed)
+    assert page is not None
+    assert page[1] == json.loads(as_json.stdout)["page_uri"]
+    assert "<svg" in Path(page[1]).read_text()
 
 
 @pytest.mark.engine
@@ -85,3 +96,24 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
     assert report["error_rows"] == {"invalid_row": 1}
     again = batchllm(["report", str(tmp_path / "out"), "--json"], environment)
     assert json.loads(again.stdout) == report
+    page = tmp_path / "report.html"
+    shown = batchllm(["report", str(tmp_path / "out"), "--html", str(page)], environment)
+    assert "forecast against fact" in shown.stdout
+    assert page.read_text() == (Path(report["work_uri"]) / "report.html").read_text()
+    assert "Forecast against fact" in page.read_text()
+    elsewhere = batchllm(["report", str(tmp_path / "out"), "--html", str(tmp_path / "no" / "folder")], environment)
+    assert elsewhere.returncode == 1
+    assert "cannot write" in elsewhere.stderr
+
+    # A report as another version wrote it: one line that says what to do, which then helps.
+    report_file = Path(report["work_uri"]) / "report.json"
+    report_file.write_text(json.dumps(report | {"of_another_version": 1}))
+    for arguments in (["report", str(tmp_path / "out")], ["run", path, "--quiet", "--set", "sampling.max_tokens=2"]):
+        refused = batchllm(arguments, environment)
+        assert refused.returncode == 1
+        assert "report.json is not as batchllm-flows" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    report_file.unlink()
+    rewritten = batchllm(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
+    assert json.loads(rewritten.stdout)["computed_requests"] == 0
+    assert json.loads(rewritten.stdout)["rows_out"] == 30

@@ -8,10 +8,12 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 import pytest
+from prefect.artifacts import Artifact
 
 from batchllm_flows.flows import batch_inference, plan_batch_inference
+from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, RESULTS_FOLDER, PlanSummary
+from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER, PlanSummary
 from batchllm_operators.store import Store
 from tests.flows.jobs import job, questions, read_output, write_input
 
@@ -45,6 +47,15 @@ def test_a_job_from_s3_to_s3_answers_every_row_in_order_once(bucket: str, tiny_l
     assert report.saving >= 0.98 * report.optimum_saving > 0.5
     assert {"questions-progress": "progress", "questions-report": "markdown"}.items() <= artifact_types().items()
     assert "markdown" in {kind for key, kind in artifact_types().items() if "plan" in key}
+
+    # Our scheduler ran, and says step by step what it did.
+    settings = {one.name: one.value for one in report.engine_settings}
+    assert settings["scheduler_cls"].endswith("BatchLLMScheduler")
+    trace, unreadable = read_step_trace(Store(report.work_uri, this_job.sink.storage), since=0.0)
+    assert trace is not None
+    assert not unreadable
+    # A completion's first token comes out of its prefill.
+    assert trace.tokens == report.computed_prompt_tokens + report.completion_tokens - report.computed_requests
 
     # The same job again finds its output complete; under another sink mode too.
     again = batch_inference(this_job)
@@ -123,6 +134,22 @@ def test_planning_alone_starts_no_engine_and_forecasts(tmp_path: Path, tiny_llam
     assert summary.requests == 39
     assert summary.expected_saving == pytest.approx(summary.optimum_saving)
     assert not Store(str(tmp_path / "out")).exists(MANIFEST_FILE)
+    assert summary.page_uri is not None
+    assert "The first levels of the prefix forest" in Path(summary.page_uri).read_text()
+    shown = Artifact.get("batchllm-plan")
+    assert shown is not None
+    assert "](data:image/svg+xml;base64," in str(shown.data)
+
+
+def test_a_page_that_cannot_be_written_fails_no_job(tmp_path: Path, tiny_llama: str) -> None:
+    write_input(str(tmp_path / "in"), questions())
+    this_job = job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama)
+    page_uri = plan_batch_inference(this_job).page_uri
+    assert page_uri is not None
+    Path(page_uri).unlink()
+    Path(page_uri).mkdir()
+    again = plan_batch_inference(this_job)
+    assert (again.page_uri, again.requests) == (None, 39)
 
 
 def test_faults_before_any_work_say_what_to_mend(bucket: str, tmp_path: Path, tiny_llama: str) -> None:
@@ -146,7 +173,11 @@ def test_a_pilot_sample_is_computed_first_and_teaches_the_plan(tmp_path: Path, t
     report = batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama, **changes))
     assert (report.rows_out, report.rows_error, report.computed_requests) == (60, 0, 59)
     assert report.bundles >= 2
-    assert report.expected_usd is not None
+    assert report.forecast.usd is not None
+    assert min(report.forecast.usd.expected, report.forecast.usd.actual) > 0
+    computed = report.forecast.computed_prompt_tokens
+    assert 0 < computed.actual <= computed.expected, "the second plan does not count on what the pilot cached"
+    assert Store(report.work_uri).exists(REPORT_PAGE)
     summary = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
     assert not summary.pilot
     assert 0 < summary.done_requests < 59

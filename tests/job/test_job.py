@@ -75,6 +75,18 @@ def test_the_id_follows_what_decides_the_answers_and_nothing_else() -> None:
     assert base.job_id(objects) != base.job_id([InputObject(path="a", size=1, version="w")])
 
 
+def test_the_order_of_the_fields_counts_where_the_prompt_has_fields_and_no_other_planning_does() -> None:
+    objects = [InputObject(path="a", size=1, version="v")]
+    fields = {"kind": "fields", "question": "So?", "columns": ["a", "b"]}
+
+    def identity(planning: dict[str, Any], **changes: Any) -> str:
+        return BatchJob.model_validate(values(planning=planning, **changes)).job_id(objects)
+
+    assert identity({}, prompt=fields) == identity({"field_order": "optimise", "block_size": 16}, prompt=fields)
+    assert identity({}, prompt=fields) != identity({"field_order": "as_given"}, prompt=fields)
+    assert identity({}) == identity({"field_order": "as_given"})
+
+
 def test_the_schema_describes_every_section() -> None:
     schema = BatchJob.model_json_schema()
     assert set(schema["properties"]) == {

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.sink import check_sink
+from batchllm_operators.merge.sink import IN_PROGRESS_FILE, check_sink
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import MANIFEST_FILE
 from batchllm_operators.stage.spec import SourceSpec
@@ -125,6 +125,23 @@ def test_an_interrupted_merge_of_another_job_is_refused(job: Job) -> None:
     with pytest.raises(TerminalError, match=f"unfinished output of job {JOB_ID}, this is job other-job"):
         job.merge(job_id="other-job")
     assert job.merge(job_id="other-job", mode="overwrite").job_id == "other-job"
+
+
+@pytest.mark.parametrize("content", [b"not JSON", b"[]", b"{}", b""])
+def test_a_claim_of_another_kind_is_refused_and_named(job: Job, content: bytes) -> None:
+    job.answer_all()
+    interrupted(job)
+    job.sink.write_bytes(IN_PROGRESS_FILE, content)
+    with pytest.raises(TerminalError, match=r"the _in_progress\.json there is not one of ours.*overwrite"):
+        job.merge()
+    assert job.merge(mode="overwrite").rows == 10
+
+
+def test_a_claim_of_another_kind_without_any_output_is_in_nobodys_way(job: Job) -> None:
+    job.answer_all()
+    job.sink.write_bytes(IN_PROGRESS_FILE, b"not JSON")
+    assert job.merge().rows == 10
+    assert not job.sink.exists(IN_PROGRESS_FILE)
 
 
 def test_an_interrupted_overwrite_never_looks_complete(job: Job) -> None:

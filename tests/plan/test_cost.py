@@ -3,37 +3,40 @@
 import numpy as np
 import pytest
 
-from batchllm_operators.plan.cost import CPU_DEFAULT, StepTimes, default_cost_model, fit_cost_model, forecast
+from batchllm_operators.plan.cost import CPU_DEFAULT, MeasuredRuns, default_cost_model, fit_cost_model, forecast
 from batchllm_operators.plan.spec import CostModel
 
 
-def steps_of(cost: CostModel, count: int = 60, noise: float = 0.0) -> StepTimes:
+def runs_of(cost: CostModel, count: int = 60, noise: float = 0.0) -> MeasuredRuns:
     chance = np.random.default_rng(0)
+    steps = chance.integers(1, 30, count)
     prefill = chance.integers(0, 4000, count)
     decode = chance.integers(0, 200, count)
     kv = decode * chance.integers(100, 4000, count)
     seconds = (
-        cost.step_seconds
+        steps * cost.step_seconds
         + prefill / cost.prefill_tokens_per_second
         + decode / cost.decode_tokens_per_second
         + kv / cost.kv_tokens_per_second
     )
-    return StepTimes(prefill, decode, kv, seconds * (1 + noise * chance.standard_normal(count)))
+    return MeasuredRuns(steps, prefill, decode, kv, seconds * (1 + noise * chance.standard_normal(count)))
 
 
-def test_a_fit_finds_the_rates_that_made_the_steps() -> None:
-    fitted = fit_cost_model(steps_of(CPU_DEFAULT), kv_capacity_tokens=170_000, max_running_requests=256)
+def test_a_fit_finds_the_rates_that_made_the_runs() -> None:
+    fitted = fit_cost_model(runs_of(CPU_DEFAULT), kv_capacity_tokens=170_000, max_running_requests=256)
     assert fitted.model_dump() == pytest.approx(CPU_DEFAULT.model_dump(), rel=1e-6)
 
 
-def test_a_fit_of_noisy_steps_is_near_and_never_negative() -> None:
-    fitted = fit_cost_model(steps_of(CPU_DEFAULT, 400, 0.05), kv_capacity_tokens=1, max_running_requests=1)
+def test_a_fit_of_noisy_runs_is_near_and_never_negative() -> None:
+    fitted = fit_cost_model(runs_of(CPU_DEFAULT, 400, 0.05), kv_capacity_tokens=1, max_running_requests=1)
     assert fitted.prefill_tokens_per_second == pytest.approx(CPU_DEFAULT.prefill_tokens_per_second, rel=0.1)
     assert fitted.step_seconds >= 0
 
 
 def test_a_fit_needs_prefill_and_decode() -> None:
-    only_prefill = StepTimes(np.arange(9), np.zeros(9, np.int64), np.zeros(9, np.int64), np.ones(9))
+    only_prefill = MeasuredRuns(
+        np.ones(9, np.int64), np.arange(9), np.zeros(9, np.int64), np.zeros(9, np.int64), np.ones(9)
+    )
     with pytest.raises(ValueError, match="with prefill and decode among them"):
         fit_cost_model(only_prefill, kv_capacity_tokens=1, max_running_requests=1)
 

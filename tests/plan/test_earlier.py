@@ -1,5 +1,6 @@
 """Earlier runs of the job of the same name."""
 
+import os
 from pathlib import Path
 
 import orjson
@@ -43,3 +44,12 @@ def test_lengths_of_an_earlier_run_are_expected_again(tmp_path: Path, same: bool
     assert {row["expected_output_tokens"] for row in planned_rows(work, plan)} == {3}
     assert plan.estimate_sources == {"same_request" if same else "job": 8}
     assert plan.requests == 8, "results of another job are learnt from, not taken"
+
+
+def test_the_newest_runs_are_taken_whatever_their_ids(tmp_path: Path) -> None:
+    work = job_folder(tmp_path, "own", "nightly")
+    for hours, job_id in enumerate(("m", "z", "a", "k", "b")):
+        job_folder(tmp_path, job_id, "nightly")
+        os.utime(tmp_path / "_batchllm" / job_id / "job.json", (0, 3600 * hours))
+    found = earlier_runs(work.uri, StorageOptions())
+    assert [one.uri.rpartition("/")[2] for one in found] == ["b", "k", "a"]

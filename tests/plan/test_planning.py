@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.plan.cost import CPU_DEFAULT
+from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
@@ -202,8 +202,11 @@ def test_measured_rates_go_before_the_hardwares_and_the_jobs_own_before_both(wor
     staged = stage_prompts(work, grouped_prompts())
     slow = CPU_DEFAULT.model_copy(update={"prefill_tokens_per_second": 1.0})
     slower = CPU_DEFAULT.model_copy(update={"prefill_tokens_per_second": 0.5})
-    plan = plan_requests(work, staged, PLANNING, calibrated=slow)
-    own = plan_requests(work, staged, PLANNING.model_copy(update={"cost": slower}), calibrated=slow)
+    measured = Calibration(rates=slow, device="a slow one", measured_at="2026-01-31 12:00:00", seconds=5.0)
+    plan = plan_requests(work, staged, PLANNING, calibrated=measured)
+    own = plan_requests(work, staged, PLANNING.model_copy(update={"cost": slower}), calibrated=measured)
+    assert plan_requests(work, staged, PLANNING).rates == "hardware default"
+    assert (plan.rates, own.rates) == ("calibrated on a slow one at 2026-01-31 12:00:00 UTC", "job")
     assert own.expected_prefill_seconds == pytest.approx(2 * plan.expected_prefill_seconds)
 
 

@@ -14,7 +14,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import StageSummary
+from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
@@ -57,8 +59,9 @@ def stage(tmp_path: Path, tiny_llama: str) -> Stage:
         sampling: dict[str, Any] | None = None,
         model: dict[str, Any] | None = None,
         work: str = "work",
+        field_order: FieldOrderChoice = "optimise",
         processes: int = 1,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[StageStep, int], None] = lambda _step, _rows: None,
         **source: Any,
     ) -> Staged:
         form = source.pop("format", "jsonl" if isinstance(rows, bytes) else "parquet")
@@ -74,6 +77,7 @@ def stage(tmp_path: Path, tiny_llama: str) -> Stage:
             SamplingSpec(**(sampling or {})),
             ModelSpec(**{"id": tiny_llama, **(model or {})}),
             store,
+            field_order=field_order,
             tokenizer_processes=processes,
             progress=progress,
         )

@@ -166,6 +166,17 @@ def test_json_types_are_unified_over_all_rows(stage: Stage) -> None:
     ]  # fmt: skip
 
 
+def test_large_integers_within_structs_and_lists_keep_their_digits_unless_the_column_has_floats(stage: Stage) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x", "o": {"a": 1, "b": 1}, "l": [1]} for _ in range(BATCH_ROWS)]
+    rows += [{"text": "x", "o": {"a": 1.5, "b": 2}, "l": [0.5]}]
+    rows += [{"text": "x", "o": None, "l": [None]} for _ in range(BATCH_ROWS - 1)]
+    rows += [{"text": "x", "o": {"a": 2**60 + 1, "b": 2**63 - 1}, "l": [2**60 + 1, None]}]
+    staged = stage(json_lines(*rows))
+    source = open_source(SourceSpec(uri=str(Path(staged.work.uri).parent / "input.jsonl"), format="jsonl"))
+    last = pa.concat_tables(source.tables(sink_schema(staged.summary))).slice(len(rows) - 1).to_pylist()
+    assert last == [{"text": "x", "o": {"a": float(2**60), "b": 2**63 - 1}, "l": [float(2**60), None]}]
+
+
 def test_an_empty_dataset_has_no_rows(stage: Stage, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string()), "n": pa.array([], pa.int64())}), tmp_path / "e.parquet")
     staged = stage(tmp_path / "e.parquet")

@@ -18,6 +18,7 @@ from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import STAGED_SCHEMA, STAGED_SUMMARY
 from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import PART_ROWS, stage_rows
@@ -31,7 +32,7 @@ TOKENS = {"kind": "tokens", "column": "ids"}
 def test_staged_rows_follow_each_other_over_parts(stage: Stage) -> None:
     rows = 2 * PART_ROWS + 5000
     seen: list[int] = []
-    staged = stage([{"ids": [n % 7, 1]} for n in range(rows)], TOKENS, progress=seen.append)
+    staged = stage([{"ids": [n % 7, 1]} for n in range(rows)], TOKENS, progress=lambda _, done: seen.append(done))
     assert [part.name for part in staged.summary.parts] == [f"staged/part-{n:05d}.parquet" for n in range(3)]
     assert sum(part.rows for part in staged.summary.parts) == staged.summary.rows == rows
     assert [row["row_index"] for row in staged.rows] == list(range(rows))
@@ -71,7 +72,7 @@ def test_the_number_of_processes_does_not_change_a_byte(stage: Stage) -> None:
 def test_a_tokenizer_process_that_dies_is_a_transient_error(stage: Stage) -> None:
     killed: list[int] = []
 
-    def kill_one(rows: int) -> None:
+    def kill_one(step: StageStep, rows: int) -> None:
         if not killed:
             killed.append(rows)
             children = Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
@@ -81,6 +82,15 @@ def test_a_tokenizer_process_that_dies_is_a_transient_error(stage: Stage) -> Non
     with pytest.raises(TransientError, match="a tokenizer process died"):
         stage([{"text": f"row {n}"} for n in range(50_000)], processes=2, progress=kill_one)
     assert killed
+
+
+def test_a_model_that_cannot_be_used_is_said_by_the_processes_before_any_row_is_read(
+    stage: Stage, tmp_path: Path
+) -> None:
+    for processes in (1, 2):
+        with pytest.raises(TerminalError, match=r"model\.id: cannot load the tokenizer of"):
+            stage([{"text": "x"}], model={"engine_args": {"tokenizer": str(tmp_path)}}, processes=processes)
+        assert not (tmp_path / "work").exists()
 
 
 def test_memory_is_bounded_by_the_batches_not_by_the_dataset(tiny_llama: str, tmp_path: Path) -> None:

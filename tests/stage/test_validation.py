@@ -10,6 +10,8 @@ import pytest
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.stage.tokenizing import model_limits
 
 from .conftest import Stage, json_lines
@@ -85,6 +87,10 @@ def test_a_row_may_override_sampling(stage: Stage, as_json: bool) -> None:
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, got 0"),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"expected_output_tokens": 0}, "expected_output_tokens: Input should be greater than or equal to 1, got 0"),
+        ({"expected_output_tokens": -7}, "expected_output_tokens: Input should be greater than or equal to 1, got -7"),
+        ({"expected_output_tokens": 2.5}, "expected_output_tokens: Input should be a valid integer"),
+        ({"expected_output_tokens": "long"}, "expected_output_tokens: Input should be a valid integer"),
         ("[1]", "expected sampling fields, got list"),
         ("{", "expected a JSON object"),
     ],
@@ -97,6 +103,41 @@ def test_a_bad_override_is_an_invalid_row(stage: Stage, override: Any, message: 
     assert bad[0] == "invalid_row"
     assert "column 's'" in bad[1]
     assert message in bad[1]
+
+
+ESTIMATES = "expected_output_tokens"
+
+
+def test_a_row_may_say_how_long_its_completion_will_be(stage: Stage) -> None:
+    """The estimate reaches the plan, is held within max_tokens, and is no part of the request."""
+    overrides: list[Any] = [{ESTIMATES: 3}, None, {ESTIMATES: 10**18}, {ESTIMATES: 9, "max_tokens": 7}, {ESTIMATES: 3}]
+    rows = [{"text": f"row {number}", "s": override} for number, override in enumerate(overrides)]
+    rows[4]["text"] = "row 1"
+    staged = stage(json_lines(*rows), sampling={"override_column": "s", "max_tokens": 50})
+    found = staged.rows
+    assert [row[ESTIMATES] for row in found] == [3, None, 50, 7, 3]
+    assert [row["max_tokens"] for row in found] == [50, 50, 50, 7, 50]
+    assert [row["sampling"] is None for row in found] == [True, True, True, False, True]
+    assert found[1]["request_key"] == found[4]["request_key"]
+    plan = plan_requests(staged.work, staged.summary, PlanningSpec())
+    assert plan.estimate_sources == {"row": 3, "max_tokens": 1}
+    assert plan.expected_output_tokens == 3 + 50 + 50 + 7
+
+
+def test_an_estimate_is_held_within_the_room_that_the_prompt_leaves(stage: Stage) -> None:
+    rows = json_lines({"ids": [1] * 8, "s": {ESTIMATES: 5}})
+    (row,) = stage(rows, TOKENS, model={"max_model_len": 10}, sampling={"override_column": "s"}).rows
+    assert (row["max_tokens"], row[ESTIMATES]) == (2, 2)
+
+
+def test_a_job_without_override_column_has_no_column_of_estimates(stage: Stage) -> None:
+    assert ESTIMATES not in stage([{"text": "x"}]).rows[0]
+
+
+def test_a_struct_column_may_hold_estimates(stage: Stage) -> None:
+    rows = [{"text": "x", "s": {ESTIMATES: 4, "max_tokens": None}}, {"text": "y", "s": {ESTIMATES: None}}]
+    staged = stage(rows, sampling={"override_column": "s"})
+    assert [row[ESTIMATES] for row in staged.rows] == [4, None]
 
 
 def test_equal_rows_share_a_key_where_sampling_is_deterministic(stage: Stage) -> None:

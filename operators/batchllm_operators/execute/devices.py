@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import Record
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class DeviceShare(Record):
@@ -31,6 +33,15 @@ def gpus_of_machine(environment: Mapping[str, str] = os.environ, driver: Path = 
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
     return [str(index) for index, _ in enumerate(sorted(driver.iterdir()))] if driver.is_dir() else []
+
+
+def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
+    """The model of this machine's CPU, as Linux names it; its architecture where Linux does not."""
+    for line in cpu_info.read_text(errors="replace").splitlines() if cpu_info.is_file() else []:
+        field, _, value = line.partition(":")
+        if field.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.machine()
 
 
 def device_shares(engines: int, gpus_per_engine: int, gpus: Sequence[str], cores: Sequence[int]) -> list[DeviceShare]:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from batchllm_kernels.vllm_plugin import scheduler_path
+from batchllm_kernels.vllm_plugin.compat import check_vllm_version
+from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
+from batchllm_operators.execute.devices import cpu_name
 from batchllm_operators.execute.engine_options import engine_arguments
+from batchllm_operators.execute.engine_settings import engine_settings
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
-
-VLLM_WINDOW = "0.32"
-"""Minor version of vLLM that this module is written for."""
 
 CPU_KV_CACHE_SHARE = 0.25
 CPU_KV_CACHE_MOST_BYTES = 4 * 1024**3
@@ -28,6 +31,8 @@ class Request:
     key: bytes
     prompt_token_ids: list[int]
     sampling: SamplingParameters
+    planned: PlannedRequest | None = None
+    """What the plan says about it; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,34 @@ class Completion:
     error: RowError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a loaded engine runs on, and how much it takes."""
+
+    device: str
+    """Name and number of its devices, e.g. `1 x NVIDIA H200`."""
+    vocabulary: int
+    """Token ids are below this."""
+    kv_capacity_tokens: int
+    """Tokens that the KV cache holds."""
+    max_running_requests: int
+    """Most requests in a step."""
+    max_request_tokens: int
+    """Most tokens of a prompt and its completion."""
+    max_step_tokens: int
+    """Most tokens that a step computes."""
+
+
 class Engine(Protocol):
     """A loaded model that answers requests in the order they are submitted, many at a time."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What it runs on, and how much it takes."""
+
+    @property
+    def settings(self) -> tuple[EngineSetting, ...]:
+        """What decides its throughput, and who chose it."""
 
     @property
     def capacity(self) -> int:
@@ -54,6 +85,10 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int:
         """Requests it holds now."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """A number that changes whenever it has computed tokens."""
 
     def submit(self, request: Request) -> Completion | None:
         """Take a request; a refused one comes back as a completion with an error."""
@@ -69,7 +104,7 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """vLLM's `LLMEngine` (V1).
+    """vLLM's `LLMEngine` (V1) with our scheduler, unless `model.engine_args` names another `scheduler_cls`.
 
     Where the core runs: on a GPU in a process of its own, as is vLLM's default, so that detokenising and writing parts
     overlap with the device; on a CPU in this process, because there both would fight for the same cores (measured on 2
@@ -109,10 +144,19 @@ class VllmEngine:
             arguments |= _cpu_kv_cache(arguments)
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+        if config.scheduler_config.scheduler_cls is None:
+            # Not among the arguments, because only the finished configuration says whether scheduling is asynchronous.
+            config.scheduler_config.scheduler_cls = scheduler_path(
+                async_scheduling=config.scheduler_config.async_scheduling
+            )
+        # As vllm.LLM does: statistics cost time in every step, and nobody watches an offline engine's log.
+        self._engine: Any = LLMEngine.from_vllm_config(config, UsageContext.LLM_CLASS, disable_log_stats=True)
+        self._model = model
         self._capacity: int = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._unfinished: dict[str, Request] = {}
         self._submitted = 0
+        self._steps = 0
         self._rejections: tuple[type[Exception], ...] = (ValueError, VLLMClientError)
         self._tokens_input: Callable[[list[int]], Any] = tokens_input
         self._sampling_params: Callable[..., Any] = SamplingParams
@@ -124,9 +168,38 @@ class VllmEngine:
         return self._capacity
 
     @property
+    def limits(self) -> EngineLimits:
+        """Read from vLLM's configuration as it is after the KV cache has been allocated."""
+        config = self._engine.vllm_config
+        capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        return EngineLimits(
+            device=f"{config.parallel_config.world_size} x {_device_name()}",
+            vocabulary=config.model_config.get_vocab_size(),
+            # Blocks are not the whole truth where layers keep caches of several kinds.
+            kv_capacity_tokens=config.cache_config.kv_cache_size_tokens or capacity,
+            max_running_requests=config.scheduler_config.max_num_seqs,
+            max_request_tokens=config.model_config.max_model_len,
+            max_step_tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+
+    @property
+    def settings(self) -> tuple[EngineSetting, ...]:
+        """What decides its throughput, as vLLM resolved it, and who chose it."""
+        return engine_settings(self._engine.vllm_config, self._model)
+
+    @property
     def unfinished(self) -> int:
         """Requests submitted and neither finished nor aborted."""
         return len(self._unfinished)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that the core has computed of the requests it holds; steps, where it is a process of its own."""
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        if core is None:
+            # There a step returns only with tokens that the core has computed.
+            return self._steps
+        return sum(request.num_computed_tokens for request in core.scheduler.requests.values())
 
     def submit(self, request: Request) -> Completion | None:
         """Add a request; what vLLM refuses (a prompt longer than the model, say) comes back as an `engine_error`."""
@@ -134,9 +207,7 @@ class VllmEngine:
         identity = str(self._submitted)
         self._submitted += 1
         try:
-            self._engine.add_request(
-                identity, self._tokens_input(request.prompt_token_ids), self._parameters(request.sampling)
-            )
+            self._engine.add_request(identity, self._tokens_input(request.prompt_token_ids), self._parameters(request))
         except self._rejections as error:
             return _failed(request, str(error))
         self._unfinished[identity] = request
@@ -145,6 +216,7 @@ class VllmEngine:
     def step(self) -> list[Completion]:
         """One step of the engine, and what it finished."""
         outputs = self._engine.step()
+        self._steps += 1
         return [
             self._completion(self._unfinished.pop(output.request_id), output) for output in outputs if output.finished
         ]
@@ -158,7 +230,8 @@ class VllmEngine:
         """Shut the engine core down."""
         self._engine.engine_core.shutdown()
 
-    def _parameters(self, sampling: SamplingParameters) -> Any:
+    def _parameters(self, request: Request) -> Any:
+        sampling = request.sampling
         return self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -166,6 +239,7 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
             output_kind=self._output_kind,
+            extra_args=request.planned.as_extra_args() if request.planned else None,
         )
 
     def _completion(self, request: Request, output: Any) -> Completion:
@@ -189,14 +263,22 @@ def _failed(request: Request, message: str) -> Completion:
 
 def _check_version() -> None:
     try:
-        import vllm
+        check_vllm_version()
     except ImportError as error:
         raise TerminalError(
             f"no vLLM in the engine's environment: install the extra engine or engine-cpu ({error})"
         ) from error
-    version = str(vllm.__version__)
-    if not version.startswith(f"{VLLM_WINDOW}."):
-        raise TerminalError(f"vLLM: expected version {VLLM_WINDOW}.*, got {version}")
+    except RuntimeError as error:
+        raise TerminalError(str(error)) from error
+
+
+def _device_name() -> str:
+    """Name of the GPU, or of the CPU with the number of cores this process may use."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return str(current_platform.get_device_name())
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _check_model_folder(identity: str) -> None:

@@ -56,7 +56,5 @@ def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Col
         "block_size": block_size,
         "tensor_parallel_size": gpus,
         "enable_prefix_caching": True,
-        # As vllm.LLM does: statistics cost time in every step, and nobody watches an offline engine's log.
-        "disable_log_stats": True,
     }
     return arguments | model.engine_args

@@ -18,27 +18,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
+from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TransientError
+from batchllm_operators.execute.bundle_run import BundleRun
+from batchllm_operators.execute.calibration import calibrate
 from batchllm_operators.execute.engine import Engine, VllmEngine
-from batchllm_operators.execute.feeding import completions, count, known_results, read_requests
+from batchllm_operators.execute.feeding import BundleFeed
 from batchllm_operators.execute.messages import (
-    BundleDone,
+    Event,
     Failed,
     Load,
     Loaded,
-    PartWritten,
-    Progress,
     Run,
     Shutdown,
     Started,
     decode_command,
     encode,
 )
-from batchllm_operators.execute.part_writer import PartWriter
-from batchllm_operators.records import Record
-from batchllm_operators.store import Store
+from batchllm_operators.execute.step_traces import StepTraces
 
 PARENT_CHECK_SECONDS = 0.5
 PROGRESS_SECONDS = 0.25
@@ -46,21 +47,33 @@ MESSAGE_CHARACTERS = 2000
 
 
 class EngineProcess:
-    """Carries out the commands of one handle, one after the other.
+    """Carries out the commands of one handle; several bundles at a time overlap in one engine.
 
     Args:
         channel: connected socket; commands come in, events go out.
         load_engine: makes the engine of a `Load` command.
+        traces: takes the engine's steps to the work folder; None: they are not traced.
     """
 
-    def __init__(self, channel: socket.socket, load_engine: Callable[[Load], Engine]) -> None:
+    def __init__(
+        self, channel: socket.socket, load_engine: Callable[[Load], Engine], traces: StepTraces | None = None
+    ) -> None:
         self._channel = channel
+        self._traces = traces
         self._load_engine = load_engine
         self._engine: Engine | None = None
         # SimpleQueue, because its put may be called in a signal handler.
         self._commands: queue.SimpleQueue[Load | Run | Shutdown] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._loading = False
+        self._sending = threading.Lock()
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="parts")
+        self._feed: BundleFeed | None = None
+        self._runs: dict[str, BundleRun] = {}
+        self._ending: list[BundleRun] = []
+        self._last_done = 0.0
+        self._told = 0.0
+        self._computed_tokens = 0
 
     def serve(self) -> None:
         """Take commands until told to shut down, or the other end is closed, or the engine breaks."""
@@ -68,11 +81,14 @@ class EngineProcess:
         self._send(Started())
         try:
             while not self._stopping.is_set():
-                command = self._commands.get()
-                if isinstance(command, Load):
-                    self._load(command)
-                elif isinstance(command, Run):
-                    self._run(command)
+                try:
+                    self._take_commands()
+                    self._advance()
+                except Exception as error:
+                    traceback.print_exc()
+                    self._leave(f"the engine broke: {_one_line(error)}", stopped=False)
+                    return
+            self._leave("the engine was told to stop", stopped=True)
         finally:
             if self._engine is not None:
                 self._engine.close()
@@ -95,18 +111,35 @@ class EngineProcess:
         finally:
             self.stop()
 
-    def _send(self, event: Record) -> None:
+    def _send(self, event: Event) -> None:
         try:
-            self._channel.sendall(encode(event))
+            with self._sending:
+                self._channel.sendall(encode(event))
         except OSError:
             # Nobody listens any more; the reading thread sees the same and stops the process.
             self._stopping.set()
+
+    def _take_commands(self) -> None:
+        """Carry out what has come; wait for something to come when there is nothing to compute."""
+        while not self._stopping.is_set():
+            try:
+                command = self._commands.get(block=not self._runs)
+            except queue.Empty:
+                return
+            if isinstance(command, Load):
+                self._load(command)
+            elif isinstance(command, Run):
+                self._begin(command)
 
     def _load(self, command: Load) -> None:
         started = time.monotonic()
         self._loading = True
         try:
             self._engine = self._load_engine(command)
+            calibration = calibrate(self._engine) if command.calibrate else None
+            if self._traces is not None:
+                self._traces.skip()
+            self._feed = BundleFeed(self._engine)
         except Exception as error:
             traceback.print_exc()
             # A model that does not load will not load the next time either, unless the network was the reason.
@@ -114,53 +147,102 @@ class EngineProcess:
             self._send(Failed(message=_one_line(error), transient=transient, engine_lost=True))
             self._stopping.set()
         else:
-            self._send(Loaded(seconds=time.monotonic() - started))
+            self._send(
+                Loaded(seconds=time.monotonic() - started, calibration=calibration, settings=self._engine.settings)
+            )
         finally:
             self._loading = False
 
-    def _run(self, command: Run) -> None:
+    def _begin(self, command: Run) -> None:
         try:
-            done = self._compute(command)
+            run = BundleRun(command, self._send, self._writing)
         except BatchLLMError as error:
-            # A fault of the store: the engine is as good as before.
             traceback.print_exc()
             transient = isinstance(error, TransientError)
-            self._send(Failed(message=error.message, transient=transient, engine_lost=False, uri=error.uri))
-        except Exception as error:
-            traceback.print_exc()
-            self._send(Failed(message=f"the engine broke: {_one_line(error)}", transient=True, engine_lost=True))
-            self._stopping.set()
-        else:
-            self._send(done)
+            self._send(
+                Failed(
+                    bundle=command.bundle, message=error.message, transient=transient, engine_lost=False, uri=error.uri
+                )
+            )
+            return
+        self._runs[run.name] = run
+        self._bundles().add(run.name, run.requests)
 
-    def _compute(self, command: Run) -> BundleDone | Failed:
-        if self._engine is None:
-            raise RuntimeError(f"asked to run {command.bundle} before a model was loaded")
-        started = time.monotonic()
-        store = Store(command.work_uri, command.storage)
-        done, counts = known_results(store, command.known_parts)
-        writer = PartWriter(
-            store,
-            part_rows=command.part_rows,
-            part_seconds=command.part_seconds,
-            on_part=lambda name: self._send(PartWritten(name=name)),
-        )
-        requests = read_requests(store, command.bundle, command.sampling, done)
-        self._send(Progress(bundle=command.bundle, counts=counts))
-        told = started
-        try:
-            for finished in completions(self._engine, requests, self._stopping.is_set):
-                counts += count(finished)
-                writer.add(finished)
-                if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
-                    self._send(Progress(bundle=command.bundle, counts=counts))
-                    told = now
-        finally:
-            # Also when the engine broke or is told to stop: what is finished is not computed again.
-            writer.flush()
-        if self._stopping.is_set():
-            return Failed(message="the engine was told to stop", transient=True, engine_lost=True)
-        return BundleDone(counts=counts, parts=command.known_parts + writer.parts, seconds=time.monotonic() - started)
+    def _advance(self) -> None:
+        """One step of the engine, and an end to the bundles that are done and written."""
+        if not self._runs:
+            return
+        feed = self._bundles()
+        for step in feed.step():
+            run = self._runs[step.bundle]
+            try:
+                run.take(step)
+            except BatchLLMError as error:
+                # A fault of the store: the engine is as good as before.
+                traceback.print_exc()
+                feed.drop(run.name)
+                del self._runs[run.name]
+                run.fail(error)
+                continue
+            if step.done:
+                self._ending.append(run)
+        self._end_written(wait=not feed.busy)
+        self._tell_progress()
+
+    def _end_written(self, *, wait: bool) -> None:
+        """Say of bundles that they are done; with `wait` of all whose last request is finished."""
+        for run in [run for run in self._ending if wait or run.written]:
+            self._ending.remove(run)
+            del self._runs[run.name]
+            try:
+                if self._traces is not None:
+                    self._traces.write(run.work, run.name)
+                self._last_done = run.end(self._last_done)
+            except BatchLLMError as error:
+                traceback.print_exc()
+                run.fail(error)
+
+    def _tell_progress(self) -> None:
+        """Tell of answers and, where there are none, that tokens are computed: a step alone is no sign of life."""
+        now = time.monotonic()
+        if now - self._told < PROGRESS_SECONDS or self._engine is None or not self._runs:
+            return
+        computed = self._engine.computed_tokens
+        news = [run for run in self._runs.values() if run.has_news]
+        if computed != self._computed_tokens and not news:
+            news = [next(iter(self._runs.values()))]
+        for run in news:
+            run.tell_progress()
+        self._computed_tokens = computed
+        self._told = now
+
+    def _leave(self, message: str, *, stopped: bool) -> None:
+        """Write what is finished, so that it is not computed again, and say of every bundle that it is not done."""
+        self._stopping.set()
+        if stopped and self._feed is not None:
+            self._feed.abort()
+        faults = {}
+        for run in self._runs.values():
+            try:
+                run.keep()
+            except BatchLLMError as error:
+                traceback.print_exc()
+                faults[run.name] = f"{message}; what was finished could not be written: {error.message}"
+        for name in self._runs:
+            self._send(
+                Failed(
+                    bundle=name,
+                    message=faults.get(name, message),
+                    transient=True,
+                    engine_lost=True,
+                    stopped=stopped,
+                )
+            )
+
+    def _bundles(self) -> BundleFeed:
+        if self._feed is None:
+            raise RuntimeError("asked to compute before a model was loaded")
+        return self._feed
 
 
 def end_with_parent(parent_pid: int) -> None:
@@ -186,7 +268,12 @@ def main() -> None:
     channel = socket.socket(fileno=arguments.channel_fd)
     # The engine core must not keep the channel open when this process is gone.
     channel.set_inheritable(False)
-    process = EngineProcess(channel, lambda load: VllmEngine(load.model, block_size=load.block_size, gpus=load.gpus))
+    trace_file = os.environ.get(STEP_TRACE_VARIABLE)
+    process = EngineProcess(
+        channel,
+        lambda load: VllmEngine(load.model, block_size=load.block_size, gpus=load.gpus),
+        StepTraces(Path(trace_file)) if trace_file else None,
+    )
     signal.signal(signal.SIGTERM, process.stop)
     process.serve()
     sys.stdout.flush()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
 
+from batchllm_kernels.vllm_plugin.options import PlannedRequest
+from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.stage.spec import SamplingParameters
@@ -15,6 +19,8 @@ from batchllm_operators.store import Store
 
 READ_ROWS = 256
 """Requests in memory ahead of the engine."""
+
+KEY_ROWS = 65_536
 
 
 def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes]) -> Iterator[Request]:
@@ -37,12 +43,34 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
         return SamplingParameters(**{**values, "max_tokens": max_tokens})
 
     columns = ["request_key", "prompt_token_ids", "max_tokens", "sampling"]
+    columns += ["group_id", "prefix_tokens", "expected_output_tokens"]
     for batch in store.scan_parquet(bundle, columns, READ_ROWS):
         for row in batch.to_pylist():
             if row["request_key"] not in done:
                 yield Request(
-                    row["request_key"], row["prompt_token_ids"], parameters(row["sampling"], row["max_tokens"])
+                    row["request_key"],
+                    row["prompt_token_ids"],
+                    parameters(row["sampling"], row["max_tokens"]),
+                    # Numbers of groups are those of their bundle.
+                    PlannedRequest(f"{bundle}:{row['group_id']}", row["prefix_tokens"], row["expected_output_tokens"]),
                 )
+
+
+def read_rows(
+    store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes], rows: tuple[int, int] | None
+) -> Iterator[Request]:
+    """As `read_requests`, of the bundle's rows from the first number up to before the second; None: of all."""
+    if rows is None:
+        return read_requests(store, bundle, sampling, done)
+    # Rows are counted with those that are done: their numbers stay the same from attempt to attempt.
+    numbered = islice(read_requests(store, bundle, sampling, set()), *rows)
+    return (request for request in numbered if request.key not in done)
+
+
+def bundle_keys(store: Store, bundle: str) -> list[bytes]:
+    """The request keys of a bundle, in their order."""
+    batches = store.scan_parquet(bundle, ["request_key"], KEY_ROWS)
+    return [key for batch in batches for key in batch.column(0).to_pylist()]
 
 
 def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], BundleCounts]:
@@ -64,30 +92,102 @@ def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], Bundl
     return done, counts
 
 
-def completions(
-    engine: Engine, requests: Iterator[Request], stopping: Callable[[], bool]
-) -> Iterator[list[Completion]]:
-    """Drive the engine through the requests; yields after every step what finished, also when that is nothing.
+@dataclass(frozen=True, slots=True)
+class BundleStep:
+    """What one step of the engine gave for one bundle."""
 
-    The engine holds at most its capacity. When the caller stops iterating, or `stopping()` turns true between two
-    steps, unfinished requests are aborted, and the engine is free for the next bundle.
+    bundle: str
+    finished: list[Completion]
+    all_read: bool
+    """The engine has been given all of its requests."""
+    done: bool
+    """And has answered them."""
+    fault: BatchLLMError | None = None
+    """Why its requests cannot be read any further; the bundle is out of the feed."""
+
+
+class BundleFeed:
+    """Drives an engine through bundles without a gap: the next one's requests enter as the last one's leave.
+
+    Args:
+        engine: holds at most its capacity of requests, those of the oldest bundle first.
     """
-    waiting = True
-    try:
-        while (waiting or engine.unfinished) and not stopping():
-            finished: list[Completion] = []
-            while waiting and engine.unfinished < engine.capacity and len(finished) < READ_ROWS:
-                request = next(requests, None)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._bundles: dict[str, _FedBundle] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a bundle that is not done."""
+        return bool(self._bundles)
+
+    def add(self, bundle: str, requests: Iterator[Request]) -> None:
+        """Take a bundle, behind those it has."""
+        self._bundles[bundle] = _FedBundle(requests)
+
+    def drop(self, bundle: str) -> None:
+        """Forget a bundle; what the engine holds of it is finished and goes unheard."""
+        self._bundles.pop(bundle, None)
+
+    def step(self) -> list[BundleStep]:
+        """Give the engine what it has room for and let it make one step; what came of it, bundle by bundle."""
+        finished, faults = self._fill()
+        if self._engine.unfinished:
+            for one in self._engine.step():
+                self._route(one, finished)
+        steps = []
+        for name, fed in list(self._bundles.items()):
+            all_read = fed.requests is None
+            done = (all_read and not fed.held) or name in faults
+            steps.append(BundleStep(name, finished.get(name, []), all_read, done, faults.get(name)))
+            if done:
+                del self._bundles[name]
+        return steps
+
+    def abort(self) -> None:
+        """Forget all bundles, and what the engine holds of them."""
+        self._bundles.clear()
+        if self._engine.unfinished:
+            self._engine.abort()
+
+    def _fill(self) -> tuple[dict[str, list[Completion]], dict[str, BatchLLMError]]:
+        """Submit requests; returns those that were refused, and faults of reading, by bundle."""
+        refused: dict[str, list[Completion]] = {}
+        faults: dict[str, BatchLLMError] = {}
+        for name, fed in self._bundles.items():
+            while fed.requests is not None and self._engine.unfinished < self._engine.capacity:
+                if len(refused.get(name, [])) >= READ_ROWS:
+                    return refused, faults
+                try:
+                    request = next(fed.requests, None)
+                except BatchLLMError as error:
+                    faults[name] = error
+                    break
                 if request is None:
-                    waiting = False
-                elif (refusal := engine.submit(request)) is not None:
-                    finished.append(refusal)
-            if engine.unfinished:
-                finished += engine.step()
-            yield finished
-    finally:
-        if engine.unfinished:
-            engine.abort()
+                    fed.requests = None
+                elif (refusal := self._engine.submit(request)) is not None:
+                    refused.setdefault(name, []).append(refusal)
+                else:
+                    fed.held.add(request.key)
+        return refused, faults
+
+    def _route(self, one: Completion, finished: dict[str, list[Completion]]) -> None:
+        for name, fed in self._bundles.items():
+            if one.request_key in fed.held:
+                fed.held.remove(one.request_key)
+                finished.setdefault(name, []).append(one)
+                return
+
+
+@dataclass(slots=True)
+class _FedBundle:
+    """A bundle in the feed."""
+
+    requests: Iterator[Request] | None
+    """Those that are still to be read; None when all are."""
+    held: set[bytes] = field(default_factory=set)
+    """Keys of those that the engine has."""
 
 
 def count(finished: Iterable[Completion]) -> BundleCounts:

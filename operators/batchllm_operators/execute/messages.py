@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.records import Record
+from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.records import EngineSetting, Record
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.spec import SamplingParameters
 
@@ -45,6 +46,8 @@ class Load(Record):
     """Tokens of a KV-cache block."""
     gpus: int
     """GPUs of this engine: its tensor-parallel size."""
+    calibrate: bool = False
+    """Whether the engine is to measure its rates before it takes its first bundle."""
 
 
 class Run(Record):
@@ -59,6 +62,8 @@ class Run(Record):
     """The job's own; the bundle's rows hold what single requests override."""
     part_rows: int
     part_seconds: float
+    rows: tuple[int, int] | None = None
+    """Only the bundle's rows from the first number up to before the second; None: all."""
     known_parts: tuple[str, ...] = ()
     """Result parts that an earlier attempt at this bundle has written: their requests are not computed again."""
 
@@ -80,20 +85,31 @@ class Loaded(Record):
 
     kind: Literal["loaded"] = "loaded"
     seconds: float
+    calibration: Calibration | None = None
+    """Its rates, where it was to measure them and could."""
+    settings: tuple[EngineSetting, ...] = ()
 
 
 class Progress(Record):
-    """Event: the engine has made steps since its last message; also its sign of life."""
+    """Event: the engine has computed tokens since its last message; also its sign of life."""
 
     kind: Literal["progress"] = "progress"
     bundle: str
     counts: BundleCounts
 
 
+class AllRead(Record):
+    """Event: the engine has been given all requests of the bundle and has room for the next one's."""
+
+    kind: Literal["all_read"] = "all_read"
+    bundle: str
+
+
 class PartWritten(Record):
     """Event: a result part is visible on the store."""
 
     kind: Literal["part_written"] = "part_written"
+    bundle: str
     name: str
 
 
@@ -101,27 +117,34 @@ class BundleDone(Record):
     """Event: every request of the bundle stands in a result part."""
 
     kind: Literal["bundle_done"] = "bundle_done"
+    bundle: str
     counts: BundleCounts
     parts: tuple[str, ...]
     seconds: float
+    """Since it began or the bundle before it was done, whichever was later: together they are the busy time."""
 
 
 class Failed(Record):
     """Event: the command could not be carried out."""
 
     kind: Literal["failed"] = "failed"
+    bundle: str | None = None
+    """None: not a bundle, but the load."""
     message: str
     transient: bool
     engine_lost: bool
     """Whether the process ends now; else it takes further commands."""
+    stopped: bool = False
+    """Whether it ends because it was told to, which is no request's fault."""
     uri: str | None = None
 
 
 Command = Annotated[Load | Run | Shutdown, Field(discriminator="kind")]
-Event = Annotated[Started | Loaded | Progress | PartWritten | BundleDone | Failed, Field(discriminator="kind")]
+BundleEvent = Progress | AllRead | PartWritten | BundleDone | Failed
+Event = Started | Loaded | BundleEvent
 
 _COMMANDS: TypeAdapter[Load | Run | Shutdown] = TypeAdapter(Command)
-_EVENTS: TypeAdapter[Started | Loaded | Progress | PartWritten | BundleDone | Failed] = TypeAdapter(Event)
+_EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 def encode(message: Record) -> bytes:
@@ -134,6 +157,6 @@ def decode_command(line: bytes) -> Load | Run | Shutdown:
     return _COMMANDS.validate_json(line)
 
 
-def decode_event(line: bytes) -> Started | Loaded | Progress | PartWritten | BundleDone | Failed:
+def decode_event(line: bytes) -> Event:
     """The event of a line; `pydantic.ValidationError` when it is none."""
     return _EVENTS.validate_json(line)

@@ -11,17 +11,40 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from batchllm_operators.errors import BatchLLMError, TerminalError
+from batchllm_operators.errors import BatchLLMError, RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.devices import DeviceShare, device_shares, gpus_of_machine
-from batchllm_operators.execute.handle import EngineHandle, LocalEngineHandle, ProgressCallback
-from batchllm_operators.execute.messages import BundleDone, Load, Run
+from batchllm_operators.execute.engine import Completion
+from batchllm_operators.execute.feeding import bundle_keys, known_results
+from batchllm_operators.execute.handle import BundleCallbacks, EngineHandle, LocalEngineHandle, ProgressCallback
+from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
+from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
+from batchllm_operators.execute.part_writer import part_name, part_table
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.records import BundleInfo, BundleResult
+from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
+
+THREADS_PER_ENGINE = 2
+"""One that feeds the engine and one whose last requests it finishes."""
+
+DEATHS_OF_A_BUNDLE = 2
+"""Engines that may die on a bundle before one of its requests is taken to be the reason."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One task run's try at a bundle."""
+
+    bundle: BundleInfo
+    on_progress: ProgressCallback
+    load_seconds: float = 0.0
+    seconds: float = 0.0
+    """Of the engines' work that was not lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +53,33 @@ class Lease:
 
     handle: EngineHandle
     load_seconds: float
-    """Seconds the lease waited for the model to load; 0 on a warm engine."""
+    """Seconds the model took to load, for the first lease of the engine; 0 for the next."""
+    admit_next: Callable[[], None]
+    """Let another thread have the engine too, because it has room for the next bundle's requests."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """The place of one engine."""
+
+    index: int
+    handle: EngineHandle | None = None
+    taken_by: int | None = None
+    """The thread whose bundle is being read; None: the engine takes another bundle."""
+    bundles: int = 0
+    """Those it computes."""
+    load_seconds: float = 0.0
+
+    @property
+    def warm(self) -> bool:
+        return self.handle is not None and self.handle.usable
 
 
 class EnginePool:
     """As many engines as the execution part asks for; a context manager that ends them all.
+
+    An engine takes its next bundle as soon as it has been given all requests of the one before, so that it has no gap
+    between them. For that there must be more threads than engines: `THREADS_PER_ENGINE` each.
 
     `close` may be called from any thread, and makes waiting threads raise `TerminalError` at once: tasks blocked in a
     thread cannot be interrupted in another way.
@@ -64,12 +109,16 @@ class EnginePool:
         self._work = work
         self._logs = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
         self._make_handle = make_handle or self._local_handles()
-        self._handles: list[EngineHandle | None] = [None] * execution.engines
-        self._free = list(range(execution.engines))
+        self._slots = [_Slot(index) for index in range(execution.engines)]
         self._changed = threading.Condition()
+        self._waiting_alone = 0
         self._closed = False
         self._load_failure: TerminalError | None = None
         self._written: defaultdict[str, list[str]] = defaultdict(list)
+        self._deaths: defaultdict[str, int] = defaultdict(int)
+        self._engines_work = False
+        self.settings: tuple[EngineSetting, ...] = ()
+        """Of the engine loaded last, and so of all: what decides their throughput, and who chose it."""
 
     def __enter__(self) -> EnginePool:
         return self
@@ -82,80 +131,169 @@ class EnginePool:
     def run_bundle(self, bundle: BundleInfo, on_progress: ProgressCallback) -> BundleResult:
         """Compute a bundle on the next free engine.
 
-        A bundle that failed before goes on behind the parts its engine had written; the result covers all of it.
+        A bundle that failed before goes on behind the parts its engine had written; the result covers all of it. Where
+        an engine dies on a bundle for the second time, one of its requests is taken to be the reason, and this call
+        finds it: it computes the unfinished requests in halves, on new engines, until the guilty one stands alone. Its
+        answer is an `engine_error`.
 
         Args:
             bundle: its object is read by the engine process.
             on_progress: called in this thread with the bundle's name and its counts so far.
 
         Raises:
-            TransientError: the engine died or stalled, or the store failed for now.
-            TerminalError: the model does not load, the bundle cannot be read, or the pool is closed.
+            TransientError: the engine died or stalled for the first time, or the store failed for now.
+            TerminalError: the model does not load, the bundle cannot be read, engines die on too many requests, or the
+                pool is closed.
         """
-        written = self._written[bundle.name]
+        attempt = _Attempt(bundle, on_progress)
+        if self._deaths[bundle.name] < DEATHS_OF_A_BUNDLE:
+            try:
+                done = self._compute(attempt)
+                return self._result(attempt, done.counts)
+            except EngineDiedError:
+                self._deaths[bundle.name] += 1
+                if self._deaths[bundle.name] < DEATHS_OF_A_BUNDLE:
+                    raise
+        self._isolate(attempt)
+        _, counts = known_results(self._work, self._written[bundle.name])
+        return self._result(attempt, counts)
+
+    def _compute(self, attempt: _Attempt, rows: tuple[int, int] | None = None) -> BundleDone:
+        """Compute a bundle, or some rows of it; these alone in the engine, so that its death is their fault."""
+        written = self._written[attempt.bundle.name]
         command = Run(
-            bundle=bundle.name,
+            bundle=attempt.bundle.name,
             work_uri=self._work.uri,
             storage=self._work.options,
             sampling=self._sampling,
             part_rows=self._execution.part_rows,
             part_seconds=self._execution.part_seconds,
+            rows=rows,
             known_parts=tuple(written),
         )
-        with self.lease() as lease:
-            done: BundleDone = lease.handle.run_bundle(command, on_progress, written.append)
+        with self.lease(alone=rows is not None) as lease:
+            attempt.load_seconds += lease.load_seconds
+            done = lease.handle.run_bundle(
+                command, BundleCallbacks(attempt.on_progress, written.append, lease.admit_next)
+            )
+        attempt.seconds += done.seconds
+        self._engines_work = self._engines_work or done.counts.requests > done.counts.errors
+        return done
+
+    def _isolate(self, attempt: _Attempt) -> None:
+        """Answer all requests of a bundle that can be answered, and say of the others that engines die on them."""
+        bundle, written = attempt.bundle, self._written[attempt.bundle.name]
+        done, _ = known_results(self._work, written)
+        keys = bundle_keys(self._work, bundle.name)
+        unfinished = [row for row, key in enumerate(keys) if key not in done]
+
+        def compute(first: int, stop: int) -> None:
+            self._compute(attempt, (first, stop))
+
+        guilty = find_guilty(unfinished, compute)
+        if not guilty:
+            return
+        _, counts = known_results(self._work, written)
+        if not self._engines_work and counts.requests == counts.errors:
+            raise TerminalError(
+                f"no engine of this run has answered anything: {guilty[0].error.message}", bundle=bundle.name
+            )
+        name = part_name()
+        self._work.write_table(name, part_table([_verdict(keys[one.row], one.error) for one in guilty]))
+        written.append(name)
+
+    def _result(self, attempt: _Attempt, counts: BundleCounts) -> BundleResult:
         # A later plan of the same run may use the name again.
-        self._written.pop(bundle.name, None)
+        parts = tuple(self._written.pop(attempt.bundle.name, ()))
+        self._deaths.pop(attempt.bundle.name, None)
         return BundleResult(
-            bundle=bundle.name,
-            requests=done.counts.requests,
-            errors=done.counts.errors,
-            prompt_tokens=done.counts.prompt_tokens,
-            cached_tokens=done.counts.cached_tokens,
-            completion_tokens=done.counts.completion_tokens,
-            parts=done.parts,
-            load_seconds=lease.load_seconds,
-            seconds=done.seconds,
+            bundle=attempt.bundle.name,
+            requests=counts.requests,
+            errors=counts.errors,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            completion_tokens=counts.completion_tokens,
+            parts=parts,
+            load_seconds=attempt.load_seconds,
+            seconds=attempt.seconds,
         )
 
+    def calibrate(self) -> Calibration | None:
+        """Load an engine that measures its rates before it takes its first bundle; it stays warm.
+
+        None when its model gives nothing to measure, and when the engine was warm already.
+
+        Raises:
+            TerminalError: the model does not load, or the pool is closed.
+            TransientError: the engine died while loading.
+        """
+        with self._taken(alone=True) as slot:
+            _, loaded = self._warm(slot, calibrate=True)
+            return None if loaded is None else loaded.calibration
+
     @contextmanager
-    def lease(self) -> Iterator[Lease]:
-        """Wait for an engine, load its model if need be, and keep it until the block ends.
+    def lease(self, *, alone: bool = False) -> Iterator[Lease]:
+        """Wait for an engine, load its model if need be, and keep it until the block ends or it admits the next.
+
+        Args:
+            alone: wait for an engine without bundles, and admit none beside.
 
         Raises:
             TerminalError: the model does not load, which is not tried twice; or the pool is closed.
             TransientError: the engine died while loading.
         """
-        index = self._take()
-        try:
-            yield self._warm(index)
-        finally:
-            with self._changed:
-                self._free.append(index)
-                self._changed.notify()
+        with self._taken(alone=alone) as slot:
+            handle, _ = self._warm(slot)
+            load_seconds, slot.load_seconds = slot.load_seconds, 0.0
+            yield Lease(handle, load_seconds, _nothing if alone else partial(self._open, slot))
 
     def close(self) -> None:
         """End all engines; finished rows are written first. Safe to call more than once."""
         with self._changed:
             self._closed = True
-            handles = [handle for handle in self._handles if handle is not None]
+            handles = [slot.handle for slot in self._slots if slot.handle is not None]
             self._changed.notify_all()
         with ThreadPoolExecutor(max_workers=max(1, len(handles))) as closers:
             list(closers.map(lambda handle: handle.close(), handles))
         self._logs.cleanup()
 
-    def _take(self) -> int:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free)
-            self._refuse_when_useless()
-            # A warm engine before one that would have to be loaded.
-            index = max(self._free, key=self._is_warm)
-            self._free.remove(index)
-            return index
+    @contextmanager
+    def _taken(self, *, alone: bool) -> Iterator[_Slot]:
+        slot = self._take(alone=alone)
+        try:
+            yield slot
+        finally:
+            with self._changed:
+                slot.bundles -= 1
+                self._open(slot)
 
-    def _is_warm(self, index: int) -> bool:
-        handle = self._handles[index]
-        return handle is not None and handle.usable
+    def _take(self, *, alone: bool) -> _Slot:
+        with self._changed:
+            self._waiting_alone += alone
+            try:
+                self._changed.wait_for(lambda: self._closed or self._open_slots(alone=alone))
+            finally:
+                self._waiting_alone -= alone
+            self._refuse_when_useless()
+            # The engine with the least to do; of these a warm one before one that would have to be loaded.
+            slot = min(self._open_slots(alone=alone), key=lambda slot: (slot.bundles, not slot.warm))
+            slot.taken_by = threading.get_ident()
+            slot.bundles += 1
+            self._changed.notify_all()
+            return slot
+
+    def _open_slots(self, *, alone: bool) -> list[_Slot]:
+        # Who must be alone would wait for ever if the others went on sharing.
+        if self._waiting_alone and not alone:
+            return []
+        return [slot for slot in self._slots if slot.taken_by is None and not (alone and slot.bundles)]
+
+    def _open(self, slot: _Slot) -> None:
+        """Let another thread have a slot, unless one has it already."""
+        with self._changed:
+            if slot.taken_by == threading.get_ident():
+                slot.taken_by = None
+            self._changed.notify_all()
 
     def _refuse_when_useless(self) -> None:
         if self._closed:
@@ -163,23 +301,25 @@ class EnginePool:
         if self._load_failure is not None:
             raise self._load_failure
 
-    def _warm(self, index: int) -> Lease:
-        handle = self._handles[index]
-        if handle is not None and handle.usable:
-            return Lease(handle, 0.0)
-        if handle is not None:
-            handle.close()
+    def _warm(self, slot: _Slot, *, calibrate: bool = False) -> tuple[EngineHandle, Loaded | None]:
+        """The slot's engine, with its model loaded; and what its load gave, None when it was warm."""
+        if slot.handle is not None:
+            if slot.handle.usable:
+                return slot.handle, None
+            slot.handle.close()
         with self._changed:
             self._refuse_when_useless()
-            handle = self._handles[index] = self._make_handle(index)
+            handle = slot.handle = self._make_handle(slot.index)
         started = time.monotonic()
         try:
-            handle.load(self._load)
+            loaded = handle.load(self._load.model_copy(update={"calibrate": calibrate}))
         except BatchLLMError as error:
             if isinstance(error, TerminalError) and not self._closed:
                 self._load_failure = error
             raise
-        return Lease(handle, time.monotonic() - started)
+        slot.load_seconds = time.monotonic() - started
+        self.settings = loaded.settings
+        return handle, loaded
 
     def _local_handles(self) -> Callable[[int], EngineHandle]:
         execution = self._execution
@@ -198,3 +338,12 @@ class EnginePool:
             )
 
         return make
+
+
+def _nothing() -> None:
+    """Where no other bundle is admitted."""
+
+
+def _verdict(key: bytes, error: EngineDiedError) -> Completion:
+    how = error.message.splitlines()[0].partition(";")[0]
+    return Completion(key, error=RowError(RowErrorCode.ENGINE_ERROR, f"the engine died on this request: {how}"))

@@ -31,6 +31,9 @@ class ExecutionSpec(SpecModel):
     )
     usd_per_gpu_hour: float | None = Field(default=None, ge=0, description="price of a GPU, for the plan's forecast")
     retries: int = Field(default=2, ge=0, le=10, description="further attempts at a bundle after a transient error")
+    calibrate: bool = Field(
+        default=True, description="the first engine measures its rates for the forecast; kept beside the output"
+    )
     load_timeout_s: float = Field(default=1800.0, gt=0, description="seconds an engine may take to load its model")
     stall_timeout_s: float = Field(
         default=900.0, gt=0, description="seconds without any progress after which an engine counts as lost"
@@ -40,5 +43,7 @@ class ExecutionSpec(SpecModel):
     max_error_fraction: float = Field(
         default=0.05, ge=0.0, le=1.0, description="share of rows without an answer above which the job fails"
     )
-    tokenizer_processes: int = Field(default=1, ge=1, description="processes that render and tokenise")
+    tokenizer_processes: int = Field(
+        default=1, ge=1, description="processes that render and tokenise; more pay from about 100,000 rows on"
+    )
     work_uri: str | None = Field(default=None, description="work folder; default: {sink}/_batchllm/{job_id}/")

@@ -6,10 +6,26 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
+from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.handle import ProgressCallback
 from batchllm_operators.execute.pool import EnginePool
+from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.records import BundleInfo, BundleResult
 from batchllm_operators.retry import retry_transient
+
+
+@task(name="calibrate engine", cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=retry_transient)
+def calibrate_engine(pool: EnginePool, cache: CalibrationCache) -> Calibration | None:
+    """Load one engine, let it measure its rates, and keep them; the engine stays warm for the first bundle.
+
+    Args:
+        pool: the engines of this run.
+        cache: where calibrations of its model and settings are kept.
+    """
+    calibration = pool.calibrate()
+    if calibration is not None:
+        cache.keep(calibration)
+    return calibration
 
 
 def _run_name() -> str:
@@ -27,7 +43,10 @@ def _run_name() -> str:
 def execute_bundle(bundle: BundleInfo, pool: EnginePool, on_progress: ProgressCallback) -> BundleResult:
     """Compute one bundle on the next free engine of the pool.
 
-    How often a `TransientError` is tried again is the flow's to say: `execute_bundle.with_options(retries=...)`.
+    How often a `TransientError` is tried again is the flow's to say: `execute_bundle.with_options(retries=...)`. The
+    first death of an engine on a bundle is such an error; the second is not, because that attempt itself goes on to
+    find the request that kills engines, see `EnginePool.run_bundle`. So one retry is enough for that search, and the
+    engines that it costs are no retries.
 
     Args:
         bundle: one bundle of the plan.

@@ -7,7 +7,7 @@ so that the files of an interrupted merge are known as this job's when it is tri
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
 from pydantic import ValidationError
@@ -54,8 +54,10 @@ def check_sink(sink: Store, mode: Literal["error", "overwrite"], job_id: str) ->
             f"sink: holds the output of job {manifest.job_id} ({manifest.job_name!r}), this is job {job_id}; {_ADVICE}",
             uri=sink.uri,
         )
+    if not files:
+        return None
     owner = _job_in_progress(sink)
-    if files and owner != job_id:
+    if owner != job_id:
         whose = f"unfinished output of job {owner}" if owner else "part files without a manifest"
         raise TerminalError(f"sink: holds {whose}, this is job {job_id}; {_ADVICE}", uri=sink.uri)
     return None
@@ -102,5 +104,10 @@ def _read_manifest(sink: Store) -> Manifest | None:
 def _job_in_progress(sink: Store) -> str | None:
     if not sink.exists(IN_PROGRESS_FILE):
         return None
-    content: dict[str, str] = orjson.loads(sink.read_bytes(IN_PROGRESS_FILE))
-    return content["job_id"]
+    try:
+        claim: Any = orjson.loads(sink.read_bytes(IN_PROGRESS_FILE))
+        return str(claim["job_id"])
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise TerminalError(
+            f"sink: the {IN_PROGRESS_FILE} there is not one of ours; {_ADVICE}", uri=sink.uri_of(IN_PROGRESS_FILE)
+        ) from error

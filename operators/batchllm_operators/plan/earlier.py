@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ MOST_RUNS = 3
 
 
 def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
-    """Work folders of other runs of the job of the same name, beside this one; at most `MOST_RUNS`.
+    """Work folders of other runs of the job of the same name, beside this one; the newest `MOST_RUNS`, newest first.
 
     Only looks where the work folder stands in its usual place, below `_batchllm/` of the sink.
     """
@@ -25,9 +26,10 @@ def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
     own = _job_name(root, folder)
     if own is None:
         return []
-    others = [one.path.partition("/")[0] for one in root.objects(f"*/{JOB_FILE}")]
-    same = [other for other in others if other != folder and _job_name(root, other) == own]
-    return [root.folder(other) for other in same[:MOST_RUNS]]
+    # Looked into one after the other: there may be hundreds, each a request to the store.
+    others = (name.partition("/")[0] for name in root.newest(f"*/{JOB_FILE}"))
+    same = (root.folder(other) for other in others if other != folder and _job_name(root, other) == own)
+    return list(islice(same, MOST_RUNS))
 
 
 def _job_name(root: Store, folder: str) -> str | None:

@@ -28,20 +28,19 @@ _SOURCES = {
 def plan_markdown(plan: PlanSummary) -> str:
     """The plan in Markdown: what is saved, what it will take, why this order, the largest groups, the bundles."""
     lines = ["## Pilot" if plan.pilot else "## Plan", "", _headline(plan), "", _saving(plan), ""]
-    lines += [*_counts(plan), "", "### Order", "", explain_order(plan)]
+    lines += [*_counts(plan), *_forecast(plan), "", "### Order", "", explain_order(plan)]
     if plan.largest_groups:
         lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
         lines += [
-            f"| {one.requests:,} | {one.prefix_tokens:,} | {one.saved_tokens:,} | {_duration(one.expected_seconds)} |"
+            f"| {one.requests:,} | {one.prefix_tokens:,} | {one.saved_tokens:,} | {duration(one.expected_seconds)} |"
             for one in plan.largest_groups
         ]
     if plan.sharing_degrees:
         lines += _section("How many share a prefix", "group size", "groups", "requests", "tokens saved")
-        smallest = 1
-        for one in plan.sharing_degrees:
-            size = f"{one.up_to:,}" if one.up_to <= smallest else f"{smallest:,} to {one.up_to:,}"
-            lines.append(f"| {size} | {one.groups:,} | {one.requests:,} | {one.saved_tokens:,} |")
-            smallest = one.up_to + 1
+        lines += [
+            f"| {size} | {one.groups:,} | {one.requests:,} | {one.saved_tokens:,} |"
+            for size, one in zip(group_sizes(plan), plan.sharing_degrees, strict=True)
+        ]
     if plan.bundles:
         lines += _section(
             "Bundles", "bundle", "engine", "requests", "groups", "prompt tokens", "to compute", "forecast"
@@ -49,17 +48,33 @@ def plan_markdown(plan: PlanSummary) -> str:
         lines += [
             f"| {one.name.rpartition('/')[2].removesuffix('.parquet')} | {one.worker} | {one.requests:,} "
             f"| {one.groups:,} | {one.prompt_tokens:,} | {one.expected_computed_prompt_tokens:,} "
-            f"| {_duration(one.expected_seconds)} |"
+            f"| {duration(one.expected_seconds)} |"
             for one in plan.bundles[:SHOWN_BUNDLES]
         ]
         if len(plan.bundles) > SHOWN_BUNDLES:
             lines += ["", f"and {len(plan.bundles) - SHOWN_BUNDLES:,} more bundles."]
+    if plan.page_uri is not None:
+        lines += ["", f"With plots: `{plan.page_uri}`"]
     return "\n".join(lines) + "\n"
+
+
+def group_sizes(plan: PlanSummary) -> list[str]:
+    """The sizes of groups that each entry of the sharing degrees stands for: `1`, `2`, `3 to 4`, `5 to 8`..."""
+    return [
+        f"{one.up_to:,}" if one.up_to <= 2 else f"{one.up_to // 2 + 1:,} to {one.up_to:,}"
+        for one in plan.sharing_degrees
+    ]
 
 
 def explain_order(plan: PlanSummary) -> str:
     """Why the requests stand in this order, in a few sentences."""
     sentences = [_ORDERS[plan.order]]
+    if plan.field_sharing is not None:
+        fields = plan.field_sharing
+        sentences.append(
+            f"The order of the fields is chosen row by row: each row shares {fields.chosen:.1%} of its fields with the "
+            f"row before it (fields as given: {fields.sorted_rows:.1%}; rows as given too: {fields.as_given:.1%})."
+        )
     if plan.parted_trees:
         sentences.append(
             f"{plan.parted_trees:,} short common beginnings are computed more than once, because ordering what is "
@@ -75,10 +90,10 @@ def explain_order(plan: PlanSummary) -> str:
 
 def _headline(plan: PlanSummary) -> str:
     engines = "" if plan.workers == 1 else f" on {plan.workers:,} engines"
-    price = "" if plan.expected_usd is None else f", about ${plan.expected_usd:,.2f}"
+    price = "" if plan.expected_usd is None else f", about {usd(plan.expected_usd)}"
     return (
         f"**{plan.requests:,} requests** in {plan.groups:,} prefix groups and {len(plan.bundles):,} bundles: "
-        f"about **{_duration(plan.expected_seconds)}**{engines}{price}."
+        f"about **{duration(plan.expected_seconds)}**{engines}{price}."
     )
 
 
@@ -103,8 +118,26 @@ def _counts(plan: PlanSummary) -> list[str]:
         f"| of these to compute | {plan.expected_computed_prompt_tokens:,} |",
         f"| expected output tokens | {plan.expected_output_tokens:,} |",
         f"| known from | {sources or 'nothing to estimate'} |",
-        f"| prefill and decode, all engines | {_duration(plan.expected_prefill_seconds)} "
-        f"and {_duration(plan.expected_decode_seconds)} |",
+        f"| rates of the forecast | {plan.rates} |",
+    ]
+
+
+def _forecast(plan: PlanSummary) -> list[str]:
+    engines = "on one engine" if plan.workers == 1 else f"until the last of {plan.workers:,} engines has finished"
+    price = "" if plan.expected_usd is None else f", {usd(plan.expected_usd)}"
+    return [
+        "",
+        "### Forecast",
+        "",
+        "| step | time | |",
+        "|---|---:|---|",
+        f"| stage | {duration(plan.stage_seconds)} | done: {plan.rows:,} rows |",
+        f"| plan | {duration(plan.seconds)} | done |",
+        f"| execute | {duration(plan.expected_seconds)} | {engines}, without loading the model{price} |",
+        f"| its prefill | {duration(plan.expected_prefill_seconds)} "
+        f"| {plan.expected_computed_prompt_tokens:,} tokens, all engines |",
+        f"| its decode | {duration(plan.expected_decode_seconds)} "
+        f"| {plan.expected_output_tokens:,} tokens, all engines |",
     ]
 
 
@@ -112,7 +145,15 @@ def _section(title: str, *columns: str) -> list[str]:
     return ["", f"### {title}", "", f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
 
 
-def _duration(seconds: float) -> str:
+def usd(price: float) -> str:
+    """A price in dollars; one below a dollar to a hundredth of a cent."""
+    return f"${price:,.2f}" if price >= 1 or price == 0 else f"${price:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

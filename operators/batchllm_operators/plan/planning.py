@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchllm_operators.plan.cost import default_cost_model
+from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.figures import summarise
 from batchllm_operators.plan.forming import GIGABYTE, form_plan
 from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.store import Store
@@ -24,7 +24,7 @@ def plan_requests(
     planning: PlanningSpec,
     *,
     workers: int = 1,
-    calibrated: CostModel | None = None,
+    calibrated: Calibration | None = None,
     earlier: Sequence[Store] = (),
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
@@ -50,7 +50,7 @@ def plan_requests(
         TransientError: the store does not answer.
     """
     started = time.monotonic()
-    cost = planning.cost or calibrated or default_cost_model()
+    cost = planning.cost or (calibrated.rates if calibrated else default_cost_model())
     with TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planning.block_size, tokens=tokens, hashes=hashes)
@@ -60,6 +60,14 @@ def plan_requests(
         delete_plan(work)
         write_bundles(work, plan, requests, tokens)
     summary = summarise(plan, requests, planning, cost, workers=workers, usd_per_worker_hour=usd_per_worker_hour)
-    summary = summary.model_copy(update={"rows": stage.rows, "seconds": round(time.monotonic() - started, 3)})
+    summary = summary.model_copy(
+        update={
+            "rows": stage.rows,
+            "rates": rates_source(planning.cost, calibrated),
+            "field_sharing": stage.field_sharing,
+            "stage_seconds": stage.seconds,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+    )
     write_summary(work, summary)
     return summary

@@ -15,14 +15,12 @@ from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.plan.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
-from batchllm_operators.records import RESULTS_FOLDER, StageSummary
+from batchllm_operators.records import ESTIMATE_FIELD, RESULTS_FOLDER, StageSummary
 from batchllm_operators.store import Store
 
 READ_ROWS = 1024
 """Rows of a batch: small enough for its buffers to be used again, instead of mapped anew (half the time of reading)."""
 QUEUED_BATCHES = 2
-ESTIMATE_COLUMN = "expected_output_tokens"
-"""Optional column of the staged rows: what a row says about the length of its own completion."""
 
 _COLUMNS = ("row_index", "request_key", "prompt_token_ids", "max_tokens", "sampling")
 _RESULT_COLUMNS = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
@@ -128,7 +126,7 @@ def read_requests(
         queued: list[Future[None]] = []
         for part in stage.parts:
             with work.parquet(part.name) as file:
-                extra = [ESTIMATE_COLUMN] if ESTIMATE_COLUMN in file.schema_arrow.names else []
+                extra = [ESTIMATE_FIELD.name] if ESTIMATE_FIELD.name in file.schema_arrow.names else []
                 for batch in file.iter_batches(batch_size=READ_ROWS, columns=[*_COLUMNS, *extra]):
                     queued.append(hashing.submit(reading.absorb, batch))
                     if len(queued) > QUEUED_BATCHES:
@@ -221,8 +219,8 @@ class _Reading:
         self._columns["prompt_tokens"].append(np.diff(offsets).astype(np.int32))
         self._columns["max_tokens"].append(_integers(batch.column("max_tokens")))
         self._columns["sampling"].append(self._codes(batch.column("sampling")))
-        if ESTIMATE_COLUMN in batch.schema.names:
-            estimate = _integers(batch.column(ESTIMATE_COLUMN), missing=-1)
+        if ESTIMATE_FIELD.name in batch.schema.names:
+            estimate = _integers(batch.column(ESTIMATE_FIELD.name), missing=-1)
         else:
             estimate = np.full(len(batch), -1, dtype=np.int32)
         self._columns["estimate"].append(estimate)

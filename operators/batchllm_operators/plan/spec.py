@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from batchllm_operators.spec import SpecModel
+
+FieldOrderChoice: TypeAlias = Literal["optimise", "as_given"]
 
 
 class CostModel(SpecModel):
@@ -34,6 +36,11 @@ class PlanningSpec(SpecModel):
         default="decode_first",
         description="groups by decreasing decode/prefill ratio; or from both ends of that list, so that compute-heavy "
         "and memory-heavy work run together; or as given (for comparison)",
+    )
+    field_order: FieldOrderChoice = Field(
+        default="optimise",
+        description="prompt.kind fields: an order of the fields for each row, so that rows share longer prefixes; or "
+        "as given",
     )
     bundle_minutes: float = Field(
         default=5.0, gt=0.0, description="estimated engine minutes of one bundle, the unit of dispatch and of retry"

@@ -6,14 +6,17 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.plan.plots import forest_plot
+from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
+from batchllm_operators.svg import markdown_image
 
 
 @task(
@@ -28,7 +31,7 @@ def plan(
     work_uri: str,
     storage: StorageOptions,
     workers: int = 1,
-    calibrated: CostModel | None = None,
+    calibrated: Calibration | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
 ) -> PlanSummary:
@@ -58,7 +61,8 @@ def plan(
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,
     )
-    create_markdown_artifact(plan_markdown(summary), key="batchllm-plan", description="What the job will compute")
+    shown = [plan_markdown(summary), *markdown_image("What is shared, and by how many", forest_plot(summary))]
+    create_markdown_artifact("\n".join(shown), key="batchllm-plan", description="What the job will compute")
     get_run_logger().info(
         "planned %d requests in %d groups and %d bundles: saving %.1f %% of prompt tokens, possible %.1f %%",
         summary.requests, summary.groups, len(summary.bundles),

@@ -35,8 +35,8 @@ def json_column(values: list[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except _CONVERSION_ERRORS:
-        # Integers beyond 2**53 in a column of floats: JSON numbers lose digits there, as everywhere else.
-        return pa.array([_with_float_numbers(value) for value in values], kind)
+        # Integers beyond 2**53 where the column has floats: JSON numbers lose digits there, as everywhere else.
+        return pa.array([_with_floats(value, kind) for value in values], kind)
 
 
 def writable(schema: pa.Schema) -> pa.Schema:
@@ -71,9 +71,14 @@ def _as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def _with_float_numbers(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_float_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _with_float_numbers(item) for key, item in value.items()}
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _with_floats(value: Any, kind: pa.DataType) -> Any:
+    """The value with floats where the type has them, and nowhere else: other integers keep all their digits."""
+    if value is None:
+        return None
+    if pa.types.is_floating(kind):
+        return float(value)
+    if pa.types.is_list(kind):
+        return [_with_floats(item, kind.value_type) for item in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _with_floats(value.get(field.name), field.type) for field in kind}
+    return value

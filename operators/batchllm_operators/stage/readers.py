@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchllm_operators.errors import RowError, TerminalError
+from batchllm_operators.plan.arrays import Int8s
 from batchllm_operators.records import InputObject
 from batchllm_operators.stage.input_objects import find_input
 from batchllm_operators.stage.json_lines import JsonLine, read_json_lines
@@ -36,15 +37,22 @@ class RowBatch:
         rows: the rows, as an Arrow table or as records.
         faults: row offset -> why the row could not be read; such a row is an empty record.
         schema: types of the columns that go to the sink, as this batch shows them.
+        field_order: int8 [rows, fields], for a prompt of kind `fields`: its columns by number, in the order of each
+            row's prompt; None: as given.
     """
 
     first_row: int
     rows: pa.Table | list[dict[str, Any]]
     schema: pa.Schema
     faults: dict[int, RowError] = field(default_factory=dict)
+    field_order: Int8s | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def field_order_of(self, offset: int) -> list[int] | None:
+        """Numbers of the fields of one row, in the order of its prompt; None: as given."""
+        return None if self.field_order is None else self.field_order[offset].tolist()
 
     def records(self) -> list[dict[str, Any]]:
         """The rows as column name -> Python value."""
@@ -60,9 +68,11 @@ class Source(ABC):
     Attributes:
         objects: fingerprint of the input.
         has_columns: whether `columns` is known; not so for JSONL without one readable row.
+        rows: number of rows; None where only reading them tells (JSONL).
     """
 
     has_columns = True
+    rows: int | None = None
 
     def __init__(self, spec: SourceSpec, store: Store, objects: list[InputObject]) -> None:
         self.spec = spec
@@ -139,6 +149,7 @@ class ParquetSource(Source):
         names = [one.path for one in objects]
         with ThreadPoolExecutor(_FOOTER_READERS) as readers:
             footers = list(readers.map(store.parquet_schema, names))
+        self.rows = sum(rows for _, rows in footers)
         self._object_columns = {name: set(schema.names) for name, (schema, _) in zip(names, footers, strict=True)}
         self._unified = pa.schema([])
         for name, (schema, _) in zip(names, footers, strict=True):

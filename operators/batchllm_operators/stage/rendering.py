@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,7 +11,15 @@ import numpy.typing as npt
 import orjson
 
 from batchllm_operators.stage.faults import invalid_row
-from batchllm_operators.stage.spec import ChatPrompt, ColumnPrompt, MessagesPrompt, PromptSpec, TemplatePrompt
+from batchllm_operators.stage.field_text import fields_text
+from batchllm_operators.stage.spec import (
+    ChatPrompt,
+    ColumnPrompt,
+    FieldsPrompt,
+    MessagesPrompt,
+    PromptSpec,
+    TemplatePrompt,
+)
 from batchllm_operators.stage.templates import RowTemplate
 
 Record: TypeAlias = Mapping[str, Any]
@@ -49,12 +57,13 @@ class PromptRenderer:
 
     Attributes:
         columns: field of the job -> columns it needs.
-        render: the prompt of one row; raises `RowFaultError`.
+        render: the prompt of one row, given the numbers of its fields in their order where the kind has fields and
+            their order is not as given; raises `RowFaultError`.
         is_chat: whether prompts go through the model's chat template.
     """
 
     columns: dict[str, frozenset[str]]
-    render: Callable[[Record], Prompt]
+    render: Callable[[Record, Sequence[int] | None], Prompt]
     is_chat: bool
 
 
@@ -72,20 +81,22 @@ def prompt_renderer(spec: PromptSpec, vocab_size: int) -> PromptRenderer:
         return _chat(spec)
     if isinstance(spec, TemplatePrompt):
         return _template(spec)
+    if isinstance(spec, FieldsPrompt):
+        return _fields(spec)
     columns = {"prompt.column": frozenset([spec.column])}
     name = spec.column
     if isinstance(spec, ColumnPrompt):
-        return PromptRenderer(columns, lambda record: _text(record, name), is_chat=False)
+        return PromptRenderer(columns, lambda record, _: _text(record, name), is_chat=False)
     if isinstance(spec, MessagesPrompt):
-        return PromptRenderer(columns, lambda record: _messages(record, name), is_chat=True)
-    return PromptRenderer(columns, lambda record: _tokens(record, name, vocab_size), is_chat=False)
+        return PromptRenderer(columns, lambda record, _: _messages(record, name), is_chat=True)
+    return PromptRenderer(columns, lambda record, _: _tokens(record, name, vocab_size), is_chat=False)
 
 
 def _chat(spec: ChatPrompt) -> PromptRenderer:
     user = RowTemplate(spec.user, "prompt.user")
     system = RowTemplate(spec.system, "prompt.system") if spec.system is not None else None
 
-    def render(record: Record) -> Prompt:
+    def render(record: Record, _: Sequence[int] | None) -> Prompt:
         messages: list[Message] = []
         if system is not None:
             messages.append({"role": "system", "content": system.render(record)})
@@ -99,10 +110,25 @@ def _chat(spec: ChatPrompt) -> PromptRenderer:
 def _template(spec: TemplatePrompt) -> PromptRenderer:
     template = RowTemplate(spec.template, "prompt.template")
 
-    def render(record: Record) -> Prompt:
+    def render(record: Record, _: Sequence[int] | None) -> Prompt:
         return TextPrompt(_not_blank(template.render(record), "prompt.template"))
 
     return PromptRenderer({"prompt.template": template.columns}, render, is_chat=False)
+
+
+def _fields(spec: FieldsPrompt) -> PromptRenderer:
+    system: list[Message] = [] if spec.system is None else [{"role": "system", "content": spec.system}]
+
+    def render(record: Record, order: Sequence[int] | None) -> Prompt:
+        names = spec.columns if order is None else [spec.columns[number] for number in order]
+        # A key that a JSON line lacks is null too.
+        fields = [(name, record.get(name)) for name in names]
+        if all(value is None for _, value in fields):
+            raise invalid_row("prompt.columns: expected a value in at least one column, but all are null")
+        content = f"{spec.question}\n\n{fields_text(spec.format, fields)}"
+        return Conversation([*system, {"role": "user", "content": content}])
+
+    return PromptRenderer({"prompt.columns": frozenset(spec.columns)}, render, is_chat=True)
 
 
 def _text(record: Record, name: str) -> Prompt:

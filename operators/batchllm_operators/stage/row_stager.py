@@ -12,12 +12,12 @@ import pyarrow as pa
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import RequestKeys
-from batchllm_operators.records import STAGED_SCHEMA, Record
+from batchllm_operators.records import ESTIMATE_FIELD, STAGED_SCHEMA, Record
 from batchllm_operators.stage.faults import RowFaultError
 from batchllm_operators.stage.readers import RowBatch
 from batchllm_operators.stage.rendering import Prompt, prompt_renderer
-from batchllm_operators.stage.sampling import RowSampling
-from batchllm_operators.stage.spec import PromptSpec, SamplingParameters, SamplingSpec
+from batchllm_operators.stage.sampling import RowSampling, SampledRow
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 
 
@@ -53,21 +53,27 @@ class RowStager:
         self._sampling = RowSampling(settings.sampling)
         self._tokenizer = PromptTokenizer(settings.model)
         self._keys = RequestKeys(settings.model.id, settings.model.revision)
+        self._schema = STAGED_SCHEMA
+        if settings.sampling.override_column is not None:
+            self._schema = STAGED_SCHEMA.append(ESTIMATE_FIELD)
         if self._renderer.is_chat:
             self._tokenizer.require_chat_template()
 
     def stage(self, batch: RowBatch) -> pa.Table:
-        """The staged rows (`STAGED_SCHEMA`) of a batch, one for each of its rows, in order."""
+        """The staged rows of a batch, one for each of its rows, in order.
+
+        Their schema is `STAGED_SCHEMA`, with `ESTIMATE_FIELD` where the job has an override column.
+        """
         records = batch.records()
         errors: dict[int, RowError] = dict(batch.faults)
-        sampling: dict[int, SamplingParameters] = {}
+        sampling: dict[int, SampledRow] = {}
         prompts: dict[int, Prompt] = {}
         for offset, record in enumerate(records):
             if offset in errors:
                 continue
             try:
                 sampling[offset] = self._sampling.of(record)
-                prompts[offset] = self._renderer.render(record)
+                prompts[offset] = self._renderer.render(record, batch.field_order_of(offset))
             except RowFaultError as fault:
                 errors[offset] = fault.error
         rows = [self._row_id(batch, offset, record) for offset, record in enumerate(records)]
@@ -80,8 +86,8 @@ class RowStager:
         for offset, error in errors.items():
             rows[offset]["error"] = {"code": error.code.value, "message": error.message}
         return pa.table(
-            [pa.array([row.get(field.name) for row in rows], field.type) for field in STAGED_SCHEMA],
-            schema=STAGED_SCHEMA,
+            [pa.array([row.get(field.name) for row in rows], field.type) for field in self._schema],
+            schema=self._schema,
         )
 
     def _row_id(self, batch: RowBatch, offset: int, record: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +102,8 @@ class RowStager:
         message = f"the prompt has {prompt_tokens} tokens and max_model_len is {limit}: no room for a completion"
         return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
-    def _request(self, tokens: npt.NDArray[np.int32], wanted: SamplingParameters, row_index: int) -> dict[str, Any]:
+    def _request(self, tokens: npt.NDArray[np.int32], sampled: SampledRow, row_index: int) -> dict[str, Any]:
+        wanted, estimate = sampled.parameters, sampled.expected_output_tokens
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens)
         effective = wanted if wanted.max_tokens <= room else wanted.model_copy(update={"max_tokens": room})
@@ -106,4 +113,5 @@ class RowStager:
             "prompt_token_ids": tokens,
             "max_tokens": effective.max_tokens,
             "sampling": None if wanted == self._sampling.base else orjson.dumps(values).decode(),
+            ESTIMATE_FIELD.name: None if estimate is None else min(estimate, effective.max_tokens),
         }

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.stage.faults import invalid_row
-from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
+from batchllm_operators.stage.spec import RowOverride, SamplingParameters, SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """How one row is sampled.
+
+    Attributes:
+        parameters: decide the answer.
+        expected_output_tokens: what the row says of the length of its completion; decides the plan only.
+    """
+
+    parameters: SamplingParameters
+    expected_output_tokens: int | None = None
 
 
 class RowSampling:
@@ -23,7 +37,7 @@ class RowSampling:
         self._values = spec.model_dump(exclude={"override_column"})
         self.base = SamplingParameters(**self._values)
 
-    def of(self, record: dict[str, Any]) -> SamplingParameters:
+    def of(self, record: dict[str, Any]) -> SampledRow:
         """Parameters of one row.
 
         Raises:
@@ -31,11 +45,13 @@ class RowSampling:
         """
         override = self._override(record)
         if not override:
-            return self.base
+            return SampledRow(self.base)
         try:
-            return SamplingParameters.model_validate({**self._values, **override})
+            row = RowOverride.model_validate({**self._values, **override})
         except ValidationError as error:
             raise invalid_row(f"column {self._column!r}: {_explained(error)}") from error
+        values = {name: getattr(row, name) for name in SamplingParameters.model_fields}
+        return SampledRow(SamplingParameters(**values), row.expected_output_tokens)
 
     def _override(self, record: dict[str, Any]) -> dict[str, Any]:
         value = record.get(self._column) if self._column is not None else None

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from batchllm_operators.spec import SpecModel, StorageOptions
 
+MOST_FIELDS = 63
+"""Sets of fields are bits of an int64."""
+
 
 class SourceSpec(SpecModel):
     """Where the input rows are."""
@@ -55,8 +58,36 @@ class TokensPrompt(SpecModel):
     column: str
 
 
+class FieldsPrompt(SpecModel):
+    """A question about columns whose order does not matter to it, asked through the model's chat template.
+
+    The order of the columns may differ from row to row, see `planning.field_order`.
+    """
+
+    kind: Literal["fields"]
+    system: str | None = Field(default=None, description="system message; a plain text, no template")
+    question: str = Field(
+        pattern=r"\S", description="what is asked of every row; a plain text that stands before the fields"
+    )
+    columns: list[str] = Field(
+        min_length=2, max_length=MOST_FIELDS, description="columns that stand in the prompt, by name"
+    )
+    format: Literal["json", "lines"] = Field(
+        default="json", description="fields as one JSON object (null: `null`), or as `name: value` lines (null: empty)"
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _no_column_twice(cls, columns: list[str]) -> list[str]:
+        twice = sorted({name for name in columns if columns.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected distinct columns, got {', '.join(map(repr, twice))} more than once")
+        return columns
+
+
 PromptSpec = Annotated[
-    ChatPrompt | TemplatePrompt | ColumnPrompt | MessagesPrompt | TokensPrompt, Field(discriminator="kind")
+    ChatPrompt | TemplatePrompt | ColumnPrompt | MessagesPrompt | TokensPrompt | FieldsPrompt,
+    Field(discriminator="kind"),
 ]
 
 
@@ -86,10 +117,19 @@ class SamplingParameters(SpecModel):
         return self.temperature == 0.0 or self.seed is not None
 
 
+class RowOverride(SamplingParameters):
+    """What the override column of one row may say: sampling fields, and how long the completion will be."""
+
+    expected_output_tokens: int | None = Field(
+        default=None, ge=1, description="for the plan only; above max_tokens it counts as max_tokens"
+    )
+
+
 class SamplingSpec(SamplingParameters):
     """Sampling of the whole job, with a column of exceptions."""
 
     override_column: str | None = Field(
         default=None,
-        description="column with sampling fields of single rows (struct or JSON object text; null: none)",
+        description="column with sampling fields of single rows, and `expected_output_tokens` for the plan (struct or "
+        "JSON object text; null: none)",
     )

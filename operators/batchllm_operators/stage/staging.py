@@ -5,18 +5,29 @@ from __future__ import annotations
 import base64
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.records import OUTPUT_FIELDS, STAGED_FOLDER, STAGED_SUMMARY, StagedPart, StageSummary
+from batchllm_operators.plan.spec import FieldOrderChoice
+from batchllm_operators.records import (
+    OUTPUT_FIELDS,
+    STAGED_FOLDER,
+    STAGED_SUMMARY,
+    FieldSharing,
+    StagedPart,
+    StageSummary,
+)
+from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.json_schema import unified, writable
+from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec
+from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
@@ -32,8 +43,9 @@ def stage_rows(
     model: ModelSpec,
     work: Store,
     *,
+    field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[StageStep, int], None] = lambda _step, _rows: None,
 ) -> StageSummary:
     """Render, tokenise and validate all rows, and write them to `staged/` of the work folder.
 
@@ -45,8 +57,9 @@ def stage_rows(
         sampling: of the job; single rows may differ.
         model: whose tokenizer and limits count.
         work: the work folder.
+        field_order: of a prompt of kind `fields`; to optimise it, the input is read once more before.
         tokenizer_processes: processes that render and tokenise; the result is the same for any number.
-        progress: called with the number of rows staged so far.
+        progress: called with the number of rows that a step has done so far.
 
     Raises:
         TerminalError: a column that does not exist, a bad template, a model that cannot be loaded; all before any row
@@ -65,11 +78,19 @@ def stage_rows(
         source.require_columns(columns, field_name)
     schema = _SinkSchema(source.schema)
     writer = _PartWriter(work)
-    batches = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
+    batches: Iterator[RowBatch] = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
+    sharing = None
+    if isinstance(prompt, FieldsPrompt) and field_order == "optimise":
+        order = scan_fields(source, prompt.columns, partial(progress, StageStep.SCAN_FIELDS))
+        sharing = FieldSharing(
+            as_given=round(order.hit_rate_unsorted, 6),
+            sorted_rows=round(order.hit_rate_as_given, 6),
+            chosen=round(order.hit_rate, 6),
+        )
+        batches = with_field_order(batches, order.fields)
     for table in staged_tables(batches, settings, tokenizer_processes):
         writer.add(table)
-        if progress is not None:
-            progress(writer.rows)
+        progress(StageStep.STAGE, writer.rows)
     writer.flush()
     summary = StageSummary(
         parts=tuple(writer.parts),
@@ -78,6 +99,7 @@ def stage_rows(
         prompt_tokens=writer.prompt_tokens,
         requests=writer.rows - writer.error_rows.total(),
         source_schema=base64.b64encode(writable(schema.schema).serialize().to_pybytes()).decode(),
+        field_sharing=sharing,
         seconds=round(time.monotonic() - started, 3),
     )
     work.write_bytes(STAGED_SUMMARY, summary.model_dump_json(indent=2).encode())

@@ -6,13 +6,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.progress import StageProgress
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.terminal import terminal
 
 
 @task(
@@ -28,6 +31,7 @@ def stage(
     model: ModelSpec,
     work_uri: str,
     storage: StorageOptions,
+    field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
 ) -> StageSummary:
     """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
@@ -39,21 +43,27 @@ def stage(
         model: the model that will answer.
         work_uri: the work folder.
         storage: how to reach the work folder.
+        field_order: of a prompt of kind `fields`.
         tokenizer_processes: processes that render and tokenise.
 
     Raises:
         TerminalError: see `stage_rows`.
         TransientError: after the retries.
     """
-    summary = stage_rows(
-        open_source(source),
-        prompt,
-        sampling,
-        model,
-        Store(work_uri, storage),
-        tokenizer_processes=tokenizer_processes,
-    )
-    get_run_logger().info(
+    rows = open_source(source)
+    logger = get_run_logger()
+    with StageProgress(rows.rows, terminal(), logger.info) as progress:
+        summary = stage_rows(
+            rows,
+            prompt,
+            sampling,
+            model,
+            Store(work_uri, storage),
+            field_order=field_order,
+            tokenizer_processes=tokenizer_processes,
+            progress=progress.update,
+        )
+    logger.info(
         "staged %d rows: %d requests, %d errors, %d prompt tokens",
         summary.rows, summary.requests, summary.errors, summary.prompt_tokens,
     )  # fmt: skip

@@ -25,20 +25,27 @@ def staged_tables(batches: Iterator[RowBatch], settings: StagerSettings, process
     Args:
         batches: read lazily; a few a process are in memory at a time.
         settings: of the job.
-        processes: 1 works in this process; more are spawned, each with a tokenizer of its own.
+        processes: 1 works in this process, with a tokenizer thread a core; more are spawned, each with a tokenizer of
+            its own and its share of the cores.
 
     Raises:
         TerminalError: the model cannot be loaded.
         TransientError: a process died.
     """
-    stager = RowStager(settings)  # with several processes too: what is wrong with the model is said by this one
     if processes == 1:
-        yield from map(stager.stage, batches)
+        yield from map(RowStager(settings).stage, batches)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_use_one_thread)
+    pool = ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=_limit_threads,
+        initargs=(max(available_cores() // processes, 1),),
+    )
     pending: deque[Future[pa.Table]] = deque()
     content = settings.model_dump_json()
     try:
+        for loaded in [pool.submit(_load, content) for _ in range(processes)]:
+            loaded.result()  # what is wrong with the model is said before any row is read
         for batch in batches:
             pending.append(pool.submit(_stage, content, batch))
             if len(pending) >= processes * _BATCHES_IN_FLIGHT:
@@ -51,9 +58,19 @@ def staged_tables(batches: Iterator[RowBatch], settings: StagerSettings, process
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _use_one_thread() -> None:
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _limit_threads(threads: int) -> None:
     """The tokenizer's own threads, one a core, would be too many beside other processes like this one."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = str(threads > 1).lower()
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+
+def _load(settings: str) -> None:
+    _stager(settings)
 
 
 def _stage(settings: str, batch: RowBatch) -> pa.Table:

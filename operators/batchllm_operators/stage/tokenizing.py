@@ -93,7 +93,7 @@ class PromptTokenizer:
         """
         if not self._tokenizer.chat_template:
             raise TerminalError(
-                f"prompt.kind: {self._name!r} has no chat template, which kinds chat and messages need:"
+                f"prompt.kind: {self._name!r} has no chat template, which kinds chat, messages and fields need:"
                 " use kind template or column"
             )
 

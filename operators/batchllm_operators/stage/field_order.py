@@ -13,21 +13,20 @@ result is never worse than the fields as given.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int32s, Int64s, UInt64s
-from batchllm_operators.plan.block_hashes import BlockHashes
+from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s, UInt64s
 from batchllm_operators.plan.compiled import compiled
-from batchllm_operators.plan.prefix_order import sort_by_prefix
+from batchllm_operators.stage.spec import MOST_FIELDS
 
-MOST_FIELDS = 63
-"""Sets of fields are bits of an int64."""
+_HASH_OF_NULL = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +47,23 @@ class FieldOrder:
     """The chosen order.
 
     Attributes:
-        fields: int32 [N, F], the fields of each row in the order of its prompt.
+        fields: int8 [N, F], the fields of each row in the order of its prompt.
         hit_rate: share of all lengths that a row shares with the one before it, when rows stand in the order of a
             plan.
         hit_rate_as_given: the same with the fields as given.
         hit_rate_unsorted: the same with fields and rows as given.
     """
 
-    fields: Int32s
+    fields: Int8s
     hit_rate: float
     hit_rate_as_given: float
     hit_rate_unsorted: float
 
 
 class FieldEncoder:
-    """Numbers the values of field columns, batch by batch; holds 8 bytes a value of a row, and each distinct value.
+    """Numbers the values of field columns, batch by batch; holds 12 bytes a value of a row, and no text.
+
+    Values are told apart by 64-bit hashes: two that collide would cost a little sharing, and change no prompt.
 
     Args:
         names: of the fields; their lengths count with every value.
@@ -72,33 +73,35 @@ class FieldEncoder:
         if not 1 <= len(names) <= MOST_FIELDS:
             raise ValueError(f"expected 1 to {MOST_FIELDS} fields, got {len(names)}")
         self._names = list(names)
-        self._numbers: list[dict[str | None, int]] = [{} for _ in names]
-        self._lengths: list[int] = []
-        self._batches: list[Int64s] = []
+        self._hashes: list[list[UInt64s]] = [[np.zeros(0, dtype=np.uint64)] for _ in names]
+        self._lengths: list[list[Int32s]] = [[np.zeros(0, dtype=np.int32)] for _ in names]
 
     def add(self, columns: Sequence[pa.Array]) -> None:
         """Add rows: one array of strings for each field, of like length."""
-        batch = np.empty((len(columns[0]), len(self._names)), dtype=np.int64)
         for place, column in enumerate(columns):
             encoded = column.dictionary_encode()
-            known = self._numbers[place]
-            numbers = [self._number(known, place, value) for value in encoded.dictionary.to_pylist()]
-            missing = self._number(known, place, None) if encoded.null_count else 0
-            codes = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
-            batch[:, place] = np.array([*numbers, missing], dtype=np.int64)[codes]
-        self._batches.append(batch)
+            texts = encoded.dictionary.to_pylist()
+            codes = encoded.indices.fill_null(len(texts)).to_numpy(zero_copy_only=False)
+            hashes = np.array([*map(_hash, texts), _HASH_OF_NULL], dtype=np.uint64)
+            lengths = np.array([*map(len, texts), 0], dtype=np.int32)
+            self._hashes[place].append(hashes[codes])
+            self._lengths[place].append(lengths[codes] + np.int32(len(self._names[place])))
 
     def table(self) -> FieldTable:
         """All rows added so far."""
-        empty = np.zeros((0, len(self._names)), dtype=np.int64)
-        return FieldTable(np.concatenate([empty, *self._batches]), np.array(self._lengths, dtype=np.int64))
+        columns = []
+        lengths = [np.zeros(0, dtype=np.int64)]
+        numbers = 0
+        for hashes, column_lengths in zip(self._hashes, self._lengths, strict=True):
+            _, first, value = np.unique(np.concatenate(hashes), return_index=True, return_inverse=True)
+            columns.append(numbers + value.astype(np.int64))
+            lengths.append(np.concatenate(column_lengths)[first].astype(np.int64))
+            numbers += len(first)
+        return FieldTable(np.stack(columns, axis=1), np.concatenate(lengths))
 
-    def _number(self, known: dict[str | None, int], place: int, value: str | None) -> int:
-        number = known.get(value)
-        if number is None:
-            number = known[value] = len(self._lengths)
-            self._lengths.append(len(self._names[place]) + len(value or ""))
-        return number
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def choose_field_order(table: FieldTable) -> FieldOrder:
@@ -110,41 +113,38 @@ def choose_field_order(table: FieldTable) -> FieldOrder:
     rows, fields = table.values.shape
     if fields > MOST_FIELDS:
         raise ValueError(f"expected at most {MOST_FIELDS} fields, got {fields}")
-    as_given = np.tile(np.arange(fields, dtype=np.int32), (rows, 1))
-    candidates = [as_given, np.tile(_by_statistics(table), (rows, 1))]
-    lengths = table.lengths.astype(np.float64)
-    candidates += [_greedy(table.values, lengths**power, len(lengths)) for power in (2.0, 1.0)]
-    shared = [_shared_length(table, candidate) for candidate in candidates]
-    best = int(np.argmax(shared))
+    as_given = np.tile(np.arange(fields, dtype=np.int8), (rows, 1))
+    best, shared_as_given = as_given, _shared_when_sorted(table, as_given)
+    shared = shared_as_given
+    for candidate in _candidates(table):
+        candidate_shared = _shared_when_sorted(table, candidate)
+        if candidate_shared > shared:
+            best, shared = candidate, candidate_shared
     total = max(int(table.lengths[table.values].sum()), 1)
     unsorted = _shared_with_row_before(table.values, table.lengths)
-    return FieldOrder(candidates[best], shared[best] / total, shared[0] / total, unsorted / total)
+    return FieldOrder(best, shared / total, shared_as_given / total, unsorted / total)
 
 
-def _by_statistics(table: FieldTable) -> Int32s:
+def _candidates(table: FieldTable) -> Iterator[Int8s]:
+    yield np.tile(_by_statistics(table), (len(table.values), 1))
+    lengths = table.lengths.astype(np.float64)
+    for power in (2.0, 1.0):
+        yield _greedy(table.values, lengths**power, len(lengths))
+
+
+def _by_statistics(table: FieldTable) -> Int8s:
     """One order for all rows: by the length that a field's values repeat, the most first."""
     present, count = np.unique(table.values, return_counts=True)
     repeats = np.zeros(len(table.lengths), dtype=np.float64)
     repeats[present] = count - 1
     saved = (repeats * table.lengths)[table.values] / np.maximum(repeats + 1, 1)[table.values]
-    return np.argsort(-saved.sum(axis=0), kind="stable").astype(np.int32)
+    return np.argsort(-saved.sum(axis=0), kind="stable").astype(np.int8)
 
 
-def _shared_length(table: FieldTable, order: Int32s) -> int:
+def _shared_when_sorted(table: FieldTable, order: Int8s) -> int:
     """Length that rows share with the one before, when all are sorted so that shared beginnings are one range."""
-    rows, fields = order.shape
-    sequence = np.take_along_axis(table.values, order, axis=1)
-    lanes = np.zeros((rows * fields, 2), dtype=np.uint64)
-    lanes[:, 0] = sequence.reshape(-1)
-    starts = np.arange(rows, dtype=np.int64) * fields
-    numbers = np.arange(rows, dtype=np.uint64)
-    keys: UInt64s = np.stack([numbers, numbers], axis=1)
-    sorted_rows = sort_by_prefix(
-        BlockHashes(starts, np.full(rows, fields, dtype=np.int32), np.ones(rows, dtype=np.bool_), lanes), keys
-    )
-    lengths = np.zeros((rows, fields + 1), dtype=np.int64)
-    np.cumsum(table.lengths[sequence], axis=1, out=lengths[:, 1:])
-    return int(lengths[sorted_rows.rows, sorted_rows.shared_blocks].sum())
+    sequence = np.take_along_axis(table.values, order.astype(np.int64), axis=1)
+    return _shared_with_row_before(sequence[np.lexsort(sequence.T[::-1])], table.lengths)
 
 
 def _shared_with_row_before(values: Int64s, lengths: Int64s) -> int:
@@ -168,10 +168,10 @@ class _Values(NamedTuple):
 
 
 @compiled
-def _greedy(table: Int64s, weight: Floats, distinct: int) -> Int32s:
+def _greedy(table: Int64s, weight: Floats, distinct: int) -> Int8s:
     """Field order of each row; `weight` is what sharing a value is worth to one row."""
     rows, fields = table.shape
-    order = np.zeros((rows, fields), dtype=np.int32)
+    order = np.zeros((rows, fields), dtype=np.int8)
     placed = np.zeros(rows, dtype=np.int32)
     members = np.arange(rows)
     grouped = np.empty(rows, dtype=np.int64)
@@ -278,7 +278,7 @@ def _worth(table: Int64s, weight: Floats, values: _Values, value: int) -> float:
 
 @compiled
 def _place(
-    order: Int32s, placed: Int32s, row: int, chosen: int, table: Int64s, weight: Floats, rows_with: Int64s
+    order: Int8s, placed: Int32s, row: int, chosen: int, table: Int64s, weight: Floats, rows_with: Int64s
 ) -> None:
     """Put the chosen fields next in the row's order, those first whose values other rows share most."""
     begin = placed[row]

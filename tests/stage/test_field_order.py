@@ -6,10 +6,13 @@ from itertools import permutations, product
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm_operators.plan.field_order import FieldEncoder, FieldOrder, choose_field_order
+from batchllm_operators.stage.field_order import FieldEncoder, FieldOrder, choose_field_order
+
+# The loops are compiled at their first call, which takes seconds on a machine without the compiled ones.
+no_deadline = settings(deadline=None)
 
 
 def order_of(rows: list[tuple[str | None, ...]], names: list[str] | None = None) -> FieldOrder:
@@ -30,6 +33,7 @@ def shared_length(rows: list[tuple[str, ...]], orders: list[tuple[int, ...]], na
     return shared
 
 
+@no_deadline
 @given(st.lists(st.tuples(*[st.sampled_from(["a", "bb", "cccc", "dddddddd"])] * 4), min_size=1, max_size=20))
 def test_every_row_keeps_all_its_fields_and_nothing_gets_worse(rows: list[tuple[str, ...]]) -> None:
     order = order_of(rows)
@@ -40,6 +44,7 @@ def test_every_row_keeps_all_its_fields_and_nothing_gets_worse(rows: list[tuple[
     assert order.hit_rate * total == pytest.approx(shared_length(rows, orders, len("field0")))
 
 
+@no_deadline
 @given(st.lists(st.tuples(*[st.sampled_from(["a", "bbb"])] * 2), min_size=1, max_size=4))
 def test_small_tables_come_near_the_best_of_all_orders(rows: list[tuple[str, ...]]) -> None:
     every = list(permutations(range(2)))

@@ -1,0 +1,80 @@
+"""The page of a job: from records and plots to one self-contained HTML document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import jinja2
+from markupsafe import Markup
+
+from batchllm_flows import __version__
+from batchllm_flows.html_report.plots import Plots, plan_plots
+from batchllm_flows.html_report.step_trace import StepTrace
+from batchllm_flows.report import JobReport, forecast_rows, whose_figures
+from batchllm_operators.plan.markdown import duration, explain_order, usd
+from batchllm_operators.records import PlanSummary
+
+TEMPLATE = "page.html.j2"
+
+
+def plan_page(plan: PlanSummary, job_name: str) -> str:
+    """The page of a plan, before anything is computed."""
+    return _render(job_name, plan, plan_plots(plan), report=None, trace=None, notes=())
+
+
+def report_page(
+    report: JobReport, plan: PlanSummary, plots: Plots, trace: StepTrace | None, notes: Sequence[str] = ()
+) -> str:
+    """The page of a finished run.
+
+    Args:
+        report: of the run.
+        plan: its last one.
+        plots: as `report_plots` draws them.
+        trace: what the engines wrote of their steps.
+        notes: what could not be read.
+    """
+    return _render(report.job_name, plan, plots, report=report, trace=trace, notes=notes)
+
+
+def _render(
+    job_name: str,
+    plan: PlanSummary,
+    plots: Plots,
+    *,
+    report: JobReport | None,
+    trace: StepTrace | None,
+    notes: Sequence[str],
+) -> str:
+    return _environment().get_template(TEMPLATE).render(
+        job_name=job_name,
+        plan=plan,
+        plots=plots,
+        report=report,
+        trace=trace,
+        notes=notes,
+        order=explain_order(plan),
+        forecast=None if report is None else forecast_rows(report.forecast),
+        whose=None if report is None else whose_figures(report),
+        version=__version__,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("batchllm_flows", "html_report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "share": lambda value: f"{value:.1%}",
+        "usd": usd,
+        "duration": duration,
+        "drawing": Markup,  # an `<svg>` element of our own
+    }
+    return environment

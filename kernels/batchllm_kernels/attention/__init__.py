@@ -1,0 +1,1 @@
+"""Prefix-shared attention over a paged KV cache."""

@@ -1,0 +1,112 @@
+"""Compiles the kernels to machine code without a device, and reads what they use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from batchllm_kernels.attention.launch import MERGE_HEAD_TILE, MERGE_WARPS, dot_precision
+from batchllm_kernels.attention.triton_kernels import attend_items_kernel, merge_partials_kernel
+from batchllm_kernels.attention.tuning import tuning_for
+
+ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+WARP_THREADS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class KernelResources:
+    """What one compiled kernel uses.
+
+    Attributes:
+        kernel: its name.
+        architecture: as `sm90`.
+        registers: of a thread.
+        shared_bytes: shared memory of a program.
+        stack_bytes: local memory of a thread: spilled registers.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+
+
+def compile_kernels(
+    architecture: str, *, heads: int, kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
+) -> list[KernelResources]:
+    """Compiles both kernels to a cubin with the launch parameters of the tuning table.
+
+    Raises:
+        ValueError: for an architecture not named like `sm90`, or a head size that the table has not.
+    """
+    match = re.fullmatch(r"sm(\d+)", architecture)
+    if not match:
+        raise ValueError(f"architecture: expected a name like 'sm90', got {architecture!r}")
+    target = GPUTarget("cuda", int(match[1]), WARP_THREADS)
+    tuning = tuning_for(architecture, head_size, dtype).with_room_for(heads // kv_heads)
+    element = f"*{ELEMENT_TYPES[dtype]}"
+    pointers = dict.fromkeys(("query", "key_cache", "value_cache", "output"), element)
+    pointers |= dict.fromkeys(("partials", "lses"), "*fp32")
+    head = {"HEAD_SIZE": head_size, "HEAD_PADDED": triton.next_power_of_2(head_size)}
+    attend: dict[str, Any] = {
+        **head,
+        "HEADS_PER_KV": heads // kv_heads,
+        "BLOCK_SIZE": block_size,
+        "NARROW_ROWS": tuning.narrow_tile_rows,
+        "WIDE_ROWS": tuning.wide_tile_rows,
+        "KV_TILE": tuning.kv_tile_tokens,
+        "DOT_PRECISION": dot_precision(dtype),
+        "DOT_IN_FP32": False,
+    }
+    merge = {**head, "HEAD_TILE": MERGE_HEAD_TILE}
+    options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+    return [
+        _compile(attend_items_kernel, pointers, attend, target, options),
+        _compile(merge_partials_kernel, pointers, merge, target, {"num_warps": MERGE_WARPS}),
+    ]
+
+
+def _compile(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: dict[str, int]
+) -> KernelResources:
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "scale_log2":
+            signature[name] = "fp32"
+        elif name in ("heads", "kv_heads"):
+            signature[name] = "i32"
+        else:
+            # what the launcher finds of real tensors: allocations and strides are multiples of 16
+            signature[name] = "i32" if name.endswith("_stride") else pointers.get(name, "*i32")
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    usage = _resource_usage(compiled.asm["cubin"])
+    return KernelResources(
+        kernel=kernel.__name__,
+        architecture=f"sm{target.arch}",
+        registers=usage["REG"],
+        shared_bytes=int(compiled.metadata.shared),
+        stack_bytes=usage["STACK"] + usage["LOCAL"],
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}

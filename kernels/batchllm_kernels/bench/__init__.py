@@ -1,0 +1,1 @@
+"""Figures of the attention kernels: a model of their traffic, and measurements where there is a device."""

@@ -1,0 +1,37 @@
+"""What makes vLLM a BatchLLM engine; importing it loads the standard library only.
+
+An engine gets our scheduler by the `scheduler_cls` it is given (`scheduler_path`). vLLM calls `register` in each of its
+processes (entry point `vllm.general_plugins`); it does nothing unless `BATCHLLM_ATTENTION` asks for our attention.
+"""
+
+from __future__ import annotations
+
+import os
+
+ATTENTION_VARIABLE = "BATCHLLM_ATTENTION"
+"""Environment variable with the stock backend (`FLASH_ATTN` or `TRITON_ATTN`) below prefix-shared attention; with it,
+vLLM's `attention_backend="CUSTOM"` is ours."""
+
+_SCHEDULERS = "batchllm_kernels.vllm_plugin.scheduler"
+
+
+def register() -> None:
+    """Register the attention backend, where the environment asks for it; may be called more than once.
+
+    Raises:
+        ValueError: the environment names another stock backend.
+    """
+    stock = os.environ.get(ATTENTION_VARIABLE)
+    if stock:
+        from batchllm_kernels.vllm_plugin import attention_backend
+
+        attention_backend.register(stock)
+
+
+def scheduler_path(*, async_scheduling: bool) -> str:
+    """Value of vLLM's `scheduler_cls` for our scheduler.
+
+    Args:
+        async_scheduling: as vLLM resolved it for the engine.
+    """
+    return f"{_SCHEDULERS}.{'AsyncBatchLLMScheduler' if async_scheduling else 'BatchLLMScheduler'}"

@@ -1,0 +1,214 @@
+"""Prefix-shared attention as vLLM's attention backend `CUSTOM`, on top of the stock backend of the device.
+
+A step that the cost gate does not take runs the stock backend's own code. The block table is looked at once per step,
+for all layers. Tensor parallelism: each rank plans alike for its own heads. CUDA graphs: attention runs between the
+captured pieces (vLLM's PIECEWISE mode, chosen by itself), because a captured step could not change paths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any, ClassVar
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+
+from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
+from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, calibration_for
+from batchllm_kernels.attention.plan_buffers import PlanBuffers
+from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
+
+TRACE_VARIABLE = "BATCHLLM_ATTENTION_TRACE"
+"""Environment variable with the file to append a JSON line to for every step that was looked at. No option, because
+vLLM hashes its options into the key of its compilation cache."""
+
+_STOCK_BACKENDS = {"FLASH_ATTN": "FlashAttentionBackend", "TRITON_ATTN": "TritonAttentionBackend"}
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def register(stock: str = "FLASH_ATTN") -> None:
+    """Makes `attention_backend="CUSTOM"` mean prefix-shared attention on top of a stock backend.
+
+    Args:
+        stock: vLLM's name of the backend that runs what the cost gate leaves alone.
+
+    Raises:
+        ValueError: for another stock backend than `FLASH_ATTN` or `TRITON_ATTN`.
+    """
+    if stock not in _STOCK_BACKENDS:
+        raise ValueError(f"stock: expected one of {', '.join(_STOCK_BACKENDS)}, got {stock!r}")
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__package__}.shared_{stock.lower()}.SharedBackend")
+
+
+class SharedAttentionBackend:
+    """Mixin before a stock backend class: what prefix sharing leaves of its features.
+
+    vLLM asks these at start, and refuses a model with the reasons.
+    """
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's registry."""
+        return "CUSTOM"
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Both the kernels and the stock backend must."""
+        return head_size <= MAX_HEAD_SIZE and super().supports_head_size(head_size)  # type: ignore[misc]
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        """Both the kernels and the stock backend must."""
+        return dtype in DTYPES and super().supports_dtype(dtype)  # type: ignore[misc]
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        """No quantised caches."""
+        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders only."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def _not_supported(cls) -> bool:
+        return False
+
+    supports_sliding_window = supports_sink = supports_mm_prefix = supports_alibi_sqrt = _not_supported
+    supports_non_causal = supports_rswa = supports_per_head_quant_scales = _not_supported
+    supports_batch_invariance = supports_device_cpu_query_lens_mismatch = supports_pcp = supports_dcp = _not_supported
+
+
+class SharedMetadataBuilder:
+    """Mixin before a stock metadata builder: adds the step's plan to its metadata, as `prefix_shared_plan`."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    supports_update_block_table: bool = False  # a plan belongs to one block table
+    supports_draft_decode_metadata_update: bool = False
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative_config: expected None, prefix-shared attention does not support drafts")
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        self._planner = StepPlanner(
+            ModelHeads(
+                heads or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
+                kv_cache_spec.num_kv_heads,
+                kv_cache_spec.head_size,
+                kv_cache_spec.dtype.itemsize,
+            ),
+            kv_cache_spec.block_size,
+            kv_cache_spec.dtype,
+            StepLimits(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs),
+            self.calibration(),
+            device,
+        )
+        trace = os.environ.get(TRACE_VARIABLE)
+        self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if trace else None
+
+    @classmethod
+    def get_cudagraph_support(cls, _vllm_config: Any, _kv_cache_spec: Any) -> AttentionCGSupport:
+        """Attention is never captured."""
+        return cls._cudagraph_support
+
+    @staticmethod
+    def calibration() -> Calibration:
+        """Of the device that runs the engine."""
+        return calibration_for(current_platform.get_device_name())
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The stock metadata, with a plan where sharing pays."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        metadata.prefix_shared_plan = None
+        if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
+            metadata.prefix_shared_plan = self._planner.plan(
+                common_attn_metadata.block_table_tensor,
+                common_attn_metadata.seq_lens,
+                common_attn_metadata.query_start_loc_cpu,
+                common_attn_metadata.max_seq_len,
+            )
+            self._record(self._planner.decision, common_attn_metadata)
+        return metadata
+
+    def _record(self, decision: Decision | None, common_attn_metadata: Any) -> None:
+        if self._trace is None or decision is None:
+            return
+        record = {
+            "time_s": time.time(),
+            "requests": common_attn_metadata.num_reqs,
+            "query_tokens": common_attn_metadata.num_actual_tokens,
+            "share": decision.share,
+            "reason": decision.reason,
+            "stock_us": decision.stock_seconds * 1e6,
+            "shared_us": decision.shared_seconds * 1e6,
+        }
+        os.write(self._trace, f"{json.dumps(record)}\n".encode())  # one write: a reader never sees half a line
+
+
+class SharedAttentionImpl:
+    """Mixin before a stock implementation: runs the step's plan where there is one."""
+
+    implementation: ClassVar[Implementation] = "triton"
+    supports_pcp: bool = False
+    supports_dcp: bool = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for name, expected in (
+            ("alibi_slopes", (None,)),
+            ("sliding_window", (None, -1, (-1, -1))),
+            ("logits_soft_cap", (None, 0)),
+            ("sinks", (None,)),
+            ("kv_cache_dtype", _KV_CACHE_DTYPES),
+            ("attn_type", (AttentionType.DECODER,)),
+        ):
+            value = getattr(self, name, expected[0])
+            if isinstance(value, torch.Tensor) or value not in expected:
+                raise ValueError(f"{name}: expected one of {expected} for prefix-shared attention, got {value}")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer; shapes as in vLLM's `AttentionImpl.forward`, keys and values being in the cache."""
+        plan: PlanBuffers | None = getattr(attn_metadata, "prefix_shared_plan", None)
+        if plan is None or plan.plan is None:
+            stock = super().forward  # type: ignore[misc]
+            result: torch.Tensor = stock(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+            return result
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError("output_scale: expected None, prefix-shared attention does not quantise its output")
+        tokens = plan.plan.query_tokens
+        keys, values = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
+        prefix_shared_attention(
+            query[:tokens],
+            keys,
+            values,
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            scale=self.scale,  # type: ignore[attr-defined]
+            plan=plan,
+            impl=self.implementation,
+            output=output[:tokens],
+        )
+        return output

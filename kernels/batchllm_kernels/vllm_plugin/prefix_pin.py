@@ -1,0 +1,38 @@
+"""Keeps the KV blocks of one prefix in vLLM's cache, whoever else frees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+class PrefixPin:
+    """A reference of our own to the leading blocks of a prompt, in vLLM's own reference counts.
+
+    Args:
+        pool: the engine's block pool.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._blocks: list[KVCacheBlock] = []
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are pinned."""
+        return len(self._blocks)
+
+    def move_to(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Pin these blocks, in the order of the prompt, instead of those pinned now; shared ones stay pinned."""
+        self._pool.touch(blocks)
+        self.shorten_to(0)
+        self._blocks = list(blocks)
+
+    def shorten_to(self, blocks: int) -> None:
+        """Keep the first blocks only; the rest is evicted in its turn, the end of the prompt first."""
+        self._pool.free_blocks(reversed(self._blocks[blocks:]))
+        del self._blocks[blocks:]

@@ -1,0 +1,255 @@
+"""vLLM's scheduler with prefix groups, pins and admission by predicted KV use; `schedule()` itself stays vLLM's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import RequestStatus
+
+from batchllm_kernels.vllm_plugin.admission import Admission
+from batchllm_kernels.vllm_plugin.compat import check_vllm_version
+from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, PlannedRequest, SchedulerOptions
+from batchllm_kernels.vllm_plugin.prefix_pin import PrefixPin
+from batchllm_kernels.vllm_plugin.step_trace import StepTraceWriter
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+
+class GatedQueue(FCFSRequestQueue):  # type: ignore[misc]  # mypy does not follow vLLM
+    """First come, first served; true only when its head may be admitted now.
+
+    `Scheduler.schedule` asks for the truth of its waiting queue before it takes the head, and stops admitting when it
+    is false. Length and iteration are those of the whole queue.
+    """
+
+    def __init__(self, may_admit: Callable[[Request], bool]) -> None:
+        super().__init__()
+        self._may_admit = may_admit
+
+    def __bool__(self) -> bool:
+        return len(self) > 0 and self._may_admit(self[0])
+
+    def peek_request(self) -> Request:
+        """The head, whether or not it may be admitted."""
+        return self[0]
+
+
+class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow vLLM
+    """What both schedulers of ours add to vLLM's.
+
+    Requests come in the order of the plan, a group's members one after the other; `SamplingParams.extra_args` says
+    which group a request belongs to (`PlannedRequest`). A request without that is a group of its own, expected to use
+    up its `max_tokens`. Nothing is reordered, so nothing starves.
+
+    - Lead first: the first member of a group that runs is its lead; the others wait until the prefix is computed.
+    - Pin: the group's prefix stays in the cache until the first request of another group is next; what the two share
+      stays pinned for that one, so sibling groups keep their parent.
+    - Admission: the head of the queue waits until the predicted peak of KV use leaves room for it.
+    - Victim: when memory runs out all the same, the request that costs least to compute again is preempted.
+
+    Where these cannot work (see `_unsupported`) it is vLLM's scheduler, and says so in the log.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_vllm_version()
+        super().__init__(*args, **kwargs)
+        self._options = SchedulerOptions.from_additional_config(self.vllm_config.additional_config)
+        trace_file = os.environ.get(STEP_TRACE_VARIABLE)
+        self._step_trace = StepTraceWriter(Path(trace_file)) if trace_file else None
+        self._pool = self.kv_cache_manager.block_pool
+        self._capacity = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
+        self._admission = Admission(
+            self._options,
+            block_size=self.block_size,
+            capacity_blocks=self._capacity,
+            token_budget=self.max_num_scheduled_tokens,
+            long_prefill_tokens=self.scheduler_config.long_prefill_token_threshold,
+            late_steps=int(self.scheduler_config.async_scheduling),
+        )
+        self._pin = PrefixPin(self._pool)
+        self._pinned_chain: list[Any] = []
+        """Hashes of the pinned blocks."""
+        self._lead: Request | None = None
+        """First request of the group that was admitted from last."""
+        self._unsupported = self._why_unsupported()
+        if self._unsupported:
+            logger.warning("BatchLLM scheduling is off: %s", self._unsupported)
+        else:
+            self.waiting = GatedQueue(self._may_admit)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """vLLM's step; where memory may run out in it, the cheapest request stands last."""
+        if not self._unsupported and self._options.cheapest_victim and self._memory_may_run_out():
+            # vLLM preempts from the end of the running list.
+            self.running.sort(key=self._admission.recompute_tokens, reverse=True)
+        output = super().schedule(throttle_prefills)
+        if not self._unsupported:
+            self._follow_running()
+            self._pin_prefix()
+        if self._step_trace is not None:
+            self._write_step(output, self._step_trace)
+        return output
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As vLLM's; the pin, which would keep the cache from being reset, is released first."""
+        self._shorten_pin(0)
+        return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+
+    def _free_request_blocks(self, request: Request) -> None:
+        super()._free_request_blocks(request)
+        self._admission.end(request)
+        if request.is_finished() and len(self.requests) <= 1:
+            # The last request there is.
+            self._shorten_pin(0)
+            self._lead = None
+            if self._step_trace is not None:
+                self._step_trace.pause()
+
+    def _may_admit(self, head: Request) -> bool:
+        """Whether the head of the waiting queue may run."""
+        self._follow_running()
+        same_group = self._lead is not None and _group(head) == _group(self._lead)
+        if not self.running or (not same_group and head.num_preemptions == 0):
+            # The group before is complete; or else nothing but the pin could stand in the head's way.
+            self._shorten_pin(self._cached_blocks_of(head, self._pinned_chain))
+        if not self.running:
+            return True
+        if same_group and self._options.lead_first and not self._finds_prefix(head):
+            return False
+        return not self._options.admit_by_peak or self._admission.fits(head, self._pool.get_num_free_blocks())
+
+    def _follow_running(self) -> None:
+        """Take note of the requests that vLLM has admitted since; they stand at the end of the running list."""
+        for request in reversed(self.running):
+            if request in self._admission:
+                break
+            self._admission.begin(request)
+            if request.num_preemptions == 0 and self._makes_lead(request):
+                self._lead = request
+
+    def _makes_lead(self, request: Request) -> bool:
+        lead = self._lead
+        if lead is None or _group(request) != _group(lead):
+            return True
+        # The lead was aborted or preempted before the prefix was there.
+        return bool(lead.status != RequestStatus.RUNNING and lead.num_computed_tokens < _prefix_tokens(lead))
+
+    def _finds_prefix(self, member: Request) -> bool:
+        """Whether a member of the lead's group finds their prefix in the cache, or would wait in vain."""
+        lead = self._lead
+        if lead is None or lead.status != RequestStatus.RUNNING:
+            return True
+        wanted = min(_prefix_tokens(member), self._most_cached_blocks(member) * self.block_size)
+        if lead.num_computed_tokens >= wanted:
+            return True
+        # What the lead computes in this very step is in the cache already, as far as vLLM's bookkeeping goes.
+        _, found_tokens, _ = self.kv_cache_manager.get_computed_blocks(member)
+        return bool(found_tokens >= wanted)
+
+    def _pin_prefix(self) -> None:
+        """Pin the prefix of the lead's group as soon as it is computed, or what the next group shares of it."""
+        lead = self._lead
+        if not self._options.pin_prefixes or lead is None or lead.status != RequestStatus.RUNNING:
+            return
+        blocks = _prefix_tokens(lead) // self.block_size
+        if len(self.waiting) > 0 and _group(self.waiting.peek_request()) != _group(lead):
+            blocks = self._cached_blocks_of(self.waiting.peek_request(), lead.block_hashes[:blocks])
+        if self._pin.blocks >= blocks or lead.num_computed_tokens < blocks * self.block_size:
+            return
+        # There may be copies: those that a member finds, not the lead's own.
+        found = (self._pool.get_cached_block(block_hash, [0]) for block_hash in lead.block_hashes[:blocks])
+        self._pin.move_to([copies[0] for copies in takewhile(bool, found)])
+        self._pinned_chain = lead.block_hashes[: self._pin.blocks]
+        self._admission.pin(self._pinned_chain)
+
+    def _shorten_pin(self, blocks: int) -> None:
+        if blocks < self._pin.blocks:
+            self._pin.shorten_to(blocks)
+            self._pinned_chain = self._pinned_chain[:blocks]
+            self._admission.pin(self._pinned_chain)
+
+    def _cached_blocks_of(self, request: Request, chain: list[Any]) -> int:
+        """How many of these blocks a request will take from the cache."""
+        most = min(len(chain), self._most_cached_blocks(request))
+        pairs = zip(chain[:most], request.block_hashes[:most], strict=True)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _most_cached_blocks(self, request: Request) -> int:
+        """vLLM computes a request's last token in any case, and with it the whole block."""
+        return int((request.num_tokens - 1) // self.block_size)
+
+    def _memory_may_run_out(self) -> bool:
+        """Whether the running requests might need more blocks in this step than are free."""
+        needed = 0
+        for request in self.running:
+            if request.num_output_tokens + request.num_output_placeholders < request.max_tokens:
+                computed = request.num_computed_tokens
+                known = request.num_tokens + request.num_output_placeholders
+                after = min(known, computed + self.max_num_scheduled_tokens)
+                needed += -(-after // self.block_size) + (-computed // self.block_size)
+        return bool(self._pool.get_num_free_blocks() < needed)
+
+    def _write_step(self, output: SchedulerOutput, trace: StepTraceWriter) -> None:
+        decode_tokens = 0
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            # Its counter stands behind this step already.
+            if tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens:
+                decode_tokens += 1
+        if output.total_num_scheduled_tokens:
+            used = self._capacity - self._pool.get_num_free_blocks()
+            trace.write(
+                prefill_tokens=output.total_num_scheduled_tokens - decode_tokens,
+                decode_tokens=decode_tokens,
+                running=len(self.running),
+                waiting=len(self.waiting),
+                kv_tokens_used=used * self.block_size,
+                kv_tokens_capacity=self._capacity * self.block_size,
+                preempted=len(output.preempted_req_ids or ()),
+            )
+
+    def _why_unsupported(self) -> str | None:
+        groups = self.kv_cache_config.kv_cache_groups
+        if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+            kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+            return f"expected one KV cache group with full attention, the model has {len(groups)} of {kinds}"
+        if self.hash_block_size != self.block_size:
+            return f"expected block hashes of {self.block_size} tokens, got {self.hash_block_size}"
+        if not self.cache_config.enable_prefix_caching:
+            return "expected prefix caching"
+        if self.connector is not None:
+            return "expected no KV connector"
+        if self.policy != SchedulingPolicy.FCFS:
+            return f"expected the policy fcfs, got {self.policy.value}"
+        return None
+
+
+class BatchLLMScheduler(GroupScheduling):
+    """For engines with `async_scheduling=False`."""
+
+
+class AsyncBatchLLMScheduler(GroupScheduling, AsyncScheduler):  # type: ignore[misc]  # mypy does not follow vLLM
+    """For engines with async scheduling."""
+
+
+def _group(request: Request) -> str:
+    planned = PlannedRequest.from_extra_args(request.sampling_params.extra_args)
+    return planned.group if planned else str(request.request_id)
+
+
+def _prefix_tokens(request: Request) -> int:
+    planned = PlannedRequest.from_extra_args(request.sampling_params.extra_args)
+    return planned.prefix_tokens if planned else 0

@@ -1,0 +1,37 @@
+"""Prefix-shared attention on top of vLLM's FlashAttention backend."""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from batchllm_kernels.vllm_plugin.attention_backend import (
+    SharedAttentionBackend,
+    SharedAttentionImpl,
+    SharedMetadataBuilder,
+)
+
+
+class SharedBuilder(SharedMetadataBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]  # mypy does not follow vLLM
+    """Metadata of FlashAttention, with a plan."""
+
+
+class SharedImpl(SharedAttentionImpl, FlashAttentionImpl):  # type: ignore[misc]  # mypy does not follow vLLM
+    """FlashAttention, or the plan."""
+
+
+class SharedBackend(SharedAttentionBackend, FlashAttentionBackend):  # type: ignore[misc]  # mypy does not follow vLLM
+    """What vLLM's registry names."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SharedImpl]:
+        """Of one layer."""
+        return SharedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SharedBuilder]:
+        """Of one step."""
+        return SharedBuilder

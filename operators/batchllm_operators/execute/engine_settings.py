@@ -1,0 +1,46 @@
+"""The settings that decide an engine's throughput: what they came to, and who chose them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.records import EngineSetting
+
+_VLLM = "vLLM's choice for the device"
+_REASONS = {
+    "scheduler_cls": "groups as planned, pinned prefixes, admission by predicted KV use",
+    "block_size": "planning.block_size: prefixes are shared in these blocks",
+    "num_gpu_blocks": "what the memory for the KV cache holds",
+    "tensor_parallel_size": "execution.gpus_per_engine",
+}
+
+
+def engine_settings(config: Any, model: ModelSpec) -> tuple[EngineSetting, ...]:
+    """The settings of a loaded engine.
+
+    Args:
+        config: vLLM's `VllmConfig`, as it is after the KV cache has been allocated.
+        model: the model part of the job, whose `engine_args` go before every choice of ours and of vLLM.
+    """
+    scheduler, cache = config.scheduler_config, config.cache_config
+    values = {
+        "scheduler_cls": scheduler.scheduler_cls,
+        "block_size": cache.block_size,
+        "num_gpu_blocks": cache.num_gpu_blocks,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "async_scheduling": scheduler.async_scheduling,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+    }
+    given = set(model.engine_args) | ({"dtype"} if model.dtype != "auto" else set())
+    return tuple(
+        EngineSetting(
+            name=name,
+            value=str(value),
+            reason="the job (model)" if name in given else _REASONS.get(name, _VLLM),
+        )
+        for name, value in values.items()
+    )

@@ -1,0 +1,119 @@
+"""The operating system's side of an engine process: start, exit code, log, and an end without survivors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+GROUP_END_SECONDS = 10.0
+LOG_LINES = 12
+_LOG_BYTES = 65_536
+
+
+class EngineSubprocess:
+    """A process that leads a session of its own; all methods are safe from any thread.
+
+    Args:
+        log_file: where its output goes; appended to.
+    """
+
+    def __init__(self, log_file: Path) -> None:
+        self._log_file = log_file
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._ended = False
+
+    @property
+    def pid(self) -> int | None:
+        """Its id, which is its group's and its session's too; None before it is started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def exited(self) -> bool:
+        """Whether it was started and is dead."""
+        return self.exit_code(0.0) is not None
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], pass_fd: int) -> bool:
+        """Start it; False, and nothing is started, after `kill`.
+
+        Raises:
+            OSError: there is no such program.
+        """
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, self._log_file.open("ab") as log:
+            if self._ended:
+                return False
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[pass_fd],
+                start_new_session=True,
+            )
+        return True
+
+    def kill(self) -> None:
+        """Kill the whole group, also when its leader is dead: vLLM's engine core outlives it and holds the GPU."""
+        with self._lock:
+            self._ended = True
+            process = self._process
+            if process is None or process.returncode is not None:
+                return
+            # The leader has not been waited for, so its id, the group's, cannot have gone to anyone else.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            _wait_until_gone(process.pid)
+
+    def exit_code(self, wait_s: float) -> int | None:
+        """Exit code, or minus the signal, of the process, within so many seconds; it is left to be waited for."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            with self._lock:
+                if self._process is None:
+                    return None
+                if self._process.returncode is not None:
+                    return self._process.returncode
+                status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if status is not None:
+                return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
+
+    def last_lines(self) -> str:
+        """The end of its log, to stand behind an error message; empty when there is none."""
+        lines = self._log_tail()[-LOG_LINES:]
+        return "".join(f"\n    {line}" for line in ["; last lines of its log:", *lines])[5:] if lines else ""
+
+    def root_cause(self) -> str:
+        """The last error the engine core's own process logged; vLLM's exception says only that it failed."""
+        causes = [line for line in self._log_tail() if line.startswith("(EngineCore") and "Error: " in line]
+        return " ".join(causes[-1].split()) if causes else ""
+
+    def _log_tail(self) -> list[str]:
+        if not self._log_file.exists():
+            return []
+        with self._log_file.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+            return [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def _wait_until_gone(group: int) -> None:
+    """Wait until a killed group has no process left: a dying engine core still holds its GPU memory for a moment.
+
+    Not for ever: where nobody reaps orphans, the group stays.
+    """
+    deadline = time.monotonic() + GROUP_END_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)

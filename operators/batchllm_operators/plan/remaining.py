@@ -1,0 +1,32 @@
+"""Whether a job has anything left to compute; cheaper than a plan."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchllm_operators.plan.requests import read_results
+from batchllm_operators.records import KEY_TYPE, StageSummary
+from batchllm_operators.store import Store
+
+READ_ROWS = 65_536
+
+
+def has_requests_left(work: Store, stage: StageSummary) -> bool:
+    """Whether readable results leave a staged request without an answer.
+
+    Args:
+        work: the work folder; its results are of this job only.
+        stage: what staging found.
+
+    Raises:
+        TerminalError: a staged part is missing or damaged.
+    """
+    done = len(read_results([work]).keys)
+    if done == 0 or stage.requests == 0:
+        return stage.requests > 0
+    keys: list[pa.Array] = []
+    for part in stage.parts:
+        keys += [batch.column(0) for batch in work.scan_parquet(part.name, ["request_key"], READ_ROWS)]
+    distinct: int = pc.count_distinct(pa.chunked_array(keys, KEY_TYPE)).as_py()
+    return distinct > done

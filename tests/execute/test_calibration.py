@@ -1,0 +1,195 @@
+"""Calibration on an engine whose rates are known; `vllm_contract` holds its counts against those of vLLM."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from batchllm_operators.errors import RowError, RowErrorCode
+from batchllm_operators.execute.calibration import ENOUGH_SECONDS, calibrate, measure, synthetic_loads
+from batchllm_operators.execute.engine import Completion, EngineLimits, Request
+from batchllm_operators.plan.cost import CPU_DEFAULT
+from batchllm_operators.plan.spec import CostModel
+
+LIMITS = EngineLimits(
+    device="2 x Abacus",
+    vocabulary=1000,
+    kv_capacity_tokens=100_000,
+    max_running_requests=256,
+    max_request_tokens=4096,
+    max_step_tokens=2048,
+)
+BLOCK = 32
+
+
+class RatedEngine:
+    """An engine that takes exactly the time its rates say, on a clock of its own; with a prefix cache."""
+
+    def __init__(self, rates: CostModel = CPU_DEFAULT, limits: EngineLimits = LIMITS, stop_after: int = 10_000) -> None:
+        self.rates = rates
+        self.limits = limits
+        self.stop_after = stop_after
+        self.now = 0.0
+        self.cache: set[tuple[int, ...]] = set()
+        self.held: list[list[Any]] = []
+        self.submitted: list[Request] = []
+
+    capacity = 512
+
+    @property
+    def unfinished(self) -> int:
+        return len(self.held)
+
+    def submit(self, request: Request) -> Completion | None:
+        self.submitted.append(request)
+        prompt = request.prompt_token_ids
+        cached = (len(prompt) - 1) // BLOCK * BLOCK if tuple(prompt) in self.cache else 0
+        self.held.append([request, cached, len(prompt) - cached, 0])
+        return None
+
+    def step(self) -> list[Completion]:
+        left = self.limits.max_step_tokens
+        seconds = self.rates.step_seconds
+        done = []
+        for one in self.held:
+            request, _, prefill, output = one
+            if prefill:
+                computed = min(prefill, left)
+                left -= computed
+                one[2] -= computed
+                seconds += computed / self.rates.prefill_tokens_per_second
+                if one[2] == 0:
+                    one[3] = 1
+            else:
+                context = len(request.prompt_token_ids) + output
+                seconds += 1 / self.rates.decode_tokens_per_second + context / self.rates.kv_tokens_per_second
+                one[3] += 1
+            if one[3] and one[3] >= min(request.sampling.max_tokens, self.stop_after):
+                done.append(one)
+        self.now += seconds
+        for one in done:
+            self.held.remove(one)
+            self.cache.add(tuple(one[0].prompt_token_ids))
+        return [
+            Completion(
+                request.key,
+                [1] * output,
+                "",
+                "length",
+                prompt_tokens=len(request.prompt_token_ids),
+                cached_tokens=cached,
+                completion_tokens=output,
+            )
+            for request, cached, _, output in done
+        ]
+
+    def abort(self) -> None:
+        self.held.clear()
+
+    def close(self) -> None: ...
+
+
+def test_the_rates_of_an_engine_are_found_from_outside() -> None:
+    engine = RatedEngine()
+    found = calibrate(engine, clock=lambda: engine.now)
+    assert found is not None
+    expected = CPU_DEFAULT.model_copy(update={"kv_capacity_tokens": 100_000})
+    assert found.rates.model_dump() == pytest.approx(expected.model_dump(), rel=0.02)
+    assert found.device == "2 x Abacus"
+    assert found.seconds == pytest.approx(engine.now, abs=0.001)
+    assert engine.unfinished == 0
+
+
+def test_steps_that_something_else_holds_up_do_not_count() -> None:
+    class HeldUp(RatedEngine):
+        """Loses time at every third step of decode, and in one of the two prefills of each load."""
+
+        decode_steps = prefill_runs = 0
+
+        def step(self) -> list[Completion]:
+            decoding = all(prefill == 0 for _, _, prefill, _ in self.held)
+            alone = all(request.sampling.max_tokens == 1 for request, *_ in self.held)
+            finished = super().step()
+            self.decode_steps += decoding
+            self.prefill_runs += alone and not self.held
+            if decoding and self.decode_steps % 3 == 0:
+                self.now += 0.3
+            if alone and not self.held and self.prefill_runs % 2:
+                self.now += 1.0
+            return finished
+
+    engine = HeldUp()
+    found = calibrate(engine, clock=lambda: engine.now)
+    assert found is not None
+    expected = CPU_DEFAULT.model_copy(update={"kv_capacity_tokens": 100_000})
+    assert found.rates.model_dump() == pytest.approx(expected.model_dump(), rel=0.02)
+
+
+def test_a_model_that_ends_its_answers_early_is_measured_on_what_it_gave() -> None:
+    engine = RatedEngine(stop_after=5)
+    found = calibrate(engine, clock=lambda: engine.now)
+    assert found is not None
+    assert found.rates.decode_tokens_per_second == pytest.approx(CPU_DEFAULT.decode_tokens_per_second, rel=0.05)
+
+
+def test_a_model_that_never_gives_a_second_token_is_not_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+    engine = RatedEngine(stop_after=1)
+    with caplog.at_level(logging.WARNING):
+        assert calibrate(engine, clock=lambda: engine.now) is None
+    assert "prefill and decode" in caplog.text
+
+
+def test_an_engine_that_refuses_random_tokens_is_not_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(RatedEngine):
+        def submit(self, request: Request) -> Completion | None:
+            return Completion(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "not these"))
+
+    engine = Refusing()
+    with caplog.at_level(logging.WARNING):
+        assert calibrate(engine, clock=lambda: engine.now) is None
+    assert "not these" in caplog.text
+
+
+def test_the_prompts_share_no_block_and_stay_in_the_vocabulary() -> None:
+    engine = RatedEngine()
+    for _ in measure(engine, clock=lambda: engine.now):
+        pass
+    prompts = {tuple(request.prompt_token_ids) for request in engine.submitted}
+    assert len({prompt[:BLOCK] for prompt in prompts}) == len(prompts)
+    assert {token for prompt in prompts for token in prompt} <= set(range(LIMITS.vocabulary))
+
+
+def test_a_slow_engine_is_measured_on_the_small_loads_only() -> None:
+    def width(rates: CostModel) -> int:
+        engine = RatedEngine(rates)
+        return max(run.decode_tokens for run in measure(engine, clock=lambda: engine.now))
+
+    slow = CPU_DEFAULT.model_copy(update={"step_seconds": ENOUGH_SECONDS})
+    fast = CPU_DEFAULT.model_copy(update={"step_seconds": 0.001, "prefill_tokens_per_second": 1e6})
+    assert width(slow) < width(CPU_DEFAULT) < width(fast)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_running_requests": 1},
+        {"max_request_tokens": 2},
+        {"max_request_tokens": 64, "max_running_requests": 8},
+        {"kv_capacity_tokens": 40},
+        {"max_step_tokens": 16},
+    ],
+    ids=str,
+)
+def test_the_loads_stay_within_the_limits_of_a_small_engine(changes: dict[str, int]) -> None:
+    limits = EngineLimits(**{**{name: getattr(LIMITS, name) for name in LIMITS.__slots__}, **changes})
+    always, in_time = synthetic_loads(limits)
+    loads = always + in_time
+    assert len(set(loads)) == len(loads) >= 1
+    for load in loads:
+        assert load.requests <= limits.max_running_requests
+        assert load.prompt_tokens + load.output_tokens <= limits.max_request_tokens
+        assert load.requests == 1 or load.requests * (load.prompt_tokens + load.output_tokens) <= (
+            limits.kv_capacity_tokens
+        )

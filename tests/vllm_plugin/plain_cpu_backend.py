@@ -1,0 +1,62 @@
+"""The plugin's attention over `CPU_ATTN`, for tests: a plain KV layout, and the reference in the kernels' place.
+
+vLLM's CPU kernels pack the keys, so that the stock half of this backend is the reference without sharing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.reference import paged_attention
+from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
+
+
+class PlainImpl(CPUAttentionBackendImpl):
+    def do_kv_cache_update(  # vLLM's signature, as below
+        self, _layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        slots = slot_mapping[slot_mapping >= 0]
+        block, offset = slots // keys.shape[1], slots % keys.shape[1]
+        keys[block, offset] = key[: len(slots)]
+        values[block, offset] = value[: len(slots)]
+
+    def forward(
+        self, _layer: Any, query: Any, _key: Any, _value: Any, kv_cache: Any, attn_metadata: Any, output: Any, *_: Any
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            return output
+        assert attn_metadata.prefix_shared_plan is None, "a step with a plan came to the stock path"
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        lengths = attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc
+        tokens = int(attn_metadata.query_start_loc[-1])
+        output[:tokens] = paged_attention(query[:tokens], keys, values, *lengths, self.scale).to(output.dtype)
+        return output
+
+
+class SharedImpl(SharedAttentionImpl, PlainImpl):
+    implementation = "reference"
+
+
+class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):
+    @staticmethod
+    def calibration() -> Calibration:
+        return Calibration("test: any gain", 1e12, 1e12, 1e15, 1e15, 0.0, 0.0)
+
+
+class SharedBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[SharedImpl]:
+        return SharedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SharedBuilder]:
+        return SharedBuilder

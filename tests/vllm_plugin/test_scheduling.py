@@ -1,0 +1,161 @@
+"""What the scheduler does in single situations, on vLLM's KV cache manager without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, PlannedRequest
+from batchllm_kernels.vllm_plugin.step_trace import read_steps
+from tests.vllm_plugin.driven_scheduler import Ask, DrivenScheduler, Limits
+
+Drive = Callable[[Limits, "dict[str, Any] | None"], DrivenScheduler]
+
+
+def tokens(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
+
+
+def alone(first: int, prompt_tokens: int, output_tokens: int, expected: int | None = None) -> Ask:
+    planned = PlannedRequest(f"alone {first}", 0, output_tokens if expected is None else expected)
+    return Ask(tokens(first, prompt_tokens), output_tokens, planned)
+
+
+def pinned_blocks(driven: DrivenScheduler) -> int:
+    """Blocks in use while nothing runs."""
+    assert not driven.scheduler.running
+    pool = driven.scheduler.kv_cache_manager.block_pool
+    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_ragged_outputs_in_a_tight_cache_are_preempted_by_vllm_and_not_by_us(drive: Drive, asynchronous: bool) -> None:
+    asks = [alone(100 * index, 6, 4 + 7 * index % 40) for index in range(1, 13)]
+    limits = Limits(blocks=24, asynchronous=asynchronous)
+    preemptions = {}
+    for name, options in (("vllm", None), ("ours", {}), ("ours without admission", {"admit_by_peak": False})):
+        driven = drive(limits, options)
+        for index, ask in enumerate(asks):
+            driven.add(f"r{index:02}", ask)
+        driven.finish()
+        driven.assert_everything_is_released()
+        preemptions[name] = driven.preemptions
+    assert preemptions["ours"] == 0
+    assert preemptions["vllm"] > 0
+    assert preemptions["ours without admission"] > 0
+
+
+def test_members_wait_while_their_lead_computes_the_prefix_in_chunks(drive: Drive) -> None:
+    prefix = tokens(0, 40)
+    asks = [Ask((*prefix, 1000 + index), 4, PlannedRequest("a", 40, 4)) for index in range(3)]
+    computed = {}
+    for lead_first in (True, False):
+        driven = drive(Limits(step_tokens=32, long_prefill_tokens=8), {"lead_first": lead_first})
+        for index, ask in enumerate(asks):
+            driven.add(f"r{index}", ask)
+        driven.finish()
+        computed[lead_first] = driven.computed_prompt_tokens
+    assert computed[True] == 40 + 3
+    assert computed[False] > 2 * 40
+
+
+def test_the_prefix_is_released_with_the_last_request(drive: Drive) -> None:
+    driven = drive(Limits(), {})
+    driven.add("lead", Ask(tokens(0, 21), 3, PlannedRequest("a", 20, 3)))
+    driven.finish()
+    assert pinned_blocks(driven) == 0
+    driven.assert_everything_is_released()
+
+
+def test_the_cache_can_be_reset_while_a_prefix_is_pinned(drive: Drive) -> None:
+    driven = drive(Limits(), {})
+    driven.add("lead", Ask(tokens(0, 21), 1, PlannedRequest("a", 20, 1)))
+    driven.add("member", Ask((*tokens(0, 20), 99), 9, PlannedRequest("a", 20, 9)))
+    for _ in range(3):
+        driven.step()
+    assert driven.scheduler.reset_prefix_cache(reset_running_requests=True)
+    driven.finish()
+    assert len(driven.outputs["member"]) == 9
+    driven.assert_everything_is_released()
+
+
+def test_equal_prompts_fit_a_cache_that_holds_one_of_them_twice_over(drive: Drive) -> None:
+    """The last block of a prompt is always computed, so copies of a pinned block must not fill the cache."""
+    driven = drive(Limits(block_size=4, blocks=2), {})
+    for name, prompt, group in (("a", (1, 2, 3, 4), "0"), ("b", (1, 2, 3, 4), "1"), ("c", (1, 2, 3, 4, 5), "1")):
+        driven.add(name, Ask(prompt, 1, PlannedRequest(group, 4, 1)))
+    driven.finish()
+    assert driven.computed_prompt_tokens == 4 + 4 + 1
+
+
+def test_the_cheapest_request_is_preempted_when_estimates_are_too_low(drive: Drive) -> None:
+    recomputed = {}
+    for cheapest_victim in (True, False):
+        driven = drive(Limits(blocks=24, step_tokens=64), {"cheapest_victim": cheapest_victim})
+        driven.add("short", alone(0, 5, 60, expected=1))
+        driven.add("long", alone(100, 60, 24, expected=1))
+        driven.finish()
+        assert driven.preemptions > 0
+        recomputed[cheapest_victim] = driven.computed_tokens
+    assert recomputed[True] < recomputed[False]
+
+
+def test_an_abort_says_nothing_about_the_length_of_outputs(drive: Drive) -> None:
+    driven = drive(Limits(blocks=24), {})
+    for index in range(40):
+        driven.add(f"aborted {index}", alone(100 * index, 3, 40))
+    while driven.busy:
+        driven.step()
+        driven.abort([one.request_id for one in driven.scheduler.running])
+    for index in range(4):
+        driven.add(f"r{index}", alone(10_000 + 100 * index, 3, 40))
+    driven.finish()
+    assert driven.preemptions == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_each_step_is_traced(drive: Drive, asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STEP_TRACE_VARIABLE, str(tmp_path / "trace"))
+    driven = drive(Limits(block_size=4, blocks=64, asynchronous=asynchronous), {})
+    for index in range(3):
+        driven.add(f"r{index}", alone(100 * index, 21, 5))
+    driven.finish()
+    steps = read_steps(tmp_path / "trace")
+    assert steps["prefill_tokens"].sum() == driven.computed_prompt_tokens == 3 * 21
+    assert steps["decode_tokens"].sum() == 3 * 4
+    assert steps["running"].max() == 3
+    assert steps["waiting"][0] == 1, "the third prompt waits for the second step's budget"
+    assert steps["kv_tokens_capacity"].tolist() == [256] * len(steps)
+    assert steps["kv_tokens_used"][0] == 24 + 12, "a prompt of 21 tokens, and 11 of the next"
+    assert steps["preempted"].sum() == 0
+    assert steps["step_seconds"][0] == 0
+
+
+def test_requests_that_no_plan_knows_are_answered(drive: Drive) -> None:
+    driven = drive(Limits(blocks=24), {})
+    for index in range(6):
+        driven.add(f"r{index}", Ask(tokens(0, 9), 5 + index, max_tokens=30))
+    driven.finish()
+    assert [len(driven.outputs[f"r{index}"]) for index in range(6)] == [5, 6, 7, 8, 9, 10]
+    driven.assert_everything_is_released()
+
+
+def test_a_pinned_prefix_is_there_for_sibling_groups_that_had_to_wait_for_memory(drive: Drive) -> None:
+    prefix = (13, 14, 15, 16)
+    asks = [alone(10, 1, 4), alone(11, 1, 1), alone(12, 1, 17)]
+    asks += [
+        Ask(prefix, 1, PlannedRequest("a", 4, 1)),
+        Ask((*prefix, 17, 18, 19, 20), 13, PlannedRequest("b", 4, 13)),
+        Ask(prefix, 1, PlannedRequest("c", 4, 1)),
+    ]
+    computed = {}
+    for pin_prefixes in (True, False):
+        driven = drive(Limits(blocks=6, step_tokens=8), {"pin_prefixes": pin_prefixes})
+        for index, ask in enumerate(asks):
+            driven.add(f"r{index}", ask)
+        driven.finish()
+        computed[pin_prefixes] = driven.computed_prompt_tokens
+    assert computed == {True: 15, False: 19}
