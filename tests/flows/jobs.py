@@ -26,7 +26,7 @@ def questions(rows: int = 40) -> pa.Table:
 
 
 def job_values(source: str, sink: str, model: str, /, **changes: Any) -> dict[str, Any]:
-    """A chat job on the tiny model: short answers, eager engine, small cache."""
+    """A chat job on the tiny model: short answers, eager engine, small cache, no calibration."""
     values: dict[str, Any] = {
         "name": "questions",
         "source": {"uri": source, "format": "parquet", "id_column": "id"},

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: Path, tiny_llama: str) -> None:
     source, sink = str(tmp_path / "in"), str(tmp_path / "out")
     write_input(source, questions(60))
-    this_job = job(source, sink, tiny_llama)
+    this_job = job(source, sink, tiny_llama, execution__calibrate=True)
     kept = Store(f"{sink}/_batchllm/calibrations")
     assert plan_batch_inference(this_job).rates == "hardware default"
     assert kept.names() == []
@@ -31,7 +31,8 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: 
     assert report.bundles >= 1
     (name,) = kept.names()
     content = kept.read_bytes(name)
-    other = job(source, sink, tiny_llama, sampling={"max_tokens": 3}, sink__mode="overwrite")
+    changes = {"sampling": {"max_tokens": 3}, "sink__mode": "overwrite", "execution__calibrate": True}
+    other = job(source, sink, tiny_llama, **changes)
     assert plan_batch_inference(other).rates == plan.rates
 
     batch_inference(other)
@@ -52,6 +53,7 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: 
         ({"execution__calibrate": False}, "hardware default"),
         (
             {
+                "execution__calibrate": True,
                 "planning": {
                     "cost": {
                         "step_seconds": 0.01,
@@ -61,7 +63,7 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: 
                         "kv_capacity_tokens": 10_000,
                         "max_running_requests": 16,
                     }
-                }
+                },
             },
             "job",
         ),
