@@ -24,7 +24,7 @@ from batchllm_flows.demo.model import smollm2_folder
 from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, WORK_FOLDER, Manifest
 from batchllm_operators.store import Store
 
 BUCKET = "demo"
@@ -138,7 +138,10 @@ def show(console: Console, report: JobReport, samples: list[dict[str, Any]], buc
         f"(engine load {report.engine_load_seconds:.1f}) · merge {seconds.merge:.1f} · total {seconds.total:.1f}",
     )
     table.add_row("output", f"{report.output_uri}  ({buckets / BUCKET / 'output'})")
-    table.add_row("report", f"{report.work_uri}/report.json")
+    forecast = report.forecast.execute_seconds
+    table.add_row("forecast", f"{forecast.expected:.0f} s on the engine, {forecast.actual:.0f} s it took")
+    page = buckets / BUCKET / "output" / WORK_FOLDER / report.job_id / REPORT_PAGE
+    table.add_row("report", f"{page}, and {REPORT_FILE} beside it")
     title = f"{report.job_name}, job {report.job_id}"
     if report.already_complete:
         title += ": complete already, nothing computed (FRESH=1 starts over)"
