@@ -304,7 +304,7 @@ def check_correctness(folder: Path) -> int:
     bench = Bench(str(tiny_llama_folder(_models())), "cpu", "float32", folder, eager=True)
     compared = 0
     small = [Orders(make(0.2), folder) for make in SHAPES.values()]
-    # So small that vLLM preempts.
+    # Small, so that requests wait for memory.
     size = {"cache_tokens": 2048, "max_model_len": max(orders.max_model_len for orders in small)}
     with bench.engine(tuned=True, **size) as stock, bench.engine(tuned=True, **size, scheduler={}) as ours:
         for orders in small:
