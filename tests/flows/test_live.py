@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -91,8 +92,23 @@ def do_half(board: ProgressBoard) -> None:
     board.update("plan/bundle-00000.parquet", BundleCounts(requests=10))
 
 
+@pytest.fixture
+def flow_run_log() -> Iterator[list[logging.LogRecord]]:
+    """What flow runs log; taken at their logger, once Prefect has set it up, as the first flow run would do."""
+    from prefect.logging.configuration import setup_logging
+
+    setup_logging()
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("prefect.flow_runs")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
 def test_progress_goes_on_after_the_api_was_away_and_warns_once(
-    api: UnreliableApi, caplog: pytest.LogCaptureFixture
+    api: UnreliableApi, flow_run_log: list[logging.LogRecord]
 ) -> None:
     from prefect import flow
 
@@ -110,7 +126,7 @@ def test_progress_goes_on_after_the_api_was_away_and_warns_once(
         return "done"
 
     assert job() == "done"
-    warnings = [record for record in caplog.records if record.getMessage().startswith("progress is not shown")]
+    warnings = [record for record in flow_run_log if record.getMessage().startswith("progress is not shown")]
     assert len(warnings) == 1
 
 

@@ -30,4 +30,6 @@ def test_plans_reach_the_optimum_also_in_a_cache_of_a_tenth() -> None:
 def test_field_reordering_shares_no_less_than_sorting_the_rows_alone() -> None:
     for run in runs_of("--fields"):
         assert run["hit_rate_reordered"] >= run["hit_rate_sorted_rows"] >= run["hit_rate_as_given"] > 0
+        # Rows that stand beer by beer share much as given: the one table that misses the aim.
+        assert run["times_as_given"] >= (1.0 if run["table"] == "beer" else 1.5)
         assert run["times_as_given"] == pytest.approx(run["hit_rate_reordered"] / run["hit_rate_as_given"], rel=0.05)
