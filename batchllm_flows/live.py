@@ -22,7 +22,6 @@ class LiveProgress:
     Args:
         board: filled by the engines' threads.
         artifact_key: key of the Prefect artifact.
-
         refresh_seconds: between two looks at the board.
 
     The terminal bar stands on standard error, where that is a terminal, unless `BATCHLLM_QUIET` is set. Faults of the

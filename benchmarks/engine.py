@@ -27,23 +27,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import ERROR_TYPE, KEY_TYPE, STAGED_SCHEMA, StagedPart, StageSummary
 from batchllm_operators.store import Store
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import workloads as shapes
+from benchmarks.staged import stage
 from benchmarks.workloads import Workload
 
 BLOCK_SIZE = 32
@@ -124,7 +124,7 @@ class Orders:
         prompts = [tokens[offsets[row] : offsets[row + 1]] for row in range(len(workload))]
         self._common = {"prompts": str(file), "output_tokens": workload.output_tokens.tolist()}
         self._sorted = sorted(range(len(workload)), key=lambda row: prompts[row].tolist())
-        self._planned, self._plan, self.optimum_computed = _plan(workload, prompts, folder)
+        self._planned, self._plan, self.optimum_computed = _plan(workload, folder)
         longest = int((workload.prompt_tokens + workload.output_tokens).max())
         self.max_model_len = -(-longest // DEFAULT_CPU_BLOCK_SIZE) * DEFAULT_CPU_BLOCK_SIZE
 
@@ -140,37 +140,15 @@ class Orders:
         return self._common | {"rows": self._planned, "plan": plan, "ahead": ahead}
 
 
-def _plan(
-    workload: Workload, prompts: list[np.ndarray[Any, np.dtype[np.int32]]], folder: Path
-) -> tuple[list[int], list[tuple[str, int, int]], int]:
+def _plan(workload: Workload, folder: Path) -> tuple[list[int], list[tuple[str, int, int]], int]:
     """Rows in the plan's order; group, prefix and expected output by row; prompt tokens of the block-exact optimum."""
-    rows = len(workload)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         work = Store(place)
-        table = pa.table(
-            {
-                "row_index": np.arange(rows),
-                "row_id": [str(row) for row in range(rows)],
-                "request_key": pa.array([row.to_bytes(16, "big") for row in range(rows)], KEY_TYPE),
-                "prompt_token_ids": pa.array(prompts, pa.list_(pa.int32())),
-                "max_tokens": workload.output_tokens,  # the exact length, which the plan takes for its estimate
-                "sampling": pa.nulls(rows, pa.string()),
-                "error": pa.nulls(rows, ERROR_TYPE),
-            }
-        ).select(STAGED_SCHEMA.names[:7])
-        work.write_table("staged/part-00000.parquet", table)
-        staged = StageSummary(
-            parts=(StagedPart(name="staged/part-00000.parquet", first_row=0, rows=rows),),
-            rows=rows,
-            error_rows={},
-            prompt_tokens=int(workload.prompt_tokens.sum()),
-            requests=rows,
-            source_schema="",
-            seconds=0.0,
-        )
+        # The exact length as max_tokens, which the plan takes for its estimate.
+        staged = stage(work, replace(workload, max_tokens=workload.output_tokens), key_by_row=True)
         summary = plan_requests(work, staged, PlanningSpec(block_size=BLOCK_SIZE))
         order: list[int] = []
-        plan: list[tuple[str, int, int]] = [("", 0, 1)] * rows
+        plan: list[tuple[str, int, int]] = [("", 0, 1)] * len(workload)
         for bundle in summary.bundles:
             with work.parquet(bundle.name) as file:
                 columns = ["request_key", "group_id", "prefix_tokens", "expected_output_tokens"]
@@ -250,7 +228,7 @@ class Bench:
         prefill = Orders(shapes.no_sharing(24, tokens=512, out=1), self.folder)
         decode = Orders(shapes.no_sharing(128, tokens=32, out=64), self.folder)
         with self.engine(tuned=True, cache_tokens=65_536, max_model_len=1024) as engine:
-            seconds = {"prefill": [], "decode": []}  # type: dict[str, list[float]]
+            seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
             for _ in range(3):
                 seconds["prefill"].append(engine.run(prefill.given())["seconds"])
                 seconds["decode"].append(engine.run(decode.given())["seconds"])

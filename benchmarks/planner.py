@@ -10,7 +10,6 @@ counted. Seconds are the median of three runs. A run is refused when its plan do
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import resource
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +31,9 @@ from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
 from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import (
-    ERROR_TYPE,
-    KEY_TYPE,
     PLAN_SUMMARY,
-    STAGED_SCHEMA,
     STAGED_SUMMARY,
     PlanSummary,
-    StagedPart,
     StageSummary,
 )
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order
@@ -47,49 +41,13 @@ from batchllm_operators.store import Store
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.staged import stage
 from benchmarks.tables import TABLES
-from benchmarks.workloads import Workload, planner_mixture
+from benchmarks.workloads import planner_mixture
 
 SIZES = (100_000, 200_000, 500_000, 1_000_000)
-PART_ROWS = 50_000
 CACHE_SHARE = 0.1
 REPEATS = 3
-
-
-def stage(work: Store, workload: Workload) -> StageSummary:
-    """Write a workload as `staged/`."""
-    parts = []
-    rows = len(workload)
-    for low in range(0, rows, PART_ROWS):
-        high = min(low + PART_ROWS, rows)
-        tokens, offsets = workload.prompts(low, high)
-        keys = [hashlib.blake2b(tokens[begin:end].data, digest_size=16).digest() for begin, end in pairwise(offsets)]
-        table = pa.table(
-            {
-                "row_index": np.arange(low, high),
-                "row_id": [str(row) for row in range(low, high)],
-                "request_key": pa.array(keys, KEY_TYPE),
-                "prompt_token_ids": pa.ListArray.from_arrays(offsets.astype(np.int32), tokens),
-                "max_tokens": workload.max_tokens[low:high],
-                "sampling": pa.nulls(high - low, pa.string()),
-                "error": pa.nulls(high - low, ERROR_TYPE),
-            },
-            schema=STAGED_SCHEMA,
-        )
-        name = f"staged/part-{len(parts):05d}.parquet"
-        work.write_table(name, table)
-        parts.append(StagedPart(name=name, first_row=low, rows=high - low))
-    summary = StageSummary(
-        parts=tuple(parts),
-        rows=rows,
-        error_rows={},
-        prompt_tokens=int(workload.prompt_tokens.sum(dtype=np.int64)),
-        requests=rows,
-        source_schema="",
-        seconds=0.0,
-    )
-    work.write_bytes(STAGED_SUMMARY, summary.model_dump_json().encode())
-    return summary
 
 
 def plan_run(folder: str) -> dict[str, Any]:

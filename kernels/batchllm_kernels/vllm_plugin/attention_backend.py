@@ -51,12 +51,26 @@ class SharedAttentionBackend:
     vLLM asks these at start, and refuses a model with the reasons.
     """
 
+    impl_cls: ClassVar[type[Any]]
+    """Attention of one layer: `SharedAttentionImpl` before the stock implementation."""
+    builder_cls: ClassVar[type[Any]]
+    """Metadata of one step: `SharedMetadataBuilder` before the stock builder."""
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
         """Name in vLLM's registry."""
         return "CUSTOM"
+
+    @classmethod
+    def get_impl_cls(cls) -> type[Any]:
+        """vLLM asks for it by this name."""
+        return cls.impl_cls
+
+    @classmethod
+    def get_builder_cls(cls) -> type[Any]:
+        """vLLM asks for it by this name."""
+        return cls.builder_cls
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -47,7 +47,9 @@ class ResidentBlocks:
     def hold(self, holder: str, chain: Sequence[Hashable]) -> None:
         """Let a holder share the blocks of a chain; what it held before is dropped."""
         self.drop(holder)
-        run, matched = self._descend(chain)
+        run, matched, within = self._walk(chain)
+        if within < len(run.hashes):
+            run = self._split(run, within)
         if matched < len(chain):
             child = _Run(list(chain[matched:]), run)
             run.children[chain[matched]] = child
@@ -69,7 +71,7 @@ class ResidentBlocks:
 
     def missing(self, chain: Sequence[Hashable]) -> int:
         """Blocks of a chain that nobody holds."""
-        return len(chain) - self._matching(chain)
+        return len(chain) - self._walk(chain)[1]
 
     def exclusive(self, holder: str) -> int:
         """Blocks that this holder alone keeps."""
@@ -107,32 +109,16 @@ class ResidentBlocks:
             last[place] = end
         return blocks, last
 
-    def _matching(self, chain: Sequence[Hashable]) -> int:
-        run, matched = self._root, 0
-        while matched < len(chain):
-            child = run.children.get(chain[matched])
-            if child is None:
-                return matched
-            common = _common(child.hashes, chain, matched)
-            matched += common
-            if common < len(child.hashes):
-                return matched
-            run = child
-        return matched
-
-    def _descend(self, chain: Sequence[Hashable]) -> tuple[_Run, int]:
-        """The run where the common blocks of a chain end, which is split if they end inside it."""
-        run, matched = self._root, 0
-        while matched < len(chain):
+    def _walk(self, chain: Sequence[Hashable]) -> tuple[_Run, int, int]:
+        """The run where the common blocks of a chain end, how many there are, and how many of them are in that run."""
+        run, matched, within = self._root, 0, 0
+        while matched < len(chain) and within == len(run.hashes):
             child = run.children.get(chain[matched])
             if child is None:
                 break
-            common = _common(child.hashes, chain, matched)
-            matched += common
-            if common < len(child.hashes):
-                return self._split(child, common), matched
-            run = child
-        return run, matched
+            run, within = child, _common(child.hashes, chain, matched)
+            matched += within
+        return run, matched, within
 
     def _split(self, run: _Run, at: int) -> _Run:
         """Cut a run in two; returns the upper part, which takes the place of the whole under the parent."""

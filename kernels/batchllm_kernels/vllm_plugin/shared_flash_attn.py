@@ -26,12 +26,5 @@ class SharedImpl(SharedAttentionImpl, FlashAttentionImpl):  # type: ignore[misc]
 class SharedBackend(SharedAttentionBackend, FlashAttentionBackend):  # type: ignore[misc]  # mypy does not follow vLLM
     """What vLLM's registry names."""
 
-    @staticmethod
-    def get_impl_cls() -> type[SharedImpl]:
-        """Of one layer."""
-        return SharedImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[SharedBuilder]:
-        """Of one step."""
-        return SharedBuilder
+    impl_cls = SharedImpl
+    builder_cls = SharedBuilder
