@@ -50,7 +50,8 @@ class Worker:
         """Answer the prompts of a file in the order given; all fed at once, or a bounded queue.
 
         order: `prompts` (npz of `tokens`, `offsets`), `rows`, `output_tokens` by row, `plan` by row or null: group,
-        prefix tokens, expected output tokens; `ahead`: requests fed ahead of the engine, or null.
+        prefix tokens, expected output tokens; `ahead`: requests fed ahead of the engine, or null; `logprobs`: whether
+        to return those of the tokens that were chosen.
         """
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
@@ -68,6 +69,7 @@ class Worker:
                     ignore_eos=True,
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
+                    logprobs=0 if order["logprobs"] else None,
                     extra_args=PlannedRequest(*order["plan"][row]).as_extra_args() if order["plan"] else None,
                 ),
             )
@@ -78,12 +80,17 @@ class Worker:
         ahead = order["ahead"] or len(requests)
         waiting = deque(requests)
         answers: dict[str, list[int]] = {}
+        logprobs: dict[str, list[float]] = {}
         started, cpu_started = time.perf_counter(), time.process_time()
         while waiting or len(answers) < len(requests):
             while waiting and len(requests) - len(waiting) - len(answers) < ahead:
                 self.engine.add_request(*waiting.popleft())
             for output in self.engine.step():
-                answers[output.request_id] = list(output.outputs[0].token_ids)
+                one = output.outputs[0]
+                answers[output.request_id] = list(one.token_ids)
+                if order["logprobs"]:
+                    chosen = zip(one.token_ids, one.logprobs, strict=True)
+                    logprobs[output.request_id] = [of_all[token].logprob for token, of_all in chosen]
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         wrong = [row for row in order["rows"] if len(answers[str(row)]) != order["output_tokens"][row]]
         if wrong:
@@ -97,6 +104,7 @@ class Worker:
             "steps": self.steps,
             "preemptions": self.preemptions,
             "answers": [answers[str(row)] for row in sorted(order["rows"])],
+            "logprobs": [logprobs[str(row)] for row in sorted(order["rows"])] if order["logprobs"] else None,
         }
 
     def _count(self, scheduler: Any) -> None:

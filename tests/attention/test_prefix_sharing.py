@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchllm_kernels.attention.prefix_sharing import SharedPrefixes, find_shared_prefixes
+
+from .batches import Request, Step
 
 Node = tuple[int, int, frozenset[int]]
 
@@ -71,6 +75,32 @@ def test_nodes_are_those_of_the_compressed_trie(rows: list[tuple[list[int], int]
     assert {(end, members) for _, end, members in nodes(found)} == expected
     for node, parent in enumerate(found.parent):
         assert found.first_block[node] == (found.end_block[parent] if parent >= 0 else 0)
+
+
+class CountingTable(np.ndarray):
+    """A block table that counts the entries which are read from it."""
+
+    entries_read = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        part = np.asarray(super().__getitem__(key))
+        self.entries_read += part.size
+        return part
+
+
+@pytest.mark.parametrize("prefixes", [(), ((1, 200),), ((64, 125),), ((1, 12), (64, 100)), ((1, 40), (512, 100))])
+def test_the_block_table_is_read_about_once_however_requests_share(prefixes: tuple[tuple[int, int], ...]) -> None:
+    own = 256 - sum(blocks for _, blocks in prefixes)
+    step = Step(
+        [
+            Request(own_tokens=16 * own, shares=tuple((f"{n % groups}", blocks) for groups, blocks in prefixes))
+            for n in range(1024)
+        ]
+    )
+    table = step.block_table.view(CountingTable)
+    found = find_shared_prefixes(table, np.full(1024, 255))
+    assert len(found.parent) == sum(groups for groups, _ in prefixes)
+    assert 0 < table.entries_read < 1.1 * table.size
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:

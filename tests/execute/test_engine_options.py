@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
+from batchllm_operators.execute.engine_options import GPU_MAX_NUM_SEQS, RESERVED, engine_arguments, gpu_choices
 from batchllm_operators.execute.spec import ModelSpec
 
 KNOWN = [*RESERVED, "max_num_seqs", "enforce_eager"]
@@ -40,3 +40,10 @@ def test_a_misspelt_argument_is_refused_with_the_nearest_name() -> None:
 def test_an_argument_like_no_other_is_refused_without_a_guess() -> None:
     with pytest.raises(TerminalError, match="no engine argument 'zzz'; see vLLM's EngineArgs"):
         engine_arguments(ModelSpec(id="m", engine_args={"zzz": True}), block_size=16, gpus=1, known=KNOWN)
+
+
+def test_on_gpus_the_number_of_sequences_is_no_limit_below_memory() -> None:
+    assert gpu_choices({}) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
+    assert gpu_choices({"max_num_seqs": None, "max_num_batched_tokens": None}) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
+    assert gpu_choices({"max_num_batched_tokens": 512}) == {"max_num_seqs": 512}
+    assert gpu_choices({"max_num_seqs": 7}) == {}

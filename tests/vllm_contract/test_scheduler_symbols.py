@@ -86,6 +86,9 @@ def test_the_scheduler_has_the_attributes_that_we_read(stock: DrivenScheduler) -
     assert scheduler.max_num_scheduled_tokens == 64
     assert scheduler.policy == SchedulingPolicy.FCFS
     assert scheduler.connector is None
+    assert scheduler.max_num_active_reqs == 16
+    assert scheduler.num_waiting_for_streaming_input == 0
+    assert scheduler.max_model_len == 2048
     assert scheduler.running == []
     assert scheduler.requests == {}
     assert scheduler.cache_config.enable_prefix_caching is True
@@ -147,6 +150,22 @@ def test_admitted_requests_stand_at_the_end_of_the_running_list(stock: DrivenSch
         stock.add(name, Ask((first, first + 1), 9))
         stock.step()
     assert [request.request_id for request in stock.scheduler.running] == ["a", "b"]
+
+
+def test_a_request_is_passed_over_until_its_grammar_is_compiled(stock: DrivenScheduler) -> None:
+    assert parameters(Scheduler._handle_blocked_waiting_request) == ["self", "request"]
+    assert "_handle_blocked_waiting_request" not in vars(AsyncScheduler)
+    grammar = stock.add_structured("a", Ask((1, 2), 9))
+    stock.add("b", Ask((3, 4), 9))
+    stock.step()
+    assert stock.admitted == ["b"]
+    first, second = stock.requests["a"], stock.requests["b"]
+    assert Scheduler._is_blocked_waiting_status(first.status)
+    assert not Scheduler._is_blocked_waiting_status(second.status)
+    assert not stock.scheduler._handle_blocked_waiting_request(first)
+    grammar.set_result(object())
+    assert stock.scheduler._handle_blocked_waiting_request(first)
+    assert not Scheduler._is_blocked_waiting_status(first.status)
 
 
 # Freeing and preemption.
@@ -232,6 +251,36 @@ def test_a_request_has_the_fields_that_we_read(stock: DrivenScheduler) -> None:
     assert request.max_tokens == 7
     assert request.status == RequestStatus.RUNNING
     assert not request.is_finished()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_request_that_generates_has_computed_all_but_its_last_token(tiny_llama: str, asynchronous: bool) -> None:
+    limits = Limits(block_size=4, blocks=32, step_tokens=16, asynchronous=asynchronous)
+    driven = DrivenScheduler(engine_config(tiny_llama, asynchronous=asynchronous), limits, None)
+    driven.add("a", Ask(PROMPT, 6))
+    seen = []
+    while driven.busy:
+        driven.step()
+        if driven.scheduler.running:
+            (request,) = driven.scheduler.running
+            tokens = request.num_tokens + request.num_output_placeholders
+            seen.append((tokens, request.num_computed_tokens))
+    assert seen[0] == (21, 16)
+    assert len(seen) > 5
+    assert all(tokens == computed + 1 for tokens, computed in seen[1:])
+
+
+def test_a_request_of_a_pooling_model_has_no_sampling_parameters_and_one_token(stock: DrivenScheduler) -> None:
+    stock.add_pooling("a", PROMPT)
+    stock.add("b", Ask(PROMPT, 3))
+    stock.add("c", Ask(PROMPT, 3, reads_cache=False))
+    request = stock.requests["a"]
+    assert request.sampling_params is None
+    assert request.max_tokens == 1
+    assert [stock.requests[name].skip_reading_prefix_cache for name in "abc"] == [False, False, True]
+    stock.step()
+    assert request.status == RequestStatus.FINISHED_STOPPED
+    assert request.num_output_tokens == 0
 
 
 def test_block_hashes_are_chained_one_for_each_full_block(stock: DrivenScheduler) -> None:

@@ -6,13 +6,15 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -58,6 +60,8 @@ class Ask:
     planned: PlannedRequest | None = None
     max_tokens: int | None = None
     """None: as many as it will generate."""
+    reads_cache: bool = True
+    """Whether it takes blocks from the prefix cache."""
 
 
 def engine_config(model: str, *, asynchronous: bool) -> VllmConfig:
@@ -97,7 +101,7 @@ class DrivenScheduler:
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(limits.block_size, hash_function)
-        self._in_flight: deque[tuple[SchedulerOutput, dict[str, list[int]]]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, dict[str, list[int]], set[str]]] = deque()
         self._most_in_flight = config.max_concurrent_batches
         self._stops: dict[str, int] = {}
         self.requests: dict[str, Request] = {}
@@ -117,11 +121,29 @@ class DrivenScheduler:
             max_tokens=ask.max_tokens or ask.output_tokens,
             stop_token_ids=[STOP_TOKEN],
             extra_args=ask.planned.as_extra_args() if ask.planned else None,
+            skip_reading_prefix_cache=not ask.reads_cache,
         )
         request = Request(name, list(ask.prompt), sampling, None, block_hasher=self._hasher)
-        self._stops[name] = ask.output_tokens
-        self.requests[name] = request
-        self.outputs[name] = []
+        self.add_request(request, ask.output_tokens)
+
+    def add_pooling(self, name: str, prompt: Sequence[int]) -> None:
+        """A request for an embedding of its prompt."""
+        pooling = PoolingParams(task="embed")
+        self.add_request(Request(name, list(prompt), None, pooling, block_hasher=self._hasher), 0)
+
+    def add_structured(self, name: str, ask: Ask) -> Future[Any]:
+        """A request whose output must match a grammar that somebody compiles meanwhile: give the future a result."""
+        sampling = SamplingParams(max_tokens=ask.output_tokens, structured_outputs=StructuredOutputsParams(regex="a*"))
+        request = Request(name, list(ask.prompt), sampling, None, block_hasher=self._hasher)
+        grammar: Future[Any] = Future()
+        request.structured_output_request.grammar = grammar
+        self.add_request(request, ask.output_tokens)
+        return grammar
+
+    def add_request(self, request: Request, output_tokens: int) -> None:
+        self._stops[request.request_id] = output_tokens
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
         self.scheduler.add_request(request)
 
     def abort(self, names: Iterable[str]) -> None:
@@ -139,7 +161,7 @@ class DrivenScheduler:
                 return
         elif not self._in_flight:
             return
-        output, sampled = self._in_flight.popleft()
+        output, sampled, pooled = self._in_flight.popleft()
         self.abort(aborted_meanwhile)
         names = list(output.num_scheduled_tokens)
         answered = self.scheduler.update_from_output(
@@ -148,6 +170,7 @@ class DrivenScheduler:
                 req_ids=names,
                 req_id_to_index={name: index for index, name in enumerate(names)},
                 sampled_token_ids=[sampled[name] for name in names],
+                pooler_output=[torch.zeros(1) if name in pooled else None for name in names],
             ),
         )
         for of_client in answered.values():
@@ -177,7 +200,7 @@ class DrivenScheduler:
         assert not self.scheduler.running
         assert len(self.scheduler.waiting) == 0
 
-    def _schedule(self) -> tuple[SchedulerOutput, dict[str, list[int]]]:
+    def _schedule(self) -> tuple[SchedulerOutput, dict[str, list[int]], set[str]]:
         output = self.scheduler.schedule()
         self.steps += 1
         self.idle_steps = 0 if output.total_num_scheduled_tokens else self.idle_steps + 1
@@ -187,12 +210,19 @@ class DrivenScheduler:
             if self.on_admission is not None:
                 self.on_admission(self.requests[new.req_id], new.num_computed_tokens)
         sampled: dict[str, list[int]] = {}
+        pooled: set[str] = set()
         for name, tokens in output.num_scheduled_tokens.items():
             request = self.requests[name]
             start = request.num_computed_tokens - tokens
             self.computed_prompt_tokens += max(0, min(request.num_prompt_tokens - start, tokens))
-            sampled[name] = [] if request.is_prefill_chunk else [self._next_token(request)]
-        return output, sampled
+            sampled[name] = []
+            if request.is_prefill_chunk:
+                continue
+            if request.pooling_params is not None:
+                pooled.add(name)
+            else:
+                sampled[name].append(self._next_token(request))
+        return output, sampled, pooled
 
     def _next_token(self, request: Request) -> int:
         # The asynchronous scheduler has counted the token of this step as a placeholder already.

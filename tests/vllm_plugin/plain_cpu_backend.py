@@ -16,7 +16,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from batchllm_kernels.attention.cost import Calibration
 from batchllm_kernels.attention.reference import paged_attention
-from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
+from batchllm_kernels.vllm_plugin.attention_backend import (
+    SharedAttentionBackend,
+    SharedAttentionImpl,
+    SharedMetadataBuilder,
+)
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -60,3 +64,10 @@ class SharedBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[SharedBuilder]:
         return SharedBuilder
+
+
+class SharedOverCpu(SharedAttentionBackend, CPUAttentionBackend):
+    """As `CUSTOM`, with the plugin's own answers to what it supports."""
+
+    impl_cls = SharedImpl
+    builder_cls = SharedBuilder

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
-from tests.conftest import REPOSITORY
+from benchmarks.engine_process import EngineProcess
 from tests.vllm_plugin.driven_scheduler import Ask, optimum
 
 pytestmark = pytest.mark.engine
@@ -76,20 +72,12 @@ class Prompts:
         return [Ask(prompt, 9, PlannedRequest("equal", len(prompt), 9)) for _ in range(6)]
 
 
-class EngineProcess:
-    """`benchmarks/engine_worker.py`, started and spoken to."""
+class Engine:
+    """A worker of the benchmark, spoken to in `Ask`s."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+    def __init__(self, process: EngineProcess, folder: Path) -> None:
         self._process = process
         self._folder = folder
-        self.read()
-
-    def read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the engine process has ended"
-        found: dict[str, Any] = json.loads(line)
-        return found
 
     def run(
         self, asks: list[Ask], expected_output_tokens: int | None = None, ahead: int | None = None
@@ -111,15 +99,13 @@ class EngineProcess:
             "output_tokens": [ask.output_tokens for ask in asks],
             "plan": plan,
             "ahead": ahead,
+            "logprobs": False,
         }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return self.read()
+        return self._process.run(order)
 
 
 @contextmanager
-def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any] | None) -> Iterator[EngineProcess]:
+def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any] | None) -> Iterator[Engine]:
     arguments = {
         "model": model,
         "dtype": "float32",
@@ -131,22 +117,8 @@ def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any]
         "max_num_seqs": 32,
         **setting.arguments,
     }
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            REPOSITORY / "benchmarks" / "engine_worker.py",
-            json.dumps({"arguments": arguments, "scheduler": scheduler}),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-    )
-    try:
-        yield EngineProcess(process, folder)
-    finally:
-        process.communicate()
+    with EngineProcess(arguments, scheduler, folder / "engine.log") as process:
+        yield Engine(process, folder)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"blocks of {setting.block_size}")

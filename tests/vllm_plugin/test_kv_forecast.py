@@ -67,5 +67,21 @@ def test_the_peak_is_never_forecast_too_low(cache: tuple[list[Held], list[Run], 
     assert forecast(*cache) >= simulated(*cache)
 
 
+@settings(deadline=None)
+@given(caches(least=MOMENTS + 1, most=120, most_end=500))
+def test_neighbouring_ends_fall_together(cache: tuple[list[Held], list[Run], int]) -> None:
+    held, runs, block_size = cache
+    ends = sorted(one.end for one in held)
+    last_ends = [ends[round(index)] for index in np.linspace(0, len(ends) - 1, MOMENTS)]
+    together = [Held(next(end for end in last_ends if end >= one.end), one.tokens, one.final_tokens) for one in held]
+    runs = [Run(run.blocks, next(end for end in last_ends if end >= run.last)) for run in runs]
+    at_ends = [
+        sum(-(-min(one.tokens + end - 1, one.final_tokens) // block_size) for one in together if one.end >= end)
+        + sum(run.blocks for run in runs if run.last >= end)
+        for end in last_ends
+    ]
+    assert forecast(*cache) == max(at_ends)
+
+
 def test_without_requests_the_pinned_blocks_are_left() -> None:
     assert forecast([], [Run(3, 0), Run(4, 9)], 16) == 7

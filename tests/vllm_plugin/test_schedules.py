@@ -49,8 +49,7 @@ def jobs(draw: st.DrawFn, *, exact: bool) -> Job:
     long_prefill_tokens = draw(st.sampled_from([0, 0, 3, 7]))
     for family in range(draw(st.integers(1, 4))):
         parent = fresh_blocks(3)
-        # With a threshold, vLLM computes prompts side by side; leads come first within their group only.
-        for child in range(1 if exact and long_prefill_tokens else draw(st.integers(1, 3))):
+        for child in range(draw(st.integers(1, 3))):
             prefix = parent + fresh_blocks(3)
             members = draw(st.integers(1, 5))
             group = f"{family}/{child}" if exact or draw(st.integers(0, 4)) else None
@@ -64,6 +63,33 @@ def jobs(draw: st.DrawFn, *, exact: bool) -> Job:
         blocks=largest + draw(st.one_of(st.integers(0, 6), st.integers(0, 60))),
         step_tokens=step_tokens,
         long_prefill_tokens=long_prefill_tokens,
+        max_running=draw(st.sampled_from([2, 8])),
+        asynchronous=draw(st.booleans()),
+    )
+    return Job(tuple(asks), limits)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> Job:
+    """Requests that share more than the prefix of their group, or are equal, and a cache that holds all of them."""
+    tokens = itertools.count(10)
+    paths: list[tuple[int, ...]] = [()]
+    for _ in range(draw(st.integers(1, 6))):
+        blocks = draw(st.integers(1, 4))
+        paths.append(draw(st.sampled_from(paths)) + tuple(itertools.islice(tokens, BLOCK * blocks)))
+    asks: list[Ask] = []
+    for _ in range(draw(st.integers(2, 10))):
+        path = draw(st.sampled_from(paths[1:]))
+        prompt = path + tuple(itertools.islice(tokens, draw(st.integers(0, BLOCK + 1))))
+        output_tokens = draw(st.integers(1, 8))
+        # A plan that knows of no more than the first blocks.
+        prefix_tokens = BLOCK * draw(st.integers(0, len(path) // BLOCK))
+        asks.append(Ask(prompt, output_tokens, PlannedRequest(f"{path[0]}", prefix_tokens, output_tokens)))
+    limits = Limits(
+        block_size=BLOCK,
+        blocks=10 + sum(-(-(len(one.prompt) + one.output_tokens) // BLOCK) for one in asks),
+        step_tokens=draw(st.sampled_from([8, 16, 64])),
+        long_prefill_tokens=draw(st.sampled_from([0, 1, 3, 4, 7])),
         max_running=draw(st.sampled_from([2, 8])),
         asynchronous=draw(st.booleans()),
     )
@@ -116,6 +142,19 @@ def run(driven: DrivenScheduler, job: Job, comes: list[int], aborts: dict[int, l
 @EXAMPLES
 def test_with_exact_estimates_nothing_is_preempted_or_computed_twice(drive: MakeScheduler, data: st.DataObject) -> None:
     job = data.draw(jobs(exact=True))
+    driven = drive(job.limits, {})
+    run(driven, job, data.draw(arrivals(job.asks)), {})
+    assert driven.preemptions == 0
+    assert driven.computed_prompt_tokens == optimum([one.prompt for one in job.asks], BLOCK)
+    assert_answered(driven, job, set())
+
+
+@given(data=st.data())
+@EXAMPLES
+def test_all_that_is_shared_is_computed_once_in_a_cache_that_holds_it(
+    drive: MakeScheduler, data: st.DataObject
+) -> None:
+    job = data.draw(trees())
     driven = drive(job.limits, {})
     run(driven, job, data.draw(arrivals(job.asks)), {})
     assert driven.preemptions == 0

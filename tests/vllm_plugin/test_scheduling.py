@@ -62,6 +62,57 @@ def test_members_wait_while_their_lead_computes_the_prefix_in_chunks(drive: Driv
     assert computed[False] > 2 * 40
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("threshold", [1, 7])
+@pytest.mark.parametrize(("second", "own"), [((*tokens(0, 40), 99), 1), (tokens(0, 41), 1), ((*tokens(0, 30), 99), 3)])
+def test_blocks_that_are_computed_just_now_are_waited_for_beyond_the_planned_prefix(
+    drive: Drive, asynchronous: bool, threshold: int, second: tuple[int, ...], own: int
+) -> None:
+    computed = {}
+    for lead_first in (True, False):
+        limits = Limits(step_tokens=32, long_prefill_tokens=threshold, asynchronous=asynchronous)
+        driven = drive(limits, {"lead_first": lead_first})
+        driven.add("r0", Ask(tokens(0, 41), 4, PlannedRequest("a", 8, 4)))
+        driven.add("r1", Ask(second, 4, PlannedRequest("a", 8, 4)))
+        driven.finish()
+        computed[lead_first] = driven.computed_prompt_tokens
+    assert computed[True] == 41 + own
+    assert computed[False] > 41 + own
+
+
+def test_a_head_goes_on_as_soon_as_all_that_it_shares_is_computed(drive: Drive) -> None:
+    driven = drive(Limits(step_tokens=32, long_prefill_tokens=8), {})
+    driven.add("a", Ask(tokens(0, 41), 4, PlannedRequest("a", 8, 4)))
+    driven.add("b", Ask((*tokens(0, 8), *tokens(500, 20)), 4, PlannedRequest("b", 8, 4)))
+    driven.step()
+    assert driven.admitted == ["a", "b"]
+
+
+def test_nobody_waits_for_a_request_that_was_aborted_in_its_prefill(drive: Drive) -> None:
+    driven = drive(Limits(step_tokens=32, long_prefill_tokens=8), {})
+    for name in ("gone", "next"):
+        driven.add(name, Ask(tokens(0, 41), 4, PlannedRequest("a", 40, 4)))
+    driven.step()
+    driven.step()
+    assert driven.admitted == ["gone"]
+    driven.abort(["gone"])
+    driven.step()
+    assert driven.admitted == ["gone", "next"]
+    driven.finish()
+    assert driven.computed_prompt_tokens == 41
+
+
+def test_a_request_that_reads_no_cache_waits_for_nobody_and_counts_with_all_its_blocks(drive: Drive) -> None:
+    driven = drive(Limits(blocks=24, step_tokens=64, long_prefill_tokens=8), {})
+    driven.add("reads", Ask(tokens(0, 21), 4, PlannedRequest("a", 20, 4)))
+    for name in ("does not", "does not either", "nor this", "nor that"):
+        driven.add(name, Ask(tokens(0, 21), 4, PlannedRequest("a", 20, 4), reads_cache=False))
+    driven.step()
+    assert driven.admitted == ["reads", "does not", "does not either", "nor this"], "six blocks each"
+    driven.finish()
+    assert driven.preemptions == 0
+
+
 def test_the_prefix_is_released_with_the_last_request(drive: Drive) -> None:
     driven = drive(Limits(), {})
     driven.add("lead", Ask(tokens(0, 21), 3, PlannedRequest("a", 20, 3)))
@@ -159,3 +210,61 @@ def test_a_pinned_prefix_is_there_for_sibling_groups_that_had_to_wait_for_memory
         driven.finish()
         computed[pin_prefixes] = driven.computed_prompt_tokens
     assert computed == {True: 15, False: 19}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_pooling_requests_are_answered_among_others(drive: Drive, asynchronous: bool) -> None:
+    driven = drive(Limits(blocks=16, asynchronous=asynchronous), {})
+    driven.add("first", alone(0, 9, 5))
+    for index in range(4):
+        driven.add_pooling(f"p{index}", tokens(100 * index + 100, 22))
+    driven.add("last", alone(1000, 9, 5))
+    driven.finish()
+    assert (len(driven.outputs["first"]), len(driven.outputs["last"])) == (5, 5)
+    assert driven.admitted == ["first", "p0", "p1", "p2", "p3", "last"]
+    assert driven.preemptions == 0
+    driven.assert_everything_is_released()
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 10**30])
+def test_no_request_is_expected_to_outgrow_the_model(drive: Drive, max_tokens: int) -> None:
+    """The model of these tests ends a request at 2,048 tokens: 512 blocks."""
+    driven = drive(Limits(blocks=1300), {})
+    for index in range(3):
+        driven.add(f"r{index}", Ask(tokens(100 * index, 9), 3, max_tokens=max_tokens))
+    driven.step()
+    assert driven.admitted == ["r0", "r1"]
+    driven.finish()
+
+
+def test_requests_whose_grammar_is_not_compiled_are_passed_over(drive: Drive) -> None:
+    driven = drive(Limits(blocks=16), {})
+    driven.add("runs", alone(0, 9, 30))
+    driven.step()
+    large = driven.add_structured("large", Ask(tokens(100, 30), 20))
+    driven.add("small", alone(200, 5, 4))
+    driven.step()
+    assert driven.admitted == ["runs", "small"], "no grammar, no claim to memory"
+    large.set_result(object())
+    driven.add("behind", alone(300, 5, 4))
+    for _ in range(8):
+        driven.step()
+    assert driven.admitted == ["runs", "small", "behind"], "there is no room for the large one"
+    driven.abort(["large"])
+    driven.finish()
+    driven.assert_everything_is_released()
+
+
+def test_a_request_whose_grammar_is_not_compiled_leaves_the_pin_alone(drive: Drive) -> None:
+    prefix = tokens(0, 8)
+    driven = drive(Limits(blocks=16, step_tokens=64), {})
+    driven.add("lead", Ask((*prefix, 90), 1, PlannedRequest("a", 8, 1)))
+    driven.add("runs", Ask((*prefix, 91), 12, PlannedRequest("a", 8, 12)))
+    driven.step()
+    driven.add_structured("other", Ask(tokens(500, 9), 4))
+    pinned = driven.scheduler.kv_cache_manager.get_blocks("runs").blocks[0][:2]
+    driven.step()
+    assert [block.ref_cnt for block in pinned] == [2, 2], "of its request and the pin"
+    driven.abort(["other"])
+    driven.finish()
+    driven.assert_everything_is_released()

@@ -93,31 +93,35 @@ def _refine(
         return None
     members = members[order[in_a_run]]
     first = np.flatnonzero(~with_previous[in_a_run])
+    member_count = np.append(first[1:], len(members)) - first
     parents = order[in_a_run][first]
+    known = depth[parents]
     limit = np.minimum.reduceat(context_blocks[members], first)
     return _Level(
         parent=owner[parents],
-        first_block=depth[parents],
-        end_block=_common_blocks(block_table, members, first, depth[parents], limit),
+        first_block=known,
+        end_block=_common_blocks(block_table, members, first, member_count, known, limit),
         members=members,
-        member_count=np.diff(first, append=len(members)),
+        member_count=member_count,
     )
 
 
-def _common_blocks(block_table: Int32s, members: Int64s, first: Int64s, known: Int64s, limit: Int64s) -> Int64s:
+def _common_blocks(
+    block_table: Int32s, members: Int64s, first: Int64s, member_count: Int64s, known: Int64s, limit: Int64s
+) -> Int64s:
     """int64 [nodes]: leading blocks on which all members of a node agree, at most `limit`; the first `known` are."""
     start, columns = int(known.min()), int(limit.max())
-    last = np.append(first[1:], len(members)) - 1
-    ends = np.minimum(
-        limit,
-        start + _equal_columns(block_table[members[first], start:columns], block_table[members[last], start:columns]),
-    )
-    columns = int(ends.max())  # the two ends of a node mostly say it all, and bound the comparison of the others
-    rows = block_table[members, start:columns]
-    agreed = np.full(len(members), columns)
-    agreed[1:] = start + _equal_columns(rows[1:], rows[:-1])
-    agreed[first] = columns  # the row before is of another node
-    common: Int64s = np.minimum(ends, np.minimum.reduceat(agreed, first))
+    ends = members[first], members[first + member_count - 1]
+    agreed = _equal_columns(*(block_table[rows, start:columns] for rows in ends))
+    common = np.minimum(limit, start + agreed)
+    crowded = member_count > 2
+    if crowded.any():
+        columns = int(common[crowded].max())  # two members mostly say it all, and bound the comparison of the others
+        node = np.repeat(np.flatnonzero(crowded), member_count[crowded])
+        rows = block_table[members[np.repeat(crowded, member_count)], start:columns]
+        agreed = _equal_columns(rows[1:], rows[:-1])
+        of_one_node = node[1:] == node[:-1]
+        np.minimum.at(common, node[1:][of_one_node], start + agreed[of_one_node])
     return common
 
 

@@ -246,22 +246,15 @@ def _first_block_read(prefixes: SharedPrefixes, kept: Bools) -> Int64s:
 
 
 def _tiles(tokens: Int64s, shape: PlanShape) -> Int64s:
-    """Tiles that a number of query tokens fills: so often is each KV token read."""
-    return -(-tokens // _tile_tokens(tokens, shape))
-
-
-def _tile_tokens(tokens: Int64s, shape: PlanShape) -> Int64s:
-    return np.where(tokens > shape.narrow_tile_tokens, shape.wide_tile_tokens, shape.narrow_tile_tokens)
+    """Tiles that a number of query tokens fills: so often is each KV token read. What fits a narrow tile is one."""
+    return -(-tokens // shape.wide_tile_tokens)
 
 
 def _emit(segments: _Segments, query_tokens: int, shape: PlanShape) -> WorkPlan:
     """Cuts segments into tiles of query tokens and tiles into splits of KV tokens, and numbers the partial results."""
-    tile_tokens = _tile_tokens(segments.row_count, shape)
-    tile_count = -(-segments.row_count // tile_tokens)
-    segment, earlier = _ragged(tile_count)
-    before = earlier * tile_tokens[segment]  # tokens of earlier tiles
-    left = segments.row_count[segment] - before
-    row_count = np.minimum(tile_tokens[segment], left)
+    segment, earlier = _ragged(_tiles(segments.row_count, shape))
+    left = segments.row_count[segment] - earlier * shape.wide_tile_tokens
+    row_count = np.minimum(left, shape.wide_tile_tokens)
     causal = segment >= segments.shared
     kv_start = segments.kv_start[segment]
     kv_end = segments.kv_end[segment] - (left - row_count) * causal
@@ -269,18 +262,20 @@ def _emit(segments: _Segments, query_tokens: int, shape: PlanShape) -> WorkPlan:
 
     rows, merges, partials = _number_partials(segments, np.repeat(splits, row_count), query_tokens)
     tile, split = _ragged(splits)
-    items = np.empty((ITEM_FIELDS, len(tile)), dtype=np.int32)
-    items[ROW_START] = (row_count.cumsum() - row_count)[tile]
-    items[ROW_COUNT] = row_count[tile]
-    items[REQUEST] = segments.request[segment[tile]]
-    items[KV_START] = kv_start[tile] + split * split_tokens[tile]
-    items[KV_END] = np.minimum(kv_end[tile], items[KV_START] + split_tokens[tile])
-    items[SPLIT] = split
-    items[CAUSAL] = causal[tile]
-    items[WIDE] = items[ROW_COUNT] > shape.narrow_tile_tokens
-    longest_first = (items[KV_START] - items[KV_END]).argsort(kind="stable")
+    start = kv_start[tile] + split * split_tokens[tile]
+    end = np.minimum(kv_end[tile], start + split_tokens[tile])
+    items = np.empty((len(tile), ITEM_FIELDS), dtype=np.int32)
+    items[:, ROW_START] = (row_count.cumsum() - row_count)[tile]
+    items[:, ROW_COUNT] = row_count[tile]
+    items[:, REQUEST] = segments.request[segment][tile]
+    items[:, KV_START] = start
+    items[:, KV_END] = end
+    items[:, SPLIT] = split
+    items[:, CAUSAL] = causal[tile]
+    items[:, WIDE] = (row_count > shape.narrow_tile_tokens)[tile]
+    longest_first = (start - end).argsort(kind="stable")
     return WorkPlan(
-        items=np.ascontiguousarray(items.T[longest_first]),
+        items=items.take(longest_first, axis=0),
         rows=rows,
         merges=merges,
         partials=partials,
@@ -292,16 +287,20 @@ def _emit(segments: _Segments, query_tokens: int, shape: PlanShape) -> WorkPlan:
 
 
 def _splits(kv_tokens: Int64s, row_count: Int64s, shape: PlanShape) -> tuple[Int64s, Int64s]:
-    """Splits of each tile, and the KV tokens of one (whole blocks), so that about `target_items` like items result.
+    """Splits of each tile, and the KV tokens of one (whole blocks where there are several), so that about
+    `target_items` like items result.
 
     A split reads at least four times what its partial results cost.
     """
     shortest = max(shape.minimum_split_tokens, -(-int(kv_tokens.sum()) // shape.target_items))
     longest = np.maximum(shortest, int(4 * shape.partial_cost_tokens) * row_count)
-    wanted = -(-kv_tokens // longest)
-    blocks = -(-kv_tokens // (wanted * shape.block_size))
-    split_tokens = blocks * shape.block_size
-    return -(-kv_tokens // split_tokens), split_tokens
+    splits, split_tokens = np.ones_like(kv_tokens), kv_tokens.copy()
+    long = np.flatnonzero(kv_tokens > longest)
+    tokens = kv_tokens[long]
+    blocks = -(-tokens // (-(-tokens // longest[long]) * shape.block_size))
+    split_tokens[long] = blocks * shape.block_size
+    splits[long] = -(-tokens // split_tokens[long])
+    return splits, split_tokens
 
 
 def _number_partials(segments: _Segments, row_splits: Int64s, query_tokens: int) -> tuple[Int32s, Int32s, int]:
@@ -313,11 +312,13 @@ def _number_partials(segments: _Segments, row_splits: Int64s, query_tokens: int)
     before = np.empty(len(token), dtype=np.int64)
     per_token = np.zeros(query_tokens, dtype=np.int64)
     start = 0
-    for rows_of_level in segments.level_rows:
+    for rows_of_level in segments.level_rows[:-1]:
         at = slice(start, start + rows_of_level)
         before[at] = per_token[token[at]]
         per_token[token[at]] += row_splits[at]
         start += rows_of_level
+    before[start:] = per_token  # the own parts name every token once, in order
+    per_token += row_splits[start:]
     tokens = np.flatnonzero(per_token > 1)
     merges = np.empty((len(tokens), 3), dtype=np.int32)
     end = per_token[tokens].cumsum()

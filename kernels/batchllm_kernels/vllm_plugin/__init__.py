@@ -1,16 +1,26 @@
 """What makes vLLM a BatchLLM engine; importing it loads the standard library only.
 
 An engine gets our scheduler by the `scheduler_cls` it is given (`scheduler_path`). vLLM calls `register` in each of its
-processes (entry point `vllm.general_plugins`); it does nothing unless `BATCHLLM_ATTENTION` asks for our attention.
+processes (entry point `vllm.general_plugins`); it does nothing unless `BATCHLLM_ATTENTION` asks for our attention, as
+`attention_choice` sets it while an engine starts.
 """
 
 from __future__ import annotations
 
 import os
 
+PLUGIN = "batchllm"
+"""Our name among vLLM's plugins, as `VLLM_PLUGINS` would list it."""
+
 ATTENTION_VARIABLE = "BATCHLLM_ATTENTION"
-"""Environment variable with the stock backend (`FLASH_ATTN` or `TRITON_ATTN`) below prefix-shared attention; with it,
-vLLM's `attention_backend="CUSTOM"` is ours."""
+"""Environment variable with the stock backend below prefix-shared attention; with it, vLLM's
+`attention_backend="CUSTOM"` is ours. It carries the choice from `attention_choice` to all processes of an engine."""
+
+STOCK_BACKENDS = {
+    "FLASH_ATTN": f"{__name__}.shared_flash_attn.SharedBackend",
+    "TRITON_ATTN": f"{__name__}.shared_triton_attn.SharedBackend",
+}
+"""vLLM's backends that prefix sharing is built upon, each with the class on top of it."""
 
 _SCHEDULERS = "batchllm_kernels.vllm_plugin.scheduler"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from vllm.v1.request import RequestStatus
 
+from batchllm_kernels.vllm_plugin.admitted_requests import AdmittedRequests
 from batchllm_kernels.vllm_plugin.kv_forecast import peak_blocks
 from batchllm_kernels.vllm_plugin.options import PlannedRequest, SchedulerOptions
 from batchllm_kernels.vllm_plugin.output_estimates import OutputEstimates
@@ -26,17 +26,6 @@ _PIN_TO_COME = "prefix to pin"
 """Holder of the blocks that will be pinned for a candidate; no id of a request."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Admitted:
-    request: Request
-    estimate: int
-    """Output tokens that the plan expects, at least 1."""
-    prompt_blocks: int
-    """Full blocks of its prompt that may be shared."""
-    prefix_blocks: int
-    """Blocks that are pinned for its group."""
-
-
 class Admission:
     """Knows what the running requests hold and when they will let go of it.
 
@@ -46,6 +35,7 @@ class Admission:
         capacity_blocks: blocks of the cache.
         token_budget: most tokens of a step.
         long_prefill_tokens: most tokens of one prompt in a step; 0: no other limit than the budget.
+        max_model_tokens: most tokens of a request, prompt and output, where vLLM ends it whatever its `max_tokens`.
         late_steps: steps that are scheduled before the end of a request is known.
     """
 
@@ -57,6 +47,7 @@ class Admission:
         capacity_blocks: int,
         token_budget: int,
         long_prefill_tokens: int,
+        max_model_tokens: int,
         late_steps: int,
     ) -> None:
         self._options = options
@@ -65,28 +56,54 @@ class Admission:
         self._usable = capacity_blocks - int(options.watermark * capacity_blocks)
         self._token_budget = token_budget
         self._long_prefill_tokens = long_prefill_tokens
+        self._max_model_tokens = max_model_tokens
         self._late_steps = late_steps
-        self._admitted: dict[str, _Admitted] = {}
+        self._admitted = AdmittedRequests()
+        self._prefilling: dict[str, Request] = {}
+        """Those with more than a token to compute before they generate, in the order of their admission."""
+        self._columns_are_old = False
         self._residents = ResidentBlocks()
         self._estimates = OutputEstimates()
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._admitted
 
+    @property
+    def prefilling(self) -> Collection[Request]:
+        """Admitted requests with more than a token to compute before they generate, in the order of admission."""
+        return self._prefilling.values()
+
+    def new_step(self) -> None:
+        """What requests have computed and generated may have changed; within a step it does not."""
+        self._columns_are_old = True
+        done = [one.request_id for one in self._prefilling.values() if _uncomputed(one) <= 1]
+        for request_id in done:
+            del self._prefilling[request_id]
+
     def begin(self, request: Request) -> None:
         """The request runs now."""
-        one = self._describe(request)
-        self._admitted[request.request_id] = one
-        self._residents.hold(request.request_id, self._chain(one))
+        blocks = self._shareable_blocks(request)
+        planned = planned_request(request)
+        most = max(min(request.max_tokens, self._max_model_tokens - request.num_prompt_tokens), 1)
+        self._admitted.add(
+            request,
+            estimate=max(planned.expected_output_tokens, 1) if planned else most,
+            most=most,
+            shared_tokens=blocks * self._block_size,
+            run=self._residents.hold(request.request_id, request.block_hashes[:blocks]),
+        )
+        self._expect(slice(len(self._admitted) - 1, None))
+        if _uncomputed(request) > 1:
+            self._prefilling[request.request_id] = request
 
     def end(self, request: Request) -> None:
         """The request is finished or preempted, and its blocks are freed."""
-        one = self._admitted.pop(request.request_id, None)
-        if one is None:
+        if request not in self:
             return
-        self._residents.drop(request.request_id)
+        estimate = int(self._admitted.estimates[self._admitted.row(request.request_id)])
+        self._forget(request)
         if request.status in _BY_ITSELF and self._options.correct_estimates and request.num_output_tokens > 0:
-            self._estimates.observe(one.estimate, request.num_output_tokens)
+            self._estimates.observe(estimate, request.num_output_tokens)
 
     def pin(self, chain: Sequence[Hashable]) -> None:
         """These blocks are pinned now, and no others."""
@@ -102,80 +119,95 @@ class Admission:
             request: one that does not run.
             free_blocks: blocks of the cache that nobody holds now.
         """
-        candidate = self._describe(request)
-        needed_now = self._residents.missing(self._chain(candidate)) + self._blocks(self._tail(candidate))
+        blocks = self._shareable_blocks(request)
+        tail = request.num_tokens + request.num_output_placeholders - blocks * self._block_size
+        needed_now = self._residents.missing(request.block_hashes[:blocks]) + self._blocks(tail)
         if needed_now > free_blocks:
             return False
-        running = list(self._admitted.values())
-        held = self._residents.blocks + sum(self._blocks(self._tail(one)) for one in running)
+        if self._columns_are_old:
+            self._admitted.read_tails(self.prefilling)
+            self._expect(slice(None))
+            self._columns_are_old = False
+        held = self._residents.blocks + self._blocks_of(self._admitted.tails)
         # Blocks in use that no running request accounts for: two copies of one prefix, say.
         unaccounted = max(self._capacity - free_blocks - held, 0)
-        self._residents.hold(request.request_id, self._chain(candidate))
-        self._residents.hold(_PIN_TO_COME, request.block_hashes[: candidate.prefix_blocks])
+        planned = planned_request(request)
+        pinned_tokens = planned.prefix_tokens if planned and self._options.pin_prefixes else 0
+        self.begin(request)
+        self._residents.hold(_PIN_TO_COME, request.block_hashes[: pinned_tokens // self._block_size])
         try:
-            return self._peak([*running, candidate]) + unaccounted <= self._usable
+            return self._peak_is_at_most(self._usable - unaccounted)
         finally:
             self._residents.drop(_PIN_TO_COME)
-            self._residents.drop(request.request_id)
+            self._forget(request)
 
     def recompute_tokens(self, request: Request) -> int:
         """Tokens to compute again should this running request be preempted: those whose KV nobody else keeps."""
-        one = self._admitted[request.request_id]
-        own = self._residents.exclusive(request.request_id) * self._block_size + self._tail(one)
+        blocks = self._residents.exclusive(request.request_id)
+        own = blocks * self._block_size + self._admitted.tail(request)
         computed: int = request.num_computed_tokens
         return min(own, computed)
 
-    def _peak(self, requests: list[_Admitted]) -> int:
-        generated = np.array([_generated(one.request) for one in requests], dtype=np.int64)
-        expected = self._estimates.expected(
-            np.array([one.estimate for one in requests], dtype=np.int64),
-            generated,
-            np.array([one.request.max_tokens for one in requests], dtype=np.int64),
-        )
-        to_come = np.maximum(expected - generated, 1)
-        ends = to_come + self._prefill_steps(requests) + self._late_steps
-        tails = np.array([self._tail(one) for one in requests], dtype=np.int64)
-        until = {one.request.request_id: int(end) for one, end in zip(requests, ends, strict=True)}
-        run_blocks, run_last = self._residents.until(until | dict.fromkeys((_PIN, _PIN_TO_COME), int(ends.max())))
-        # The KV of the last token is never stored.
-        return peak_blocks(ends, tails, tails + to_come - 1, run_blocks, run_last, block_size=self._block_size)
+    def _forget(self, request: Request) -> None:
+        self._admitted.remove(request.request_id)
+        self._residents.drop(request.request_id)
+        self._prefilling.pop(request.request_id, None)
 
-    def _prefill_steps(self, requests: list[_Admitted]) -> npt.NDArray[np.int64]:
-        """Most steps before the one that brings each request's next token, int64 [R].
+    def _expect(self, rows: slice) -> None:
+        """Forecast the output of these rows."""
+        generated = self._admitted.generated[rows]
+        expected = self._estimates.expected(self._admitted.estimates[rows], generated, self._admitted.most[rows])
+        self._admitted.to_come[rows] = np.maximum(expected - generated, 1)
+
+    def _peak_is_at_most(self, blocks: int) -> bool:
+        """Whether the admitted requests and the pins never need more blocks than these."""
+        tails = self._admitted.tails
+        # The KV of the last token is never stored.
+        final_tails = tails + self._admitted.to_come - 1
+        if self._residents.blocks + self._blocks_of(final_tails) <= blocks:
+            return True  # even if all of them came to their end in the same step
+        ends = self._admitted.to_come + self._late_steps
+        rows = [self._admitted.row(request_id) for request_id in self._prefilling]
+        ends[rows] += self._prefill_steps()
+        pins = [self._residents.run_of(holder) for holder in (_PIN, _PIN_TO_COME) if holder in self._residents]
+        run_blocks, run_last = self._residents.until(
+            np.append(self._admitted.runs, pins), np.append(ends, [ends.max()] * len(pins))
+        )
+        return peak_blocks(ends, tails, final_tails, run_blocks, run_last, block_size=self._block_size) <= blocks
+
+    def _prefill_steps(self) -> npt.NDArray[np.int64]:
+        """Most steps before the one that brings the next token of each request in `prefilling`, int64 [P].
 
         Prompts are computed in the order of the requests, with what one token for each of the others leaves of the
         budget; a limit for long prompts adds the steps in which that limit binds.
         """
-        uncomputed = np.array([one.request.num_tokens - one.request.num_computed_tokens for one in requests])
-        uncomputed[uncomputed <= 1] = 0
-        left = max(self._token_budget - len(requests) + 1, 1)
+        uncomputed = np.array([_uncomputed(one) for one in self._prefilling.values()], dtype=np.int64)
+        left = max(self._token_budget - len(self._admitted) + 1, 1)
         steps = -(-uncomputed.cumsum() // left)
         if self._long_prefill_tokens:
             steps += -(-uncomputed // self._long_prefill_tokens)
-        return np.where(uncomputed > 0, steps - 1, 0)
+        return steps - 1
 
-    def _describe(self, request: Request) -> _Admitted:
-        planned = PlannedRequest.from_extra_args(request.sampling_params.extra_args)
-        estimate = planned.expected_output_tokens if planned else request.max_tokens
+    def _shareable_blocks(self, request: Request) -> int:
+        """Full blocks of its prompt that it may share."""
+        if request.skip_reading_prefix_cache:
+            return 0
         # vLLM computes the last token of a prompt in any case: a block that ends with it is never taken from the cache.
-        prompt_blocks = (request.num_prompt_tokens - 1) // self._block_size
-        pinned = planned.prefix_tokens if planned and self._options.pin_prefixes else 0
-        return _Admitted(request, max(estimate, 1), prompt_blocks, pinned // self._block_size)
-
-    def _chain(self, one: _Admitted) -> Sequence[Hashable]:
-        chain: Sequence[Hashable] = one.request.block_hashes[: one.prompt_blocks]
-        return chain
+        return int((request.num_prompt_tokens - 1) // self._block_size)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _tail(self, one: _Admitted) -> int:
-        """Tokens behind the full prompt blocks."""
-        tokens: int = one.request.num_prompt_tokens - one.prompt_blocks * self._block_size + _generated(one.request)
-        return tokens
+    def _blocks_of(self, tokens: npt.NDArray[np.int64]) -> int:
+        """Blocks of all these requests, none of them shared."""
+        return int((-(-tokens // self._block_size)).sum())
 
 
-def _generated(request: Request) -> int:
-    """Output tokens, those included that steps under way will bring (async scheduling)."""
-    tokens: int = request.num_output_tokens + request.num_output_placeholders
-    return tokens
+def planned_request(request: Request) -> PlannedRequest | None:
+    """What the plan says about a request; None for one that no plan knows, those of pooling models among them."""
+    sampling = request.sampling_params
+    return PlannedRequest.from_extra_args(sampling.extra_args) if sampling else None
+
+
+def _uncomputed(request: Request) -> int:
+    return int(request.num_tokens - request.num_computed_tokens)

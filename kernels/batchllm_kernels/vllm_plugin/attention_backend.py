@@ -22,12 +22,13 @@ from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation
 from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
+from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
+from batchllm_kernels.vllm_plugin.attention_refusals import record
 
 TRACE_VARIABLE = "BATCHLLM_ATTENTION_TRACE"
 """Environment variable with the file to append a JSON line to for every step that was looked at. No option, because
 vLLM hashes its options into the key of its compilation cache."""
 
-_STOCK_BACKENDS = {"FLASH_ATTN": "FlashAttentionBackend", "TRITON_ATTN": "TritonAttentionBackend"}
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -38,17 +39,17 @@ def register(stock: str = "FLASH_ATTN") -> None:
         stock: vLLM's name of the backend that runs what the cost gate leaves alone.
 
     Raises:
-        ValueError: for another stock backend than `FLASH_ATTN` or `TRITON_ATTN`.
+        ValueError: for another stock backend than those of `STOCK_BACKENDS`.
     """
-    if stock not in _STOCK_BACKENDS:
-        raise ValueError(f"stock: expected one of {', '.join(_STOCK_BACKENDS)}, got {stock!r}")
-    register_backend(AttentionBackendEnum.CUSTOM, f"{__package__}.shared_{stock.lower()}.SharedBackend")
+    if stock not in STOCK_BACKENDS:
+        raise ValueError(f"stock: expected one of {', '.join(STOCK_BACKENDS)}, got {stock!r}")
+    register_backend(AttentionBackendEnum.CUSTOM, STOCK_BACKENDS[stock])
 
 
 class SharedAttentionBackend:
     """Mixin before a stock backend class: what prefix sharing leaves of its features.
 
-    vLLM asks these at start, and refuses a model with the reasons.
+    vLLM asks these at start, and refuses a model with the reasons, which are recorded for who started the engine.
     """
 
     impl_cls: ClassVar[type[Any]]
@@ -71,6 +72,14 @@ class SharedAttentionBackend:
     def get_builder_cls(cls) -> type[Any]:
         """vLLM asks for it by this name."""
         return cls.builder_cls
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **options: Any) -> list[str]:
+        """vLLM's reasons not to use this backend for a layer; none: it may."""
+        reasons: list[str] = super().validate_configuration(*args, **options)  # type: ignore[misc]
+        for reason in reasons:
+            record(reason)
+        return reasons
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -110,7 +119,7 @@ class SharedMetadataBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
-            raise ValueError("speculative_config: expected None, prefix-shared attention does not support drafts")
+            raise _refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self._planner = StepPlanner(
@@ -144,9 +153,11 @@ class SharedMetadataBuilder:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         metadata.prefix_shared_plan = None
         if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
+            # exact without drafts, and on the host already; None where a runner does not keep them there
+            lengths = common_attn_metadata.seq_lens_cpu_upper_bound
             metadata.prefix_shared_plan = self._planner.plan(
                 common_attn_metadata.block_table_tensor,
-                common_attn_metadata.seq_lens,
+                common_attn_metadata.seq_lens if lengths is None else lengths,
                 common_attn_metadata.query_start_loc_cpu,
                 common_attn_metadata.max_seq_len,
             )
@@ -187,7 +198,11 @@ class SharedAttentionImpl:
         ):
             value = getattr(self, name, expected[0])
             if isinstance(value, torch.Tensor) or value not in expected:
-                raise ValueError(f"{name}: expected one of {expected} for prefix-shared attention, got {value}")
+                raise _refusal(f"{name}: expected one of {expected} for prefix-shared attention, got {value}")
+
+    def fused_output_quant_supported(self, _quant_key: Any) -> bool:
+        """vLLM must not fuse the quantisation of the output into attention, as it does with the Triton backend."""
+        return False
 
     def forward(
         self,
@@ -226,3 +241,8 @@ class SharedAttentionImpl:
             output=output[:tokens],
         )
         return output
+
+
+def _refusal(reason: str) -> ValueError:
+    record(reason)
+    return ValueError(reason)

@@ -32,8 +32,26 @@ def peak_blocks(
     moments = np.unique(ends)
     if len(moments) > MOMENTS:
         moments = moments[np.linspace(0, len(moments) - 1, MOMENTS).round().astype(np.int64)]
-    starts = np.concatenate([[1], moments[:-1] + 1])[:, None]
-    stored = np.minimum(tokens + moments[:, None] - 1, final_tokens)
-    own = np.where(ends >= starts, -(-stored // block_size), 0).sum(axis=1)
-    shared = np.where(run_last >= starts, run_blocks, 0).sum(axis=1)
-    return int((own + shared).max())
+    # Intervals in which each request is alive, and the first ones of those, in which it grows to their end.
+    alive = _intervals_begun(moments, ends)
+    growing = np.minimum(moments.searchsorted(final_tokens - tokens + 1, side="right"), alive)
+    final_blocks = -(-final_tokens // block_size)
+    own = _until(alive, final_blocks, len(moments)) - _until(growing, final_blocks, len(moments))
+    # Those that stand at the same place of a block fill it in the same step: they are counted together.
+    full, place = np.divmod(tokens - 1, block_size)
+    counts = np.bincount(growing * block_size + place, minlength=(len(moments) + 1) * block_size)
+    at_place = counts.reshape(-1, block_size)[::-1].cumsum(axis=0)[-2::-1]
+    further = -(-(np.arange(block_size) + moments[:, None]) // block_size)
+    own += _until(growing, full, len(moments)) + (at_place * further).sum(axis=1)
+    return int((own + _until(_intervals_begun(moments, run_last), run_blocks, len(moments))).max())
+
+
+def _intervals_begun(moments: Int64s, last: Int64s) -> Int64s:
+    """How many of the intervals that end at these moments have begun by a step, int64 [N]; the first begins with 1."""
+    return np.where(last > 0, moments[:-1].searchsorted(last, side="left") + 1, 0)
+
+
+def _until(intervals: Int64s, blocks: Int64s, count: int) -> Int64s:
+    """Blocks in use in each of `count` intervals, int64 [count], when each of these is in the first so many."""
+    ends = np.bincount(intervals, weights=blocks, minlength=count + 1)  # float64, exact below 2**53
+    return ends[:0:-1].cumsum()[::-1].astype(np.int64)

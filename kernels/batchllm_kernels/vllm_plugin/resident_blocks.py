@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,24 +17,29 @@ class _Run:
 
     hashes: list[Hashable]
     parent: _Run | None
+    number: int
+    """Its place in the columns of the tree."""
     children: dict[Hashable, _Run] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
     """Those whose chain ends with this run."""
-    last: int = 0
-    """Scratch of `until`: the last step in which a run below is held."""
 
 
 class ResidentBlocks:
     """A radix tree over chains of block hashes: who holds which full prompt blocks.
 
     A block's hash covers all tokens before it (vLLM's `Request.block_hashes`), so equal hashes are equal blocks, and
-    two chains share blocks from the front only.
+    two chains share blocks from the front only. There are at most two runs for each holder, and the root.
     """
 
     def __init__(self) -> None:
-        self._root = _Run([], None)
+        self._root = _Run([], None, 0)
         self._ends: dict[str, _Run] = {}
         self._blocks = 0
+        # By number of a run; a number that is free has no blocks.
+        self._lengths = np.zeros(64, dtype=np.int64)
+        self._parents = np.zeros(64, dtype=np.int64)
+        self._numbers = 1
+        self._free_numbers: list[int] = []
 
     @property
     def blocks(self) -> int:
@@ -44,19 +49,22 @@ class ResidentBlocks:
     def __contains__(self, holder: str) -> bool:
         return holder in self._ends
 
-    def hold(self, holder: str, chain: Sequence[Hashable]) -> None:
-        """Let a holder share the blocks of a chain; what it held before is dropped."""
+    def hold(self, holder: str, chain: Sequence[Hashable]) -> int:
+        """Let a holder share the blocks of a chain; what it held before is dropped.
+
+        Returns:
+            Number of the run where the chain ends, the same until the holder drops.
+        """
         self.drop(holder)
         run, matched, within = self._walk(chain)
         if within < len(run.hashes):
             run = self._split(run, within)
         if matched < len(chain):
-            child = _Run(list(chain[matched:]), run)
-            run.children[chain[matched]] = child
-            run = child
+            run = self._new_run(list(chain[matched:]), run)
             self._blocks += len(run.hashes)
         run.holders.add(holder)
         self._ends[holder] = run
+        return run.number
 
     def drop(self, holder: str) -> None:
         """Let go of what a holder shares; nothing happens when it holds nothing."""
@@ -67,7 +75,16 @@ class ResidentBlocks:
         while run.parent is not None and not run.holders and not run.children:
             del run.parent.children[run.hashes[0]]
             self._blocks -= len(run.hashes)
+            self._give_back(run)
             run = run.parent
+        if run.parent is not None and not run.holders and len(run.children) == 1:
+            (child,) = run.children.values()
+            self._place(child, run.hashes + child.hashes, run.parent)
+            self._give_back(run)
+
+    def run_of(self, holder: str) -> int:
+        """Number of the run where a holder's chain ends."""
+        return self._ends[holder].number
 
     def missing(self, chain: Sequence[Hashable]) -> int:
         """Blocks of a chain that nobody holds."""
@@ -83,31 +100,23 @@ class ResidentBlocks:
             run = run.parent
         return blocks
 
-    def until(self, ends: Mapping[str, int]) -> tuple[Int64s, Int64s]:
+    def until(self, runs: Int64s, ends: Int64s) -> tuple[Int64s, Int64s]:
         """Blocks and how long they stay.
 
         Args:
-            ends: holder -> step in which it lets go; every holder must be in it.
+            runs: int64 [H], for each holder, every one of them, the number of the run where its chain ends.
+            ends: int64 [H], step in which it lets go, at least 0.
 
         Returns:
             int64 [S] blocks of each run, and int64 [S] the last step in which someone holds it.
         """
-        runs = [self._root]
-        for run in runs:  # which grows meanwhile: parents come before children
-            runs.extend(run.children.values())
-        blocks = np.empty(len(runs), dtype=np.int64)
-        last = np.empty(len(runs), dtype=np.int64)
-        for place in range(len(runs) - 1, -1, -1):
-            run = runs[place]
-            end = run.last
-            run.last = 0
-            for holder in run.holders:
-                end = max(end, ends[holder])
-            if run.parent is not None and run.parent.last < end:
-                run.parent.last = end
-            blocks[place] = len(run.hashes)
-            last[place] = end
-        return blocks, last
+        last = np.zeros(self._numbers, dtype=np.int64)
+        while len(runs):  # one level up at a time, with those alone that stay longer than what is known of the level
+            longer = ends > last[runs]
+            runs, ends = runs[longer], ends[longer]
+            np.maximum.at(last, runs, ends)
+            runs = self._parents[runs]
+        return self._lengths[: self._numbers], last
 
     def _walk(self, chain: Sequence[Hashable]) -> tuple[_Run, int, int]:
         """The run where the common blocks of a chain end, how many there are, and how many of them are in that run."""
@@ -124,12 +133,34 @@ class ResidentBlocks:
         """Cut a run in two; returns the upper part, which takes the place of the whole under the parent."""
         if run.parent is None:
             raise ValueError("expected a run below the root")
-        upper = _Run(run.hashes[:at], run.parent)
-        run.parent.children[upper.hashes[0]] = upper
-        run.hashes = run.hashes[at:]
-        run.parent = upper
-        upper.children[run.hashes[0]] = run
+        upper = self._new_run(run.hashes[:at], run.parent)
+        self._place(run, run.hashes[at:], upper)
         return upper
+
+    def _new_run(self, hashes: list[Hashable], parent: _Run) -> _Run:
+        if self._free_numbers:
+            number = self._free_numbers.pop()
+        else:
+            number = self._numbers
+            self._numbers += 1
+            if number == len(self._lengths):
+                self._lengths = np.concatenate([self._lengths, np.zeros_like(self._lengths)])
+                self._parents = np.concatenate([self._parents, np.zeros_like(self._parents)])
+        run = _Run(hashes, parent, number)
+        self._place(run, hashes, parent)
+        return run
+
+    def _place(self, run: _Run, hashes: list[Hashable], parent: _Run) -> None:
+        """Let a run stand for these blocks below this parent, in the place of whatever began with them there."""
+        run.hashes = hashes
+        run.parent = parent
+        parent.children[hashes[0]] = run
+        self._lengths[run.number] = len(hashes)
+        self._parents[run.number] = parent.number
+
+    def _give_back(self, run: _Run) -> None:
+        self._lengths[run.number] = 0
+        self._free_numbers.append(run.number)
 
 
 def _common(hashes: Sequence[Hashable], chain: Sequence[Hashable], start: int) -> int:

@@ -15,9 +15,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import RequestStatus
 
-from batchllm_kernels.vllm_plugin.admission import Admission
+from batchllm_kernels.vllm_plugin.admission import Admission, planned_request
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
-from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, PlannedRequest, SchedulerOptions
+from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, SchedulerOptions
 from batchllm_kernels.vllm_plugin.prefix_pin import PrefixPin
 from batchllm_kernels.vllm_plugin.step_trace import StepTraceWriter
 
@@ -29,21 +29,21 @@ logger = init_logger(__name__)
 
 
 class GatedQueue(FCFSRequestQueue):  # type: ignore[misc]  # mypy does not follow vLLM
-    """First come, first served; true only when its head may be admitted now.
+    """First come, first served; true only when its head may be taken now.
 
     `Scheduler.schedule` asks for the truth of its waiting queue before it takes the head, and stops admitting when it
     is false. Length and iteration are those of the whole queue.
     """
 
-    def __init__(self, may_admit: Callable[[Request], bool]) -> None:
+    def __init__(self, may_take: Callable[[Request], bool]) -> None:
         super().__init__()
-        self._may_admit = may_admit
+        self._may_take = may_take
 
     def __bool__(self) -> bool:
-        return len(self) > 0 and self._may_admit(self[0])
+        return len(self) > 0 and self._may_take(self[0])
 
     def peek_request(self) -> Request:
-        """The head, whether or not it may be admitted."""
+        """The head, whether or not it may be taken."""
         return self[0]
 
 
@@ -54,7 +54,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
     which group a request belongs to (`PlannedRequest`). A request without that is a group of its own, expected to use
     up its `max_tokens`. Nothing is reordered, so nothing starves.
 
-    - Lead first: the first member of a group that runs is its lead; the others wait until the prefix is computed.
+    - Lead first: the head of the queue waits while a running request computes blocks that the head shares with it.
     - Pin: the group's prefix stays in the cache until the first request of another group is next; what the two share
       stays pinned for that one, so sibling groups keep their parent.
     - Admission: the head of the queue waits until the predicted peak of KV use leaves room for it.
@@ -77,6 +77,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             capacity_blocks=self._capacity,
             token_budget=self.max_num_scheduled_tokens,
             long_prefill_tokens=self.scheduler_config.long_prefill_token_threshold,
+            max_model_tokens=self.max_model_len,
             late_steps=int(self.scheduler_config.async_scheduling),
         )
         self._pin = PrefixPin(self._pool)
@@ -88,10 +89,11 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         if self._unsupported:
             logger.warning("BatchLLM scheduling is off: %s", self._unsupported)
         else:
-            self.waiting = GatedQueue(self._may_admit)
+            self.waiting = GatedQueue(self._may_take)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step; where memory may run out in it, the cheapest request stands last."""
+        self._admission.new_step()
         if not self._unsupported and self._options.cheapest_victim and self._memory_may_run_out():
             # vLLM preempts from the end of the running list.
             self.running.sort(key=self._admission.recompute_tokens, reverse=True)
@@ -118,6 +120,16 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             if self._step_trace is not None:
                 self._step_trace.pause()
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """As vLLM's: whether the head is ready; one that has just become so is not asked about before."""
+        was_blocked = self._is_blocked_waiting_status(request.status)
+        ready = bool(super()._handle_blocked_waiting_request(request))
+        return ready and (not was_blocked or bool(self._unsupported) or self._may_admit(request))
+
+    def _may_take(self, head: Request) -> bool:
+        """Whether vLLM may look at the head: it passes over one whose grammar is not compiled yet, and so do we."""
+        return self._is_blocked_waiting_status(head.status) or self._may_admit(head)
+
     def _may_admit(self, head: Request) -> bool:
         """Whether the head of the waiting queue may run."""
         self._follow_running()
@@ -127,7 +139,9 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             self._shorten_pin(self._cached_blocks_of(head, self._pinned_chain))
         if not self.running:
             return True
-        if same_group and self._options.lead_first and not self._finds_prefix(head):
+        if len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
+            return False  # as vLLM will say
+        if self._options.lead_first and self._is_computed_by_another(head):
             return False
         return not self._options.admit_by_peak or self._admission.fits(head, self._pool.get_num_free_blocks())
 
@@ -147,17 +161,26 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         # The lead was aborted or preempted before the prefix was there.
         return bool(lead.status != RequestStatus.RUNNING and lead.num_computed_tokens < _prefix_tokens(lead))
 
-    def _finds_prefix(self, member: Request) -> bool:
-        """Whether a member of the lead's group finds their prefix in the cache, or would wait in vain."""
-        lead = self._lead
-        if lead is None or lead.status != RequestStatus.RUNNING:
-            return True
-        wanted = min(_prefix_tokens(member), self._most_cached_blocks(member) * self.block_size)
-        if lead.num_computed_tokens >= wanted:
-            return True
-        # What the lead computes in this very step is in the cache already, as far as vLLM's bookkeeping goes.
-        _, found_tokens, _ = self.kv_cache_manager.get_computed_blocks(member)
-        return bool(found_tokens >= wanted)
+    def _is_computed_by_another(self, head: Request) -> bool:
+        """Whether a running request is yet to compute the first block that the head would not find in the cache.
+
+        What is computed in this very step is in the cache already, as far as vLLM's bookkeeping goes. A running request
+        gets on with its prompt in every step that has tokens left for the head, so this comes to an end.
+        """
+        prefilling = self._admission.prefilling
+        if not prefilling or head.skip_reading_prefix_cache:
+            return False
+        _, found_tokens, _ = self.kv_cache_manager.get_computed_blocks(head)
+        found = found_tokens // self.block_size
+        if found >= self._most_cached_blocks(head):
+            return False
+        # Hashes are chained: one that is equal stands for equal blocks up to there.
+        wanted = [head.block_hashes[found]]
+        until_found = found_tokens + self.block_size
+        return any(
+            one.num_computed_tokens < until_found and one.block_hashes[found : found + 1] == wanted
+            for one in prefilling
+        )
 
     def _pin_prefix(self) -> None:
         """Pin the prefix of the lead's group as soon as it is computed, or what the next group shares of it."""
@@ -165,8 +188,9 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         if not self._options.pin_prefixes or lead is None or lead.status != RequestStatus.RUNNING:
             return
         blocks = _prefix_tokens(lead) // self.block_size
-        if len(self.waiting) > 0 and _group(self.waiting.peek_request()) != _group(lead):
-            blocks = self._cached_blocks_of(self.waiting.peek_request(), lead.block_hashes[:blocks])
+        following = next((one for one in self.waiting if not self._is_blocked_waiting_status(one.status)), None)
+        if following is not None and _group(following) != _group(lead):
+            blocks = self._cached_blocks_of(following, lead.block_hashes[:blocks])
         if self._pin.blocks >= blocks or lead.num_computed_tokens < blocks * self.block_size:
             return
         # There may be copies: those that a member finds, not the lead's own.
@@ -193,6 +217,10 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
 
     def _memory_may_run_out(self) -> bool:
         """Whether the running requests might need more blocks in this step than are free."""
+        free_blocks = self._pool.get_num_free_blocks()
+        to_prefill = sum(one.num_tokens - one.num_computed_tokens for one in self._admission.prefilling)
+        if len(self.running) + to_prefill // self.block_size <= free_blocks:
+            return False  # One that generates needs a block at most.
         needed = 0
         for request in self.running:
             if request.num_output_tokens + request.num_output_placeholders < request.max_tokens:
@@ -200,7 +228,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
                 known = request.num_tokens + request.num_output_placeholders
                 after = min(known, computed + self.max_num_scheduled_tokens)
                 needed += -(-after // self.block_size) + (-computed // self.block_size)
-        return bool(self._pool.get_num_free_blocks() < needed)
+        return bool(free_blocks < needed)
 
     def _write_step(self, output: SchedulerOutput, trace: StepTraceWriter) -> None:
         decode_tokens = 0
@@ -246,10 +274,10 @@ class AsyncBatchLLMScheduler(GroupScheduling, AsyncScheduler):  # type: ignore[m
 
 
 def _group(request: Request) -> str:
-    planned = PlannedRequest.from_extra_args(request.sampling_params.extra_args)
+    planned = planned_request(request)
     return planned.group if planned else str(request.request_id)
 
 
 def _prefix_tokens(request: Request) -> int:
-    planned = PlannedRequest.from_extra_args(request.sampling_params.extra_args)
+    planned = planned_request(request)
     return planned.prefix_tokens if planned else 0

@@ -6,18 +6,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from batchllm_kernels.vllm_plugin import scheduler_path
+from batchllm_kernels.vllm_plugin import ATTENTION_VARIABLE, scheduler_path
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.devices import cpu_name
-from batchllm_operators.execute.engine_options import engine_arguments
+from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
 from batchllm_operators.execute.engine_settings import engine_settings
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
+
+if TYPE_CHECKING:
+    from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice
 
 CPU_KV_CACHE_SHARE = 0.25
 CPU_KV_CACHE_MOST_BYTES = 4 * 1024**3
@@ -121,20 +124,21 @@ class VllmEngine:
         gpus: tensor-parallel size.
 
     Raises:
-        TerminalError: another vLLM, a bad engine argument, or a model folder that is none.
+        TerminalError: another vLLM, a bad engine argument, a model folder that is none, or `model.attention` asks for
+            what is not supported.
         Exception: whatever vLLM raises when the model does not load.
     """
 
     def __init__(self, model: ModelSpec, *, block_size: int, gpus: int) -> None:
         _check_model_folder(model.id)
         _check_version()
+        _check_environment()
         from vllm import SamplingParams
         from vllm.engine.arg_utils import EngineArgs
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
-        from vllm.usage.usage_lib import UsageContext
 
         arguments = engine_arguments(
             model, block_size=block_size, gpus=gpus, known=[field.name for field in fields(EngineArgs)]
@@ -142,16 +146,9 @@ class VllmEngine:
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             arguments |= _cpu_kv_cache(arguments)
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-        if config.scheduler_config.scheduler_cls is None:
-            # Not among the arguments, because only the finished configuration says whether scheduling is asynchronous.
-            config.scheduler_config.scheduler_cls = scheduler_path(
-                async_scheduling=config.scheduler_config.async_scheduling
-            )
-        # As vllm.LLM does: statistics cost time in every step, and nobody watches an offline engine's log.
-        self._engine: Any = LLMEngine.from_vllm_config(config, UsageContext.LLM_CLASS, disable_log_stats=True)
+        else:
+            arguments |= gpu_choices(arguments)
+        self._engine, self._attention = _start(model, arguments)
         self._model = model
         self._capacity: int = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._unfinished: dict[str, Request] = {}
@@ -185,7 +182,7 @@ class VllmEngine:
     @property
     def settings(self) -> tuple[EngineSetting, ...]:
         """What decides its throughput, as vLLM resolved it, and who chose it."""
-        return engine_settings(self._engine.vllm_config, self._model)
+        return engine_settings(self._engine.vllm_config, self._model, self._attention)
 
     @property
     def unfinished(self) -> int:
@@ -259,6 +256,44 @@ class VllmEngine:
 
 def _failed(request: Request, message: str) -> Completion:
     return Completion(request_key=request.key, error=RowError(RowErrorCode.ENGINE_ERROR, message))
+
+
+def _start(model: ModelSpec, arguments: dict[str, Any]) -> tuple[Any, AttentionChoice]:
+    """vLLM's engine with our scheduler, and the attention it got."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from batchllm_kernels.vllm_plugin.attention_choice import UnsupportedAttentionError, start_with_attention
+
+    def make_config() -> Any:
+        config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+        if config.scheduler_config.scheduler_cls is None:
+            # Not among the arguments, because only the finished configuration says whether scheduling is asynchronous.
+            config.scheduler_config.scheduler_cls = scheduler_path(
+                async_scheduling=config.scheduler_config.async_scheduling
+            )
+        return config
+
+    def start(config: Any) -> Any:
+        # As vllm.LLM does: statistics cost time in every step, and nobody watches an offline engine's log.
+        return LLMEngine.from_vllm_config(config, UsageContext.LLM_CLASS, disable_log_stats=True)
+
+    try:
+        return start_with_attention(model.attention, make_config, start)
+    except UnsupportedAttentionError as error:
+        raise TerminalError(
+            "model.attention: 'shared' expected a device, a model and settings that prefix-shared attention supports, "
+            f"got: {error}; 'auto' falls back to vLLM's own"
+        ) from error
+
+
+def _check_environment() -> None:
+    """Refuse a choice of the attention that the job does not know of."""
+    if given := os.environ.get(ATTENTION_VARIABLE):
+        raise TerminalError(
+            f"environment variable {ATTENTION_VARIABLE}: expected it unset, got {given!r}; set model.attention"
+        )
 
 
 def _check_version() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from batchllm_operators.errors import TerminalError
@@ -25,6 +25,10 @@ RESERVED = {
     "runner": "always 'generate'",
     "data_parallel_size": "set execution.engines",
 }
+
+GPU_MAX_NUM_SEQS = 1024
+"""vLLM's choice for its largest GPUs; the others get 256 from it. Admission lets run what the KV cache holds, and with
+shared prefixes that is often more than 256 requests. It costs memory for 1,024 rows of logits."""
 
 
 def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Collection[str]) -> dict[str, Any]:
@@ -58,3 +62,20 @@ def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Col
         "enable_prefix_caching": True,
     }
     return arguments | model.engine_args
+
+
+def gpu_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What we choose on GPUs of the arguments that are still open.
+
+    On CPUs vLLM's own 256 sequences stay: measured with SmolLM2-135M on 2 cores, the tokens decoded a second hardly
+    grow beyond 64 requests. The token budget stays vLLM's everywhere: measured there, 256 to 4,096 tokens made no
+    difference of more than 7 %.
+
+    Args:
+        arguments: of `EngineArgs`, as `engine_arguments` returns them.
+    """
+    if arguments.get("max_num_seqs") is not None:
+        return {}
+    budget = arguments.get("max_num_batched_tokens")
+    # vLLM refuses a budget that is smaller than the number of sequences, and a budget that is no number.
+    return {"max_num_seqs": min(GPU_MAX_NUM_SEQS, budget) if isinstance(budget, int) else GPU_MAX_NUM_SEQS}

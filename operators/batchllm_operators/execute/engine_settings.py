@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
+
+if TYPE_CHECKING:
+    from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice
 
 _VLLM = "vLLM's choice for the device"
 _REASONS = {
@@ -14,14 +17,16 @@ _REASONS = {
     "num_gpu_blocks": "what the memory for the KV cache holds",
     "tensor_parallel_size": "execution.gpus_per_engine",
 }
+_GPU_REASONS = {"max_num_seqs": "ours: no limit below memory, by which requests are admitted"}
 
 
-def engine_settings(config: Any, model: ModelSpec) -> tuple[EngineSetting, ...]:
+def engine_settings(config: Any, model: ModelSpec, attention: AttentionChoice) -> tuple[EngineSetting, ...]:
     """The settings of a loaded engine.
 
     Args:
         config: vLLM's `VllmConfig`, as it is after the KV cache has been allocated.
         model: the model part of the job, whose `engine_args` go before every choice of ours and of vLLM.
+        attention: as the engine was started with.
     """
     scheduler, cache = config.scheduler_config, config.cache_config
     values = {
@@ -35,12 +40,19 @@ def engine_settings(config: Any, model: ModelSpec) -> tuple[EngineSetting, ...]:
         "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
     }
+    reasons = _REASONS if config.device_config.device_type == "cpu" else _REASONS | _GPU_REASONS
     given = set(model.engine_args) | ({"dtype"} if model.dtype != "auto" else set())
-    return tuple(
+    settings = [
         EngineSetting(
             name=name,
             value=str(value),
-            reason="the job (model)" if name in given else _REASONS.get(name, _VLLM),
+            reason="the job (model)" if name in given else reasons.get(name, _VLLM),
         )
         for name, value in values.items()
-    )
+    ]
+    reason = f"model.attention: {model.attention}"
+    if attention.reasons:
+        what = "" if model.attention == "stock" else "prefix-shared attention not supported: "
+        reason += f"; {what}{'; '.join(attention.reasons)}"
+    settings.append(EngineSetting(name="attention", value=str(attention), reason=reason))
+    return tuple(settings)

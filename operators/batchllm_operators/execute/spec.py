@@ -18,6 +18,11 @@ class ModelSpec(SpecModel):
     max_model_len: int | None = Field(
         default=None, ge=1, description="most tokens of prompt and completion; default: the model's own"
     )
+    attention: Literal["auto", "shared", "stock"] = Field(
+        default="stock",
+        description="vLLM's own attention, or prefix-shared attention over it: `shared` insists on it, `auto` takes it "
+        "where device, model and settings support it; not the default, because it has not been measured on a GPU yet",
+    )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
 
 

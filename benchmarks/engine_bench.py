@@ -1,0 +1,198 @@
+"""Runs workloads on the engines of one model in turn, for `engine.py`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workloads as shapes
+from benchmarks.engine_orders import Orders, orders_of_length
+from benchmarks.engine_process import EngineProcess
+from benchmarks.workloads import Workload
+
+BLOCK_SIZE = 32
+DEFAULT_BLOCK_SIZE = {"cpu": 128, "cuda": 16}
+"""Of vLLM."""
+BASELINES = ("vllm-default", "vllm-sorted", "vllm-sorted-tuned")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no pins": {"pin_prefixes": False},
+    "no lead": {"lead_first": False},
+    "no admission": {"admit_by_peak": False},
+    "no victim choice": {"cheapest_victim": False},
+}
+
+
+class Bench:
+    """Runs workloads on the engines of one model.
+
+    Args:
+        model: folder or Hugging Face id.
+        device: `cpu` or `cuda`.
+        dtype: of the weights and the KV cache.
+        folder: for files.
+        eager: no compilation.
+    """
+
+    def __init__(self, model: str, device: str, dtype: str, folder: Path, *, eager: bool) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.eager = eager
+        self.folder = folder
+
+    def engine(
+        self, *, tuned: bool, cache_tokens: int, longest: int, scheduler: dict[str, Any] | None = None
+    ) -> EngineProcess:
+        """Load an engine.
+
+        Args:
+            tuned: with our settings.
+            cache_tokens: that the KV cache holds; room for the longest request at least.
+            longest: tokens of the longest request.
+            scheduler: options of our scheduler, or None for vLLM's.
+        """
+        default_block_size = DEFAULT_BLOCK_SIZE[self.device]
+        block_size = BLOCK_SIZE if tuned else default_block_size
+        max_model_len = -(-longest // default_block_size) * default_block_size
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "max_model_len": max_model_len,
+            "enforce_eager": self.eager,
+            # One block more is vLLM's null block.
+            "num_gpu_blocks_override": max(cache_tokens, max_model_len) // block_size + 1,
+        }
+        if self.device == "cpu":
+            arguments["kv_cache_memory_bytes"] = 2**30  # else vLLM measures the memory; the override decides
+        if tuned:
+            arguments["block_size"] = block_size
+        return EngineProcess(arguments, scheduler, self.folder / "engines.log")
+
+    def orders(self, make: Callable[[float], Workload], seconds: float, rates: dict[str, float]) -> Orders:
+        """A workload of this shape whose roofline takes about `seconds`."""
+        return orders_of_length(make, seconds, rates, self.folder, block_size=BLOCK_SIZE)
+
+    def workload(
+        self, orders: Orders, cache_share: float, *, rounds: int, default_rounds: int, ablate: bool
+    ) -> dict[str, Any]:
+        """Run all modes in turn, and return the workload's entry of the result."""
+        cache_tokens = int(orders.unique_tokens * cache_share)
+        size = {"cache_tokens": cache_tokens, "longest": orders.longest}
+        with ExitStack() as engines:
+            default = engines.enter_context(self.engine(tuned=False, **size))
+            tuned = engines.enter_context(self.engine(tuned=True, **size))
+            ours = engines.enter_context(self.engine(tuned=True, **size, scheduler={}))
+            ahead = 2 * ours.settings["max_num_seqs"]
+            modes: dict[str, tuple[EngineProcess, dict[str, Any]]] = {
+                "vllm-default": (default, orders.given()),
+                "vllm-sorted": (default, orders.sorted()),
+                "vllm-sorted-tuned": (tuned, orders.sorted()),
+                "batchllm": (ours, orders.planned(ahead=ahead)),
+            }
+            if ablate:
+                modes["estimates x2"] = (ours, orders.planned(ahead=ahead, estimates=2.0))
+                modes["estimates /2"] = (ours, orders.planned(ahead=ahead, estimates=0.5))
+                modes["sorted, not planned"] = (ours, orders.planned(ahead=ahead) | {"rows": orders.sorted()["rows"]})
+                for name, options in ABLATIONS.items():
+                    engine = engines.enter_context(self.engine(tuned=True, **size, scheduler=options))
+                    modes[name] = (engine, orders.planned(ahead=ahead))
+            for engine in {id(engine): engine for engine, _ in modes.values()}.values():
+                engine.run(orders.warm_up())
+            results: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
+            for number in range(rounds):
+                names = [name for name in modes if name != "vllm-default" or number < default_rounds]
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    engine, order = modes[name]
+                    results[name].append(engine.run(order))
+                    log(f"  {name}: {results[name][-1]['seconds']:.1f} s")
+        return _summary(orders, cache_tokens, cache_share, results)
+
+    def rates(self) -> dict[str, float]:
+        """Prefill and peak decode tokens a second of the tuned engine, for the roofline."""
+        prefill = Orders(shapes.no_sharing(24, tokens=512, out=1), self.folder, block_size=BLOCK_SIZE)
+        decode = Orders(shapes.no_sharing(128, tokens=32, out=64), self.folder, block_size=BLOCK_SIZE)
+        with self.engine(tuned=True, cache_tokens=65_536, longest=1024) as engine:
+            engine.run(prefill.warm_up())
+            seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+            for _ in range(3):
+                seconds["prefill"].append(engine.run(prefill.given())["seconds"])
+                seconds["decode"].append(engine.run(decode.given())["seconds"])
+        prefill_rate = 24 * 512 / min(seconds["prefill"])
+        decoding = min(seconds["decode"]) - 128 * 32 / prefill_rate
+        return {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": 128 * 64 / decoding}
+
+    def logprob_difference(self, orders: Orders) -> dict[str, Any]:
+        """How far our answers are from those of vLLM in this dtype, one token after the other until they differ."""
+        size = {"cache_tokens": int(orders.unique_tokens * 0.15), "longest": orders.longest}
+        with (
+            self.engine(tuned=True, **size) as stock,
+            self.engine(tuned=True, **size, scheduler={}) as ours,
+        ):
+            theirs = stock.run(orders.sorted() | {"logprobs": True})
+            answered = ours.run(orders.planned(ahead=256) | {"logprobs": True})
+        differences = []
+        for row, tokens in enumerate(answered["answers"]):
+            for place, token in enumerate(tokens):
+                if token != theirs["answers"][row][place]:
+                    break
+                differences.append(abs(answered["logprobs"][row][place] - theirs["logprobs"][row][place]))
+        same = [one == other for one, other in zip(answered["answers"], theirs["answers"], strict=True)]
+        return {
+            "dtype": self.dtype,
+            "requests": len(same),
+            "same_text": round(sum(same) / len(same), 3),
+            "tokens_compared": len(differences),
+            "logprob_difference_median": round(float(np.median(differences)), 4),
+            "logprob_difference_p99": round(float(np.quantile(differences, 0.99)), 4),
+            "logprob_difference_max": round(max(differences), 4),
+        }
+
+
+def _summary(
+    orders: Orders, cache_tokens: int, cache_share: float, results: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    workload = orders.workload
+    prompt_tokens = int(workload.prompt_tokens.sum())
+    modes = {}
+    for name, runs in results.items():
+        seconds = [run["seconds"] for run in runs]
+        computed = statistics.median(run["computed_prompt_tokens"] for run in runs)
+        modes[name] = {
+            "seconds": round(statistics.median(seconds), 2),
+            "spread": round((max(seconds) - min(seconds)) / statistics.median(seconds), 3),
+            "runs": len(runs),
+            "computed_prompt_tokens": computed,
+            "saving": round(1 - computed / prompt_tokens, 4),
+            "wasted": round((computed - orders.optimum_computed) / orders.unique_tokens, 4),
+            "preemptions": runs[0]["preemptions"],
+            "steps": runs[0]["steps"],
+        }
+    same = [
+        ours == theirs
+        for ours, theirs in zip(
+            results["batchllm"][0]["answers"], results["vllm-sorted-tuned"][0]["answers"], strict=True
+        )
+    ]
+    return {
+        "workload": workload.name,
+        "requests": len(workload),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": orders.output_tokens,
+        "optimum_computed_prompt_tokens": orders.optimum_computed,
+        "cache_share": cache_share,
+        "cache_tokens": cache_tokens,
+        "modes": modes,
+        "ratios": {name: round(modes[name]["seconds"] / modes["batchllm"]["seconds"], 3) for name in BASELINES},
+        "same_text_as_tuned": round(sum(same) / len(same), 3),
+    }
+
+
+def log(text: str) -> None:
+    """To people; results go to standard output."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,121 @@
+"""One workload as the orders that the modes of `engine.py` give to their engines."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.store import Store
+from benchmarks.staged import stage
+from benchmarks.workloads import Workload
+
+WARM_UP_REQUESTS = 8
+
+
+class Orders:
+    """What an engine is told to run: a JSON object for `engine_worker.Worker.run`.
+
+    Args:
+        workload: the requests.
+        folder: for files.
+        block_size: tokens of a KV block, of the plan.
+    """
+
+    def __init__(self, workload: Workload, folder: Path, *, block_size: int) -> None:
+        self.workload = workload
+        tokens, offsets = workload.prompts()
+        file = folder / f"{workload.name.replace(' ', '-')}-{len(workload)}.npz"
+        np.savez(file, tokens=tokens, offsets=offsets)
+        prompts = [tokens[offsets[row] : offsets[row + 1]] for row in range(len(workload))]
+        self._common = {"prompts": str(file), "output_tokens": workload.output_tokens.tolist(), "logprobs": False}
+        self._sorted = sorted(range(len(workload)), key=lambda row: prompts[row].tolist())
+        self._planned, self._plan, self.optimum_computed = _plan(workload, folder, block_size)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its completion."""
+        return int((self.workload.prompt_tokens + self.workload.output_tokens).max())
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all requests."""
+        return int(self.workload.output_tokens.sum())
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens whose KV an ideal cache holds in the end: distinct prompt blocks and all completions."""
+        return self.optimum_computed + self.output_tokens
+
+    def warm_up(self) -> dict[str, Any]:
+        """A few rows, to be run before anything is measured."""
+        return self.given() | {"rows": list(range(min(WARM_UP_REQUESTS, len(self.workload))))}
+
+    def given(self) -> dict[str, Any]:
+        """In the order of the dataset."""
+        return self._common | {"rows": list(range(len(self.workload))), "plan": None, "ahead": None}
+
+    def sorted(self) -> dict[str, Any]:
+        """In the order of the prompts' tokens."""
+        return self._common | {"rows": self._sorted, "plan": None, "ahead": None}
+
+    def planned(self, *, ahead: int, estimates: float = 1.0) -> dict[str, Any]:
+        """In the plan's order.
+
+        Args:
+            ahead: requests fed ahead of the engine.
+            estimates: factor that the expected output tokens are off by.
+        """
+        plan = [[group, prefix, max(round(expected * estimates), 1)] for group, prefix, expected in self._plan]
+        return self._common | {"rows": self._planned, "plan": plan, "ahead": ahead}
+
+
+def orders_of_length(
+    make: Callable[[float], Workload], seconds: float, rates: dict[str, float], folder: Path, *, block_size: int
+) -> Orders:
+    """A workload whose roofline is about `seconds` at these rates.
+
+    Args:
+        make: makes the workload from a factor on the number of its requests.
+        seconds: of the roofline.
+        rates: as from `engine.Bench.rates`.
+        folder: for files.
+        block_size: tokens of a KV block.
+    """
+    factor = 0.25
+    for _ in range(2):
+        orders = Orders(make(factor), folder, block_size=block_size)
+        factor *= seconds / roofline_seconds(orders, rates)
+    return Orders(make(factor), folder, block_size=block_size)
+
+
+def roofline_seconds(orders: Orders, rates: dict[str, float]) -> float:
+    """Seconds for each distinct prompt block once, at the peak rate of prefill, and each output token, at decode's."""
+    prefill = orders.optimum_computed / rates["prefill_tokens_per_second"]
+    return prefill + orders.output_tokens / rates["decode_tokens_per_second"]
+
+
+def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int], list[tuple[str, int, int]], int]:
+    """Rows in the plan's order; group, prefix and expected output by row; prompt tokens of the block-exact optimum."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        work = Store(place)
+        # The exact length as max_tokens, which the plan takes for its estimate.
+        staged = stage(work, replace(workload, max_tokens=workload.output_tokens), key_by_row=True)
+        summary = plan_requests(work, staged, PlanningSpec(block_size=block_size))
+        order: list[int] = []
+        plan: list[tuple[str, int, int]] = [("", 0, 1)] * len(workload)
+        for bundle in summary.bundles:
+            with work.parquet(bundle.name) as file:
+                columns = ["request_key", "group_id", "prefix_tokens", "expected_output_tokens"]
+                for one in file.read(columns=columns).to_pylist():
+                    row = int.from_bytes(one["request_key"], "big")
+                    order.append(row)
+                    group = f"{bundle.name}:{one['group_id']}"
+                    plan[row] = (group, one["prefix_tokens"], one["expected_output_tokens"])
+    return order, plan, round(staged.prompt_tokens * (1 - summary.optimum_saving))

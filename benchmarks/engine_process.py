@@ -1,0 +1,58 @@
+"""A worker process with one loaded engine (`engine_worker.py`), as its parent sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class EngineProcess:
+    """Runs orders one after the other; a context manager, whose end is that of the process.
+
+    Args:
+        arguments: vLLM's `EngineArgs`.
+        scheduler: options of our scheduler, or None for vLLM's.
+        log: file for what the engine prints.
+    """
+
+    def __init__(self, arguments: dict[str, Any], scheduler: dict[str, Any] | None, log: Path) -> None:
+        settings = json.dumps({"arguments": arguments, "scheduler": scheduler})
+        self._log = log
+        with log.open("a") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("engine_worker.py")), settings],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+            )
+        self.settings = self._answer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        """What `engine_worker.Worker.run` returns for an order."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the engine died:\n{self._log.read_text()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

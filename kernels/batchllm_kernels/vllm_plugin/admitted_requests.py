@@ -1,0 +1,119 @@
+"""The requests that run, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+Int64s = npt.NDArray[np.int64]
+
+_ESTIMATE, _MOST, _SHARED, _PROMPT_TAIL, _RUN, _TAIL, _TO_COME = range(7)
+
+
+class AdmittedRequests:
+    """A row for each request, in no order, so that one vector operation reads or changes a column of all.
+
+    A column is a view, valid until a request is added or removed.
+    """
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._rows: dict[str, int] = {}
+        self._table = np.zeros((7, 64), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._rows
+
+    def row(self, request_id: str) -> int:
+        """Where the request stands in the columns, until one is removed."""
+        return self._rows[request_id]
+
+    @property
+    def estimates(self) -> Int64s:
+        """Output tokens that the plan expects, at least 1; int64 [R]."""
+        return self._column(_ESTIMATE)
+
+    @property
+    def most(self) -> Int64s:
+        """Output tokens at which a request ends in any case; int64 [R]."""
+        return self._column(_MOST)
+
+    @property
+    def runs(self) -> Int64s:
+        """Number of the run of `ResidentBlocks` where its chain ends; int64 [R]."""
+        return self._column(_RUN)
+
+    @property
+    def tails(self) -> Int64s:
+        """Tokens behind the full prompt blocks, as of `read_tails`; int64 [R]."""
+        return self._column(_TAIL)
+
+    @property
+    def generated(self) -> Int64s:
+        """Output tokens, those included that steps under way will bring (async scheduling); int64 [R]."""
+        return self._column(_TAIL) - self._column(_PROMPT_TAIL)
+
+    @property
+    def to_come(self) -> Int64s:
+        """Output tokens that are expected yet, at least 1; int64 [R], for its owner to write."""
+        return self._column(_TO_COME)
+
+    def tail(self, request: Request) -> int:
+        """Tokens behind the full prompt blocks, now."""
+        return _tokens(request) - int(self._table[_SHARED, self._rows[request.request_id]])
+
+    def add(self, request: Request, *, estimate: int, most: int, shared_tokens: int, run: int) -> None:
+        """Give a request the last row, its tail of now included.
+
+        Args:
+            request: one that has no row.
+            estimate: output tokens that the plan expects, at least 1.
+            most: output tokens at which it ends in any case.
+            shared_tokens: tokens of its full prompt blocks.
+            run: number of the run of `ResidentBlocks` where the chain of those ends.
+        """
+        row = len(self._requests)
+        if row == self._table.shape[1]:
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+        prompt_tail = request.num_prompt_tokens - shared_tokens
+        self._table[:, row] = (estimate, most, shared_tokens, prompt_tail, run, _tokens(request) - shared_tokens, 0)
+        self._requests.append(request)
+        self._rows[request.request_id] = row
+
+    def remove(self, request_id: str) -> None:
+        """Take a row away; the last one moves into its place."""
+        row = self._rows.pop(request_id)
+        last = self._requests.pop()
+        if row < len(self._requests):
+            self._requests[row] = last
+            self._rows[last.request_id] = row
+            self._table[:, row] = self._table[:, len(self._requests)]
+
+    def read_tails(self, prefilling: Iterable[Request]) -> None:
+        """Ask all requests how many tokens they have now.
+
+        Args:
+            prefilling: those with more than a token to compute before they generate; what the others have computed,
+                steps under way included, is all but their last token.
+        """
+        computed = [one.num_computed_tokens for one in self._requests]
+        self.tails[:] = np.array(computed, dtype=np.int64) + 1 - self._column(_SHARED)
+        for one in prefilling:
+            self.tails[self._rows[one.request_id]] = self.tail(one)
+
+    def _column(self, of: int) -> Int64s:
+        return self._table[of, : len(self._requests)]
+
+
+def _tokens(request: Request) -> int:
+    """Of the prompt and the output, those included that steps under way will bring (async scheduling)."""
+    return int(request.num_tokens + request.num_output_placeholders)

@@ -1,0 +1,46 @@
+"""Engines one after another in one process: prints for each its attention and its greedy answers, or its error.
+
+python -m tests.execute.attention_engines JOBS.json
+
+A job is `{"model": {fields of ModelSpec}, "prompts": [[token, ...], ...]}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.engine import Request, VllmEngine
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.stage.spec import SamplingParameters
+
+
+def answers(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        engine = VllmEngine(ModelSpec.model_validate(job["model"]), block_size=32, gpus=1)
+    except TerminalError as error:
+        return {"error": str(error)}
+    for number, prompt in enumerate(job["prompts"]):
+        assert engine.submit(Request(number.to_bytes(16, "big"), prompt, SamplingParameters(max_tokens=8))) is None
+    tokens = {}
+    while engine.unfinished:
+        for done in engine.step():
+            tokens[done.request_key.hex()] = done.output_token_ids
+    attention = next(one for one in engine.settings if one.name == "attention")
+    engine.close()
+    return {"value": attention.value, "reason": attention.reason, "tokens": [tokens[key] for key in sorted(tokens)]}
+
+
+def main() -> None:
+    found = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        found.append({**answers(job), "left": [name for name in os.environ if name.startswith("BATCHLLM_ATTENTION")]})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

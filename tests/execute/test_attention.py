@@ -1,0 +1,144 @@
+"""`model.attention` on real engines: on the CPU as it is, and on one that takes our backend as a GPU does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
+from batchllm_operators.execute.messages import Load
+from tests.vllm_plugin import cpu_platform_plugin
+
+pytestmark = pytest.mark.engine
+REPOSITORY = Path(__file__).parents[2]
+ON_A_CPU = "vLLM's own attention backend on cpu: expected FLASH_ATTN or TRITON_ATTN, got CPU_ATTN"
+TRACE = "BATCHLLM_ATTENTION_TRACE"
+
+
+def asking(load: Load, attention: str) -> Load:
+    model = load.model.model_copy(update={"attention": attention})
+    return load.model_copy(update={"model": model})
+
+
+def test_auto_is_vllms_own_attention_on_a_cpu_and_says_why(
+    make_handle: Callable[..., LocalEngineHandle], load_command: Load, work: Any, tmp_path: Path
+) -> None:
+    handle = make_handle()
+    settings = {one.name: one for one in handle.load(asking(load_command, "auto")).settings}
+    assert settings["attention"].value == "stock (CPU_ATTN)"
+    assert settings["attention"].reason == f"model.attention: auto; prefix-shared attention not supported: {ON_A_CPU}"
+    done = handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(*[lambda *_: None] * 3))
+    assert (done.counts.requests, done.counts.errors) == (12, 0)
+    handle.close()
+    log = (tmp_path / "engine-0.log").read_text()
+    assert log.count(f"prefix-shared attention is not supported: {ON_A_CPU}") == 1
+
+
+def test_shared_is_refused_on_a_cpu_with_what_was_expected(
+    make_handle: Callable[..., LocalEngineHandle], load_command: Load
+) -> None:
+    with pytest.raises(TerminalError) as caught:
+        make_handle().load(asking(load_command, "shared"))
+    assert "model.attention: 'shared' expected" in str(caught.value)
+    assert ON_A_CPU in str(caught.value)
+
+
+def test_a_choice_in_the_environment_that_the_job_does_not_know_of_is_refused(
+    make_handle: Callable[..., LocalEngineHandle], load_command: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHLLM_ATTENTION", "FLASH_ATTN")
+    with pytest.raises(TerminalError, match=r"BATCHLLM_ATTENTION: expected it unset, got 'FLASH_ATTN'; set model\.att"):
+        make_handle().load(load_command)
+
+
+@pytest.fixture(scope="module")
+def tiny_granite(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small model with attention sinks, which only its layers tell vLLM of; without weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-granite"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "layer_types": ["full_attention"] * config["num_hidden_layers"],
+        "attention_sinks": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+PROMPTS = [[*range(1000, 1096), *range(2000 + 10 * n, 2009 + 11 * n)] for n in range(4)]
+NO_SINKS = "attention sinks not supported"
+
+
+def asked(model: str, attention: str, **engine_args: Any) -> dict[str, Any]:
+    arguments = {"enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 1024**2, **engine_args}
+    spec = {"id": model, "attention": attention, "dtype": "float32", "max_model_len": 512, "engine_args": arguments}
+    return {"model": spec, "prompts": PROMPTS}
+
+
+def test_each_engine_of_a_process_gets_what_its_job_asks_for(
+    tiny_llama: str, tiny_granite: str, tmp_path: Path
+) -> None:
+    jobs = [
+        asked(tiny_granite, "auto", load_format="dummy"),
+        asked(tiny_granite, "shared", load_format="dummy"),
+        asked(tiny_llama, "shared"),
+        asked(tiny_llama, "stock"),
+    ]
+    auto, refused, shared, stock = run_engines(jobs, tmp_path, core_process=False)
+    assert_fell_back(auto)
+    assert "model.attention: 'shared' expected" in refused["error"]
+    assert f"got: {NO_SINKS}" in refused["error"]
+    assert_shared(shared, tmp_path)
+    assert (stock["value"], stock["reason"]) == ("stock (CPU_ATTN)", "model.attention: stock")
+    assert shared["tokens"] == stock["tokens"]
+    assert [one["left"] for one in (auto, refused, shared, stock)] == [[TRACE]] * 4
+
+
+def test_the_choice_reaches_the_processes_of_an_engine_core_and_their_refusals_come_back(
+    tiny_llama: str, tiny_granite: str, tmp_path: Path
+) -> None:
+    jobs = [asked(tiny_granite, "auto", load_format="dummy"), asked(tiny_llama, "shared")]
+    auto, shared = run_engines(jobs, tmp_path, core_process=True)
+    assert_fell_back(auto)
+    assert_shared(shared, tmp_path)
+
+
+def assert_fell_back(engine: dict[str, Any]) -> None:
+    assert engine["value"] == "stock (CPU_ATTN)"
+    assert engine["reason"] == f"model.attention: auto; prefix-shared attention not supported: {NO_SINKS}"
+    assert [len(tokens) for tokens in engine["tokens"]] == [8] * len(PROMPTS)
+
+
+def assert_shared(engine: dict[str, Any], folder: Path) -> None:
+    assert (engine["value"], engine["reason"]) == ("shared over CPU_ATTN", "model.attention: shared")
+    steps = [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
+    assert any(step["share"] for step in steps)
+
+
+def run_engines(jobs: list[dict[str, Any]], folder: Path, *, core_process: bool) -> list[dict[str, Any]]:
+    """The engines of `attention_engines.py` on a platform that takes our backend."""
+    cpu_platform_plugin.announce(folder / "platform")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder / "platform"), str(REPOSITORY)]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(core_process)),
+        TRACE: str(folder / "attention.jsonl"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.execute.attention_engines", str(folder / "jobs.json")],
+        check=False, capture_output=True, text=True, timeout=500, cwd=REPOSITORY, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
