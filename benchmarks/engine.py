@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 15 (a run takes longer)"
+        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 10 (a run takes longer)"
     )
     parser.add_argument(
         "--eager",
@@ -113,7 +113,7 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    seconds = given.seconds or (15 if given.quick else 30)
+    seconds = given.seconds or (10 if given.quick else 30)
     eager = given.device == "cpu" if given.eager is None else given.eager
     with tempfile.TemporaryDirectory(prefix="batchllm-bench-") as place:
         folder = Path(place)

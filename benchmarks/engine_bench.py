@@ -24,6 +24,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no pins": {"pin_prefixes": False},
     "no lead": {"lead_first": False},
     "no admission": {"admit_by_peak": False},
+    "no overtaking": {"overtake": False},
     "no victim choice": {"cheapest_victim": False},
 }
 

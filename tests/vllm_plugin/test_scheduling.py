@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, PlannedRequest
+from batchllm_kernels.vllm_plugin.scheduler import MOST_OVERTAKERS
 from batchllm_kernels.vllm_plugin.step_trace import read_steps
 from tests.vllm_plugin.driven_scheduler import Ask, DrivenScheduler, Limits
 
@@ -268,3 +269,42 @@ def test_a_request_whose_grammar_is_not_compiled_leaves_the_pin_alone(drive: Dri
     driven.abort(["other"])
     driven.finish()
     driven.assert_everything_is_released()
+
+
+def test_smaller_requests_overtake_a_head_that_waits_for_memory_a_limited_number_of_times(drive: Drive) -> None:
+    steps = {}
+    for overtake, overtakers in ((True, MOST_OVERTAKERS), (False, 0)):
+        driven = drive(Limits(blocks=24), {"overtake": overtake})
+        driven.add("long", alone(0, 4, 60))
+        driven.add("head", alone(100, 4, 60))
+        for index in range(3 * MOST_OVERTAKERS):
+            driven.add(f"short {index}", alone(1000 + 10 * index, 4, 8))
+        driven.finish()
+        driven.assert_everything_is_released()
+        assert driven.preemptions == 0
+        assert driven.admitted.index("head") == 1 + overtakers
+        steps[overtake] = driven.steps
+    assert steps[True] < steps[False]
+
+
+def test_no_request_overtakes_that_has_to_find_more_than_its_groups_prefix(drive: Drive) -> None:
+    prefix, deeper = tokens(0, 8), tokens(500, 4)
+    driven = drive(Limits(blocks=24), {})
+    driven.add("lead", Ask((*prefix, 90), 50, PlannedRequest("a", 8, 50)))
+    driven.add("head", Ask((*prefix, 91), 50, PlannedRequest("a", 8, 50)))
+    for index in range(4):
+        driven.add(f"deeper {index}", Ask((*prefix, *deeper, 92 + index), 4, PlannedRequest("a", 8, 4)))
+    driven.add("other group", alone(1000, 4, 4))
+    driven.finish()
+    assert driven.admitted[:2] == ["lead", "head"]
+    assert driven.computed_prompt_tokens == 8 + 1 + 1 + 4 + 4 + 4
+
+
+def test_a_head_that_is_nothing_but_the_prefix_is_not_overtaken(drive: Drive) -> None:
+    driven = drive(Limits(blocks=24), {})
+    driven.add("single", alone(1000, 4, 60))
+    driven.add("head", Ask(tokens(0, 8), 40, PlannedRequest("a", 8, 40)))
+    driven.add("member", Ask(tokens(0, 9), 4, PlannedRequest("a", 8, 4)))
+    driven.finish()
+    assert driven.admitted == ["single", "head", "member"]
+    assert driven.computed_prompt_tokens == 4 + 8 + 1

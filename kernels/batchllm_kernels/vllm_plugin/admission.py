@@ -62,6 +62,8 @@ class Admission:
         self._prefilling: dict[str, Request] = {}
         """Those with more than a token to compute before they generate, in the order of their admission."""
         self._columns_are_old = False
+        self.ends = 0
+        """Requests that have ended or were preempted so far."""
         self._residents = ResidentBlocks()
         self._estimates = OutputEstimates()
 
@@ -100,6 +102,7 @@ class Admission:
         """The request is finished or preempted, and its blocks are freed."""
         if request not in self:
             return
+        self.ends += 1
         estimate = int(self._admitted.estimates[self._admitted.row(request.request_id)])
         self._forget(request)
         if request.status in _BY_ITSELF and self._options.correct_estimates and request.num_output_tokens > 0:

@@ -23,7 +23,9 @@ class SchedulerOptions:
     pin_prefixes: bool = True
     """Keep the current group's prefix in the cache until its last member is admitted."""
     lead_first: bool = True
-    """Admit no other member of a group before its lead has computed the prefix."""
+    """Admit no request while another one is computing blocks that the two share."""
+    overtake: bool = True
+    """While the head of the queue waits for memory, admit a smaller request of its group."""
     cheapest_victim: bool = True
     """When memory runs out, preempt the request that costs least to compute again."""
     correct_estimates: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger(__name__)
+
+MOST_OVERTAKERS = 16
+"""Requests that may go before a head that has to wait for memory."""
 
 
 class GatedQueue(FCFSRequestQueue):  # type: ignore[misc]  # mypy does not follow vLLM
@@ -52,12 +55,13 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
 
     Requests come in the order of the plan, a group's members one after the other; `SamplingParams.extra_args` says
     which group a request belongs to (`PlannedRequest`). A request without that is a group of its own, expected to use
-    up its `max_tokens`. Nothing is reordered, so nothing starves.
+    up its `max_tokens`. Nothing starves: but for overtaking, whose number is limited, nothing is reordered.
 
     - Lead first: the head of the queue waits while a running request computes blocks that the head shares with it.
     - Pin: the group's prefix stays in the cache until the first request of another group is next; what the two share
       stays pinned for that one, so sibling groups keep their parent.
     - Admission: the head of the queue waits until the predicted peak of KV use leaves room for it.
+    - Overtaking: while the head waits for room, a smaller request of its group runs, or a single for a single.
     - Victim: when memory runs out all the same, the request that costs least to compute again is preempted.
 
     Where these cannot work (see `_unsupported`) it is vLLM's scheduler, and says so in the log.
@@ -85,6 +89,11 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         """Hashes of the pinned blocks."""
         self._lead: Request | None = None
         """First request of the group that was admitted from last."""
+        self._overtaken = ""
+        """Id of the head that requests behind it have overtaken."""
+        self._overtakers = 0
+        self._searched_at: tuple[str, int] | None = None
+        """Head behind which no request was found that fits, and the ends there had been."""
         self._unsupported = self._why_unsupported()
         if self._unsupported:
             logger.warning("BatchLLM scheduling is off: %s", self._unsupported)
@@ -128,10 +137,16 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
 
     def _may_take(self, head: Request) -> bool:
         """Whether vLLM may look at the head: it passes over one whose grammar is not compiled yet, and so do we."""
-        return self._is_blocked_waiting_status(head.status) or self._may_admit(head)
+        if self._is_blocked_waiting_status(head.status):
+            return True
+        return self._is_in_turn(head) and (self._fits(head) or self._overtake(head))
 
     def _may_admit(self, head: Request) -> bool:
         """Whether the head of the waiting queue may run."""
+        return self._is_in_turn(head) and self._fits(head)
+
+    def _is_in_turn(self, head: Request) -> bool:
+        """Whether nothing but memory may stand in the way of the head; the pin makes room for it."""
         self._follow_running()
         same_group = self._lead is not None and _group(head) == _group(self._lead)
         if not self.running or (not same_group and head.num_preemptions == 0):
@@ -141,9 +156,59 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             return True
         if len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
             return False  # as vLLM will say
-        if self._options.lead_first and self._is_computed_by_another(head):
+        return not (self._options.lead_first and self._is_computed_by_another(head))
+
+    def _fits(self, request: Request) -> bool:
+        """Whether memory will do for what runs and this request; with nothing running there is no more to wait for."""
+        if not self.running or not self._options.admit_by_peak:
+            return True
+        return self._admission.fits(request, self._pool.get_num_free_blocks())
+
+    def _overtake(self, head: Request) -> bool:
+        """Put a request that fits before the head, which does not; false where there is none."""
+        if not self._options.overtake or head.num_preemptions > 0:
             return False
-        return not self._options.admit_by_peak or self._admission.fits(head, self._pool.get_num_free_blocks())
+        if head.request_id != self._overtaken:
+            self._overtaken, self._overtakers = head.request_id, 0
+        # After a search in vain only an end can make room.
+        if self._overtakers == MOST_OVERTAKERS or self._searched_at == (head.request_id, self._admission.ends):
+            return False
+        place = next((place for place in self._free_places(head) if self._may_overtake(self.waiting[place])), None)
+        if place is None:
+            self._searched_at = (head.request_id, self._admission.ends)
+            return False
+        request = self.waiting[place]
+        del self.waiting[place]
+        self.waiting.appendleft(request)
+        self._overtakers += 1
+        return True
+
+    def _free_places(self, head: Request) -> Iterator[int]:
+        """Places behind the head, ever further apart, whose requests need no blocks but their own and their group's.
+
+        Singles may overtake singles, and members of a group each other: a group stays together. A head that is nothing
+        but its group's prefix computes it for the others at no cost of its own, so it stays first.
+        """
+        group, shared = _group(head), _prefix_tokens(head) // self.block_size
+        if self._most_cached_blocks(head) < shared:
+            return
+        place = 1
+        while place < len(self.waiting) and (
+            _group(self.waiting[place]) == group or shared == _prefix_tokens(self.waiting[place]) == 0
+        ):
+            neighbours = [self.waiting[other] for other in (place - 1, place + 1) if other < len(self.waiting)]
+            own = self.waiting[place].block_hashes[shared : shared + 1]
+            if not own or all(one.block_hashes[shared : shared + 1] != own for one in neighbours):
+                yield place
+            place += 1 + place // 4
+
+    def _may_overtake(self, request: Request) -> bool:
+        return (
+            request.status == RequestStatus.WAITING
+            and request.num_preemptions == 0
+            and not (self._options.lead_first and self._is_computed_by_another(request))
+            and self._fits(request)
+        )
 
     def _follow_running(self) -> None:
         """Take note of the requests that vLLM has admitted since; they stand at the end of the running list."""
