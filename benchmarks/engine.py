@@ -13,7 +13,8 @@ For each workload three engines are loaded, with KV caches of the same size, and
 The number of requests is chosen so that the roofline takes `--seconds`: each distinct prompt block once at the rate of
 prefill, each output token at the peak rate of decode, both measured first. The KV cache holds a share of the unique
 tokens (distinct prompt blocks and all outputs). A workload's figure is the median of the rounds; an ablation runs
-`batchllm` with one mechanism off, or with wrong estimates of the output lengths.
+`batchllm` with one mechanism off, or with wrong estimates of the output lengths. With `--quick`, `vllm-default` and the
+ablation have one round.
 
 Before anything is measured, our engine must answer like vLLM token for token (float32, a small random model, the same
 shapes scaled down). Every run must answer every request with as many tokens as it asked for.
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 10 (a run takes longer)"
+        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 8 (a run takes longer)"
     )
     parser.add_argument(
         "--eager",
@@ -113,7 +114,7 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    seconds = given.seconds or (10 if given.quick else 30)
+    seconds = given.seconds or (8 if given.quick else 30)
     eager = given.device == "cpu" if given.eager is None else given.eager
     with tempfile.TemporaryDirectory(prefix="batchllm-bench-") as place:
         folder = Path(place)
@@ -134,7 +135,7 @@ def main() -> None:
                     orders,
                     share,
                     rounds=given.rounds,
-                    default_rounds=1 if given.quick else given.rounds,
+                    side_rounds=1 if given.quick else given.rounds,
                     ablate=name in (given.ablate or [ABLATED]),
                 )
                 one["roofline_share"] = round(roofline_seconds(orders, rates) / one["modes"]["batchllm"]["seconds"], 3)

@@ -20,6 +20,7 @@ BLOCK_SIZE = 32
 DEFAULT_BLOCK_SIZE = {"cpu": 128, "cuda": 16}
 """Of vLLM."""
 BASELINES = ("vllm-default", "vllm-sorted", "vllm-sorted-tuned")
+MAIN_MODES = ("vllm-sorted", "vllm-sorted-tuned", "batchllm")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no pins": {"pin_prefixes": False},
     "no lead": {"lead_first": False},
@@ -80,9 +81,17 @@ class Bench:
         return orders_of_length(make, seconds, rates, self.folder, block_size=BLOCK_SIZE)
 
     def workload(
-        self, orders: Orders, cache_share: float, *, rounds: int, default_rounds: int, ablate: bool
+        self, orders: Orders, cache_share: float, *, rounds: int, side_rounds: int, ablate: bool
     ) -> dict[str, Any]:
-        """Run all modes in turn, and return the workload's entry of the result."""
+        """Run all modes in turn, every second round backwards, and return the workload's entry of the result.
+
+        Args:
+            orders: of the workload.
+            cache_share: of the unique tokens, which the KV cache holds.
+            rounds: of all modes.
+            side_rounds: of `vllm-default`, which takes longest, and of what is ablated.
+            ablate: run our engine also with one mechanism off, and with wrong estimates.
+        """
         cache_tokens = int(orders.unique_tokens * cache_share)
         size = {"cache_tokens": cache_tokens, "longest": orders.longest}
         with ExitStack() as engines:
@@ -103,13 +112,13 @@ class Bench:
                 for name, options in ABLATIONS.items():
                     engine = engines.enter_context(self.engine(tuned=True, **size, scheduler=options))
                     modes[name] = (engine, orders.planned(ahead=ahead))
-            for engine in {id(engine): engine for engine, _ in modes.values()}.values():
-                engine.run(orders.warm_up())
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
             for number in range(rounds):
-                names = [name for name in modes if name != "vllm-default" or number < default_rounds]
-                for name in names[number % len(names) :] + names[: number % len(names)]:
+                names = [name for name in modes if name in MAIN_MODES or number < side_rounds]
+                for name in names if number % 2 == 0 else reversed(names):
                     engine, order = modes[name]
+                    # An engine that has waited for its turn finds its memory cold.
+                    engine.run(orders.warm_up())
                     results[name].append(engine.run(order))
                     log(f"  {name}: {results[name][-1]['seconds']:.1f} s")
         return _summary(orders, cache_tokens, cache_share, results)

@@ -16,7 +16,7 @@ from batchllm_operators.store import Store
 from benchmarks.staged import stage
 from benchmarks.workloads import Workload
 
-WARM_UP_REQUESTS = 8
+WARM_UP_REQUESTS = 3
 
 
 class Orders:
@@ -54,7 +54,7 @@ class Orders:
         return self.optimum_computed + self.output_tokens
 
     def warm_up(self) -> dict[str, Any]:
-        """A few rows, to be run before anything is measured."""
+        """A few rows, to be run before what is measured."""
         return self.given() | {"rows": list(range(min(WARM_UP_REQUESTS, len(self.workload))))}
 
     def given(self) -> dict[str, Any]:
