@@ -92,8 +92,11 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         self._overtaken = ""
         """Id of the head that requests behind it have overtaken."""
         self._overtakers = 0
-        self._searched_at: tuple[str, int] | None = None
-        """Head behind which no request was found that fits, and the ends there had been."""
+        self._granted: str | None = None
+        """Id of the head that may be taken in this step."""
+        self._refused: tuple[str, int, int] | None = None
+        """Head for which there was no room, nor for any behind it: id, ends by then, pinned blocks. Requests that run
+        need more and more, so only an end or a shorter pin makes room."""
         self._unsupported = self._why_unsupported()
         if self._unsupported:
             logger.warning("BatchLLM scheduling is off: %s", self._unsupported)
@@ -103,6 +106,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's step; where memory may run out in it, the cheapest request stands last."""
         self._admission.new_step()
+        self._granted = None
         if not self._unsupported and self._options.cheapest_victim and self._memory_may_run_out():
             # vLLM preempts from the end of the running list.
             self.running.sort(key=self._admission.recompute_tokens, reverse=True)
@@ -139,7 +143,17 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         """Whether vLLM may look at the head: it passes over one whose grammar is not compiled yet, and so do we."""
         if self._is_blocked_waiting_status(head.status):
             return True
-        return self._is_in_turn(head) and (self._fits(head) or self._overtake(head))
+        if head.request_id == self._granted:
+            return True  # vLLM asks more than once before it takes the head
+        if (head.request_id, self._admission.ends, self._pin.blocks) == self._refused:
+            return False
+        if not self._is_in_turn(head):
+            return False
+        if self._fits(head) or self._overtake(head):
+            self._granted = self.waiting[0].request_id
+            return True
+        self._refused = (head.request_id, self._admission.ends, self._pin.blocks)
+        return False
 
     def _may_admit(self, head: Request) -> bool:
         """Whether the head of the waiting queue may run."""
@@ -170,12 +184,10 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             return False
         if head.request_id != self._overtaken:
             self._overtaken, self._overtakers = head.request_id, 0
-        # After a search in vain only an end can make room.
-        if self._overtakers == MOST_OVERTAKERS or self._searched_at == (head.request_id, self._admission.ends):
+        if self._overtakers == MOST_OVERTAKERS:
             return False
         place = next((place for place in self._free_places(head) if self._may_overtake(self.waiting[place])), None)
         if place is None:
-            self._searched_at = (head.request_id, self._admission.ends)
             return False
         request = self.waiting[place]
         del self.waiting[place]
