@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,11 +36,13 @@ from typing import Any
 import numpy as np
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
+from batchllm_operators.execute.devices import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import workloads as shapes
-from benchmarks.engine_bench import BASELINES, BLOCK_SIZE, Bench, log
+from benchmarks.engine_arguments import BLOCK_SIZE, models_folder
+from benchmarks.engine_bench import BASELINES, CACHE_SHARE, Bench, log
 from benchmarks.engine_orders import Orders, roofline_seconds
 from benchmarks.workloads import Workload
 
@@ -76,7 +77,7 @@ def check_correctness(folder: Path) -> int:
 
     float32, greedy, a small random model, every shape scaled down.
     """
-    bench = Bench(str(tiny_llama_folder(_models())), "cpu", "float32", folder, eager=True)
+    bench = Bench(str(tiny_llama_folder(models_folder())), "cpu", "float32", folder, eager=True)
     compared = 0
     small = [Orders(make(FLOAT32_SCALE), folder, block_size=BLOCK_SIZE) for make in SHAPES.values()]
     # Small, so that requests wait for memory.
@@ -120,7 +121,7 @@ def main() -> None:
         folder = Path(place)
         log("correctness, float32 ...")
         compared = check_correctness(folder)
-        model = given.model or str(smollm2_folder(_models()))
+        model = given.model or str(smollm2_folder(models_folder()))
         bench = Bench(model, given.device, given.dtype, folder, eager=eager)
         rates = bench.rates()
         log(", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
@@ -129,7 +130,7 @@ def main() -> None:
         workloads = []
         for name in given.only or (QUICK if given.quick else SHAPES):
             orders = bench.orders(SHAPES[name], seconds, rates)
-            for share in (0.15,) if given.quick else (0.15, 1.0):
+            for share in (CACHE_SHARE,) if given.quick else (CACHE_SHARE, 1.0):
                 log(f"{name}, {len(orders.workload)} requests, cache {share:.0%}")
                 one = bench.workload(
                     orders,
@@ -148,7 +149,7 @@ def main() -> None:
         "rates": {name: round(rate) for name, rate in rates.items()},
         "correctness": {"requests_equal_in_float32": compared, "against_vllm_sorted_tuned": difference},
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "device": given.device,
             "model": Path(model).name,
@@ -160,12 +161,6 @@ def main() -> None:
         },
     }
     print(json.dumps(result, indent=None if given.json else 2))
-
-
-def _models() -> Path:
-    folder = Path(os.environ.get("BATCHLLM_MODELS", Path(__file__).parent.parent / ".models"))
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _geometric_mean(values: list[float]) -> float:

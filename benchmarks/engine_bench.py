@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workloads as shapes
+from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments
 from benchmarks.engine_orders import Orders, orders_of_length
 from benchmarks.engine_process import EngineProcess
 from benchmarks.workloads import Workload
 
-BLOCK_SIZE = 32
-DEFAULT_BLOCK_SIZE = {"cpu": 128, "cuda": 16}
-"""Of vLLM."""
+CACHE_SHARE = 0.15
+"""Of the unique tokens, which the small KV cache holds."""
 BASELINES = ("vllm-default", "vllm-sorted", "vllm-sorted-tuned")
 MAIN_MODES = ("vllm-sorted", "vllm-sorted-tuned", "batchllm")
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -59,21 +59,17 @@ class Bench:
             longest: tokens of the longest request.
             scheduler: options of our scheduler, or None for vLLM's.
         """
-        default_block_size = DEFAULT_BLOCK_SIZE[self.device]
-        block_size = BLOCK_SIZE if tuned else default_block_size
+        default_block_size = DEFAULT_BLOCK_SIZES[self.device]
         max_model_len = -(-longest // default_block_size) * default_block_size
-        arguments: dict[str, Any] = {
-            "model": self.model,
-            "dtype": self.dtype,
-            "max_model_len": max_model_len,
-            "enforce_eager": self.eager,
-            # One block more is vLLM's null block.
-            "num_gpu_blocks_override": max(cache_tokens, max_model_len) // block_size + 1,
-        }
-        if self.device == "cpu":
-            arguments["kv_cache_memory_bytes"] = 2**30  # else vLLM measures the memory; the override decides
-        if tuned:
-            arguments["block_size"] = block_size
+        arguments = engine_arguments(
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            eager=self.eager,
+            max_model_len=max_model_len,
+            cache_tokens=max(cache_tokens, max_model_len),
+            block_size=BLOCK_SIZE if tuned else None,
+        )
         return EngineProcess(arguments, scheduler, self.folder / "engines.log")
 
     def orders(self, make: Callable[[float], Workload], seconds: float, rates: dict[str, float]) -> Orders:
@@ -139,7 +135,7 @@ class Bench:
 
     def logprob_difference(self, orders: Orders) -> dict[str, Any]:
         """How far our answers are from those of vLLM in this dtype, one token after the other until they differ."""
-        size = {"cache_tokens": int(orders.unique_tokens * 0.15), "longest": orders.longest}
+        size = {"cache_tokens": int(orders.unique_tokens * CACHE_SHARE), "longest": orders.longest}
         with (
             self.engine(tuned=True, **size) as stock,
             self.engine(tuned=True, **size, scheduler={}) as ours,

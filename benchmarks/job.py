@@ -47,11 +47,10 @@ from batchllm_operators.execute.devices import cpu_name
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.documents import TEMPLATE, distinct_tokens, questions
+from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments, models_folder
 from benchmarks.job_results import Run, WrongResultError, check_answers, equal_share, figures, table
 
 PROGRAMS_FOLDER = Path(__file__).parent / "programs"
-BLOCK_SIZE = 32
-DEFAULT_BLOCK_SIZES = {"cpu": 128, "cuda": 16}
 REFERENCE = "llm"
 LOG_CHARACTERS = 3000
 
@@ -104,20 +103,15 @@ class Setting:
 
     def engine_args(self, program: Program) -> dict[str, Any]:
         """vLLM's engine arguments; the cache of as many tokens whatever the program's block size."""
-        block_size = program.block_size or DEFAULT_BLOCK_SIZES[self.device]
-        arguments: dict[str, Any] = {
-            "model": self.model,
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "enforce_eager": self.eager,
-            # One block more is vLLM's null block.
-            "num_gpu_blocks_override": self.cache_tokens // block_size + 1,
-        }
-        if self.device == "cpu":
-            arguments["kv_cache_memory_bytes"] = 2**30
-        if program.block_size:
-            arguments["block_size"] = program.block_size
-        return arguments
+        return engine_arguments(
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            eager=self.eager,
+            max_model_len=self.max_model_len,
+            cache_tokens=self.cache_tokens,
+            block_size=program.block_size,
+        )
 
 
 class Bench:
@@ -220,7 +214,9 @@ def make_setting(given: argparse.Namespace, asked: pa.Table) -> tuple[Setting, d
     """What all programs share, and the sizes of the input in tokens."""
     from transformers import AutoTokenizer
 
-    model = given.model or str(_default_model())
+    from batchllm_flows.demo.model import smollm2_folder
+
+    model = given.model or str(smollm2_folder(models_folder()))
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [TEMPLATE.format(document=row["document"], question=row["question"]) for row in asked.to_pylist()]
     prompts: list[list[int]] = tokenizer(texts)["input_ids"]
@@ -243,14 +239,6 @@ def make_setting(given: argparse.Namespace, asked: pa.Table) -> tuple[Setting, d
 
 def _rounded(tokens: float, grain: int) -> int:
     return -int(-tokens // grain) * grain
-
-
-def _default_model() -> Path:
-    from batchllm_flows.demo.model import smollm2_folder
-
-    folder = Path(os.environ.get("BATCHLLM_MODELS", Path(__file__).parent.parent / ".models"))
-    folder.mkdir(exist_ok=True)
-    return smollm2_folder(folder.absolute())
 
 
 def benchmark(bench: Bench, programs: Sequence[str], rounds: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     import daft  # type: ignore[import-not-found]  # in an environment of its own
     from daft import col
-    from daft.functions import format, prompt  # type: ignore[import-not-found]
+    from daft.functions import format, prompt  # type: ignore[import-not-found]  # as above
     from vllm import SamplingParams
 
     engine_args = dict(settings["engine_args"])

@@ -22,7 +22,7 @@ BATCH_ROWS = 64
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     import pyarrow.parquet as pq
     import ray  # type: ignore[import-not-found]  # in an environment of its own
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig  # type: ignore[import-not-found]
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig  # type: ignore[import-not-found]  # as above
 
     engine_kwargs = dict(settings["engine_args"])
     model = engine_kwargs.pop("model")

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM's and torch's own, while they are imported
-        vllm = pytest.importorskip("vllm")
-        importlib.import_module("vllm.v1.engine.llm_engine")  # what we use of it imports all the rest
-        return vllm
+pytestmark = pytest.mark.usefixtures("vllm")
 
 
 def test_layers_get_their_backend_from_the_selector_with_what_we_pass() -> None:

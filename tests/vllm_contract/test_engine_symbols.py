@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import warnings
 from importlib.metadata import requires
 from typing import Any
 
@@ -16,14 +14,7 @@ from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION, check_vllm_version
 from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
 from batchllm_operators.execute.spec import ModelSpec
 
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM's and torch's own, while they are imported
-        vllm = pytest.importorskip("vllm")
-        importlib.import_module("vllm.v1.engine.llm_engine")  # what we use of it imports all the rest
-        return vllm
+pytestmark = pytest.mark.usefixtures("vllm")
 
 
 def test_the_installed_version_is_in_the_window_of_our_metadata() -> None:

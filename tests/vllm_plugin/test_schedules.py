@@ -145,6 +145,8 @@ def test_with_exact_estimates_nothing_is_preempted_or_computed_twice(drive: Make
     driven = drive(job.limits, {})
     run(driven, job, data.draw(arrivals(job.asks)), {})
     assert driven.preemptions == 0
+    admitted = [job.asks[int(name[1:])].prompt for name in driven.admitted]
+    assert driven.computed_prompt_tokens == optimum(admitted, BLOCK)
     # Less where a request has overtaken that is nothing but the prefix, and computed it for the others.
     assert driven.computed_prompt_tokens <= optimum([one.prompt for one in job.asks], BLOCK)
     assert_answered(driven, job, set())

@@ -76,7 +76,7 @@ class SharedAttentionBackend:
     @classmethod
     def validate_configuration(cls, *args: Any, **options: Any) -> list[str]:
         """vLLM's reasons not to use this backend for a layer; none: it may."""
-        reasons: list[str] = super().validate_configuration(*args, **options)  # type: ignore[misc]
+        reasons: list[str] = super().validate_configuration(*args, **options)  # type: ignore[misc]  # the stock class has it
         for reason in reasons:
             record(reason)
         return reasons
@@ -84,12 +84,12 @@ class SharedAttentionBackend:
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """Both the kernels and the stock backend must."""
-        return head_size <= MAX_HEAD_SIZE and super().supports_head_size(head_size)  # type: ignore[misc]
+        return head_size <= MAX_HEAD_SIZE and super().supports_head_size(head_size)  # type: ignore[misc]  # the stock class has it
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         """Both the kernels and the stock backend must."""
-        return dtype in DTYPES and super().supports_dtype(dtype)  # type: ignore[misc]
+        return dtype in DTYPES and super().supports_dtype(dtype)  # type: ignore[misc]  # the stock class has it
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
@@ -120,7 +120,7 @@ class SharedMetadataBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
             raise _refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # the stock class has it
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self._planner = StepPlanner(
             ModelHeads(
@@ -150,7 +150,7 @@ class SharedMetadataBuilder:
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata, with a plan where sharing pays."""
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # the stock class has it
         metadata.prefix_shared_plan = None
         if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
             # exact without drafts, and on the host already; None where a runner does not keep them there
@@ -219,7 +219,7 @@ class SharedAttentionImpl:
         """Attention of one layer; shapes as in vLLM's `AttentionImpl.forward`, keys and values being in the cache."""
         plan: PlanBuffers | None = getattr(attn_metadata, "prefix_shared_plan", None)
         if plan is None or plan.plan is None:
-            stock = super().forward  # type: ignore[misc]
+            stock = super().forward  # type: ignore[misc]  # the stock class has it
             result: torch.Tensor = stock(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -235,7 +235,7 @@ class SharedAttentionImpl:
             attn_metadata.block_table,
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
-            scale=self.scale,  # type: ignore[attr-defined]
+            scale=self.scale,  # type: ignore[attr-defined]  # the stock class has it
             plan=plan,
             impl=self.implementation,
             output=output[:tokens],
