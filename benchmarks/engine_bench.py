@@ -26,6 +26,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no lead": {"lead_first": False},
     "no admission": {"admit_by_peak": False},
     "no overtaking": {"overtake": False},
+    "no spread ends": {"spread_ends": False},
     "no victim choice": {"cheapest_victim": False},
 }
 

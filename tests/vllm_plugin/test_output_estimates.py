@@ -39,6 +39,13 @@ def test_a_request_is_compared_with_those_that_got_as_far() -> None:
     assert expected(learned, 100, generated=60) == 200
 
 
+def test_lengths_are_known_when_enough_estimates_were_off_by_the_same_factor() -> None:
+    assert not taught([(100, 100)] * (FEWEST - 1)).are_steady
+    assert taught([(100, 200)] * FEWEST).are_steady
+    assert taught([(100, 100)] * 9 * FEWEST + [(100, 300)] * (FEWEST // 2)).are_steady, "some exceptions do not matter"
+    assert not taught([(100, 100), (100, 300)] * FEWEST).are_steady
+
+
 def test_only_the_latest_requests_count() -> None:
     learned = taught([(100, 1000)] * WINDOW + [(100, 100)] * WINDOW)
     assert expected(learned, 40) == 40

@@ -287,6 +287,31 @@ def test_smaller_requests_overtake_a_head_that_waits_for_memory_a_limited_number
     assert steps[True] < steps[False]
 
 
+def test_requests_of_known_lengths_begin_little_by_little_and_keep_the_cache_fuller(drive: Drive) -> None:
+    def steps(options: dict[str, Any], expected: list[int]) -> int:
+        driven = drive(Limits(blocks=120, max_running=64), options)
+        for index in range(120):
+            driven.add(f"r{index}", alone(1000 * (index + 1), 6, 80, expected[index % len(expected)]))
+        driven.finish()
+        driven.assert_everything_is_released()
+        if expected == [80]:
+            assert driven.preemptions == 0
+        return driven.steps
+
+    assert steps({}, [80]) < 0.95 * steps({"spread_ends": False}, [80])
+    unknown = [40, 80, 160]
+    assert steps({}, unknown) == steps({"spread_ends": False}, unknown)
+
+
+def test_a_head_that_was_refused_is_looked_at_again_after_a_while(drive: Drive) -> None:
+    driven = drive(Limits(blocks=24), {})
+    driven.add("first", alone(0, 4, 60))  # 16 blocks at last
+    driven.add("head", alone(100, 4, 60))
+    driven.finish()
+    assert driven.preemptions == 0
+    assert driven.steps < 2 * 60 - 20, "it is still small when the first is at its largest"
+
+
 def test_no_request_overtakes_that_has_to_find_more_than_its_groups_prefix(drive: Drive) -> None:
     prefix, deeper = tokens(0, 8), tokens(500, 4)
     driven = drive(Limits(blocks=24), {})

@@ -14,6 +14,7 @@ from batchllm_kernels.vllm_plugin.kv_forecast import peak_blocks
 from batchllm_kernels.vllm_plugin.options import PlannedRequest, SchedulerOptions
 from batchllm_kernels.vllm_plugin.output_estimates import OutputEstimates
 from batchllm_kernels.vllm_plugin.resident_blocks import ResidentBlocks
+from batchllm_kernels.vllm_plugin.spread_ends import ends_apart
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -85,6 +86,7 @@ class Admission:
     def begin(self, request: Request) -> None:
         """The request runs now."""
         blocks = self._shareable_blocks(request)
+        held_before = self._residents.blocks
         planned = planned_request(request)
         most = max(min(request.max_tokens, self._max_model_tokens - request.num_prompt_tokens), 1)
         self._admitted.add(
@@ -94,7 +96,9 @@ class Admission:
             shared_tokens=blocks * self._block_size,
             run=self._residents.hold(request.request_id, request.block_hashes[:blocks]),
         )
-        self._expect(slice(len(self._admitted) - 1, None))
+        self._expect(slice(-1, None))
+        first, last = self._own_blocks_of_last(self._residents.blocks - held_before)
+        self._admitted.work[-1] = self._admitted.to_come[-1] * (first + last) // 2
         if _uncomputed(request) > 1:
             self._prefilling[request.request_id] = request
 
@@ -115,17 +119,18 @@ class Admission:
         else:
             self._residents.drop(_PIN)
 
-    def fits(self, request: Request, free_blocks: int) -> bool:
-        """Whether the cache holds what runs and this request at the worst moment from now on.
+    def fits(self, request: Request, free_blocks: int, waiting: int) -> bool:
+        """Whether the cache holds what runs and this request at the worst moment from now on, and is used well.
 
         Args:
             request: one that does not run.
             free_blocks: blocks of the cache that nobody holds now.
+            waiting: requests that wait, this one included.
         """
         blocks = self._shareable_blocks(request)
         tail = request.num_tokens + request.num_output_placeholders - blocks * self._block_size
-        needed_now = self._residents.missing(request.block_hashes[:blocks]) + self._blocks(tail)
-        if needed_now > free_blocks:
+        missing = self._residents.missing(request.block_hashes[:blocks])
+        if missing + self._blocks(tail) > free_blocks:
             return False
         if self._columns_are_old:
             self._admitted.read_tails(self.prefilling)
@@ -135,10 +140,15 @@ class Admission:
         # Blocks in use that no running request accounts for: two copies of one prefix, say.
         unaccounted = max(self._capacity - free_blocks - held, 0)
         planned = planned_request(request)
-        pinned_tokens = planned.prefix_tokens if planned and self._options.pin_prefixes else 0
+        prefix_tokens = planned.prefix_tokens if planned else 0
+        pinned_tokens = prefix_tokens if self._options.pin_prefixes else 0
         self.begin(request)
         self._residents.hold(_PIN_TO_COME, request.block_hashes[: pinned_tokens // self._block_size])
         try:
+            # Without knowing lengths, room left for later would only be lost; a group had better share its prefix.
+            spread = self._options.spread_ends and prefix_tokens == 0 and self._estimates.are_steady
+            if spread and not self._ends_apart(missing, waiting):
+                return False
             return self._peak_is_at_most(self._usable - unaccounted)
         finally:
             self._residents.drop(_PIN_TO_COME)
@@ -161,6 +171,27 @@ class Admission:
         generated = self._admitted.generated[rows]
         expected = self._estimates.expected(self._admitted.estimates[rows], generated, self._admitted.most[rows])
         self._admitted.to_come[rows] = np.maximum(expected - generated, 1)
+
+    def _own_blocks_of_last(self, missing: int) -> tuple[int, int]:
+        """Blocks that the request of the last row adds when it begins, and when it ends.
+
+        Args:
+            missing: full blocks of its prompt that nobody else holds.
+        """
+        tail = int(self._admitted.tails[-1])
+        return missing + self._blocks(tail), missing + self._blocks(tail + int(self._admitted.to_come[-1]) - 1)
+
+    def _ends_apart(self, missing: int, waiting: int) -> bool:
+        """Whether the request of the last row does not end together with too many others."""
+        first, last = self._own_blocks_of_last(missing)
+        return ends_apart(
+            self._admitted.to_come,
+            self._admitted.work,
+            first_blocks=first,
+            last_blocks=last,
+            waiting=waiting,
+            capacity_blocks=self._usable,
+        )
 
     def _peak_is_at_most(self, blocks: int) -> bool:
         """Whether the admitted requests and the pins never need more blocks than these."""
@@ -210,6 +241,12 @@ def planned_request(request: Request) -> PlannedRequest | None:
     """What the plan says about a request; None for one that no plan knows, those of pooling models among them."""
     sampling = request.sampling_params
     return PlannedRequest.from_extra_args(sampling.extra_args) if sampling else None
+
+
+def expected_output_tokens(request: Request) -> int:
+    """What the plan expects of a request, else the most that it allows; at least 1."""
+    planned = planned_request(request)
+    return max(planned.expected_output_tokens if planned else request.max_tokens, 1)
 
 
 def _uncomputed(request: Request) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Int64s = npt.NDArray[np.int64]
 
-_ESTIMATE, _MOST, _SHARED, _PROMPT_TAIL, _RUN, _TAIL, _TO_COME = range(7)
+_ESTIMATE, _MOST, _SHARED, _PROMPT_TAIL, _RUN, _TAIL, _TO_COME, _WORK = range(8)
 
 
 class AdmittedRequests:
@@ -25,7 +25,7 @@ class AdmittedRequests:
     def __init__(self) -> None:
         self._requests: list[Request] = []
         self._rows: dict[str, int] = {}
-        self._table = np.zeros((7, 64), dtype=np.int64)
+        self._table = np.zeros((8, 64), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -67,6 +67,11 @@ class AdmittedRequests:
         """Output tokens that are expected yet, at least 1; int64 [R], for its owner to write."""
         return self._column(_TO_COME)
 
+    @property
+    def work(self) -> Int64s:
+        """Blocks of its own times the steps that it keeps them, as it began; int64 [R], for its owner to write."""
+        return self._column(_WORK)
+
     def tail(self, request: Request) -> int:
         """Tokens behind the full prompt blocks, now."""
         return _tokens(request) - int(self._table[_SHARED, self._rows[request.request_id]])
@@ -85,7 +90,7 @@ class AdmittedRequests:
         if row == self._table.shape[1]:
             self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
         prompt_tail = request.num_prompt_tokens - shared_tokens
-        self._table[:, row] = (estimate, most, shared_tokens, prompt_tail, run, _tokens(request) - shared_tokens, 0)
+        self._table[:, row] = (estimate, most, shared_tokens, prompt_tail, run, _tokens(request) - shared_tokens, 0, 0)
         self._requests.append(request)
         self._rows[request.request_id] = row
 

@@ -26,6 +26,8 @@ class SchedulerOptions:
     """Admit no request while another one is computing blocks that the two share."""
     overtake: bool = True
     """While the head of the queue waits for memory, admit a smaller request of its group."""
+    spread_ends: bool = True
+    """Admit singles that grow little by little, so that they do not end together, once lengths are known."""
     cheapest_victim: bool = True
     """When memory runs out, preempt the request that costs least to compute again."""
     correct_estimates: bool = True

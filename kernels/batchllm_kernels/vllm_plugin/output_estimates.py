@@ -15,6 +15,8 @@ FEWEST = 16
 """Finished requests below which estimates are taken as they are."""
 OVERRUN = 1.25
 """A request that outgrew all that is known of lengths is expected to grow by this factor once more."""
+STEADY = 1.25
+"""Factor between the errors of the tenth and the ninetieth percentile, up to which lengths count as known."""
 
 
 class OutputEstimates:
@@ -49,6 +51,15 @@ class OutputEstimates:
         overran = expected <= generated
         expected[overran] = generated[overran] * OVERRUN + 1
         return np.clip(np.rint(expected).astype(np.int64), generated, np.maximum(most, generated))
+
+    @property
+    def are_steady(self) -> bool:
+        """Whether estimates have turned out right, or off by much the same factor for nearly all."""
+        if len(self._recent) < FEWEST:
+            return False
+        ratios = self._sorted_ratios()
+        tenth = len(ratios) // 10
+        return bool(ratios[-1 - tenth] <= STEADY * ratios[tenth])
 
     def _sorted_ratios(self) -> npt.NDArray[np.float64]:
         if self._ratios is None:

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import RequestStatus
 
-from batchllm_kernels.vllm_plugin.admission import Admission, planned_request
+from batchllm_kernels.vllm_plugin.admission import Admission, expected_output_tokens, planned_request
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, SchedulerOptions
 from batchllm_kernels.vllm_plugin.prefix_pin import PrefixPin
@@ -29,6 +29,10 @@ logger = init_logger(__name__)
 
 MOST_OVERTAKERS = 16
 """Requests that may go before a head that has to wait for memory."""
+PAUSE_SHARE = 0.03
+"""Of the life of a head that was refused: steps after which it is looked at again though nothing has ended."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 4, 32
+"""In steps; a look takes 2 to 5 % of a step of a small model."""
 
 
 class GatedQueue(FCFSRequestQueue):  # type: ignore[misc]  # mypy does not follow vLLM
@@ -61,6 +65,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
     - Pin: the group's prefix stays in the cache until the first request of another group is next; what the two share
       stays pinned for that one, so sibling groups keep their parent.
     - Admission: the head of the queue waits until the predicted peak of KV use leaves room for it.
+    - Spread ends: where lengths have turned out as expected, singles that grow begin little by little.
     - Overtaking: while the head waits for room, a smaller request of its group runs, or a single for a single.
     - Victim: when memory runs out all the same, the request that costs least to compute again is preempted.
 
@@ -94,9 +99,12 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         self._overtakers = 0
         self._granted: str | None = None
         """Id of the head that may be taken in this step."""
+        self._steps = 0
         self._refused: tuple[str, int, int] | None = None
-        """Head for which there was no room, nor for any behind it: id, ends by then, pinned blocks. Requests that run
-        need more and more, so only an end or a shorter pin makes room."""
+        """Head for which there was no room, nor for any behind it: id, ends by then, pinned blocks. Without an end or a
+        shorter pin, only time makes room: who begins later is still small when others are at their largest."""
+        self._next_look = 0
+        """Step in which the refused head is looked at again in any case."""
         self._unsupported = self._why_unsupported()
         if self._unsupported:
             logger.warning("BatchLLM scheduling is off: %s", self._unsupported)
@@ -107,6 +115,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         """vLLM's step; where memory may run out in it, the cheapest request stands last."""
         self._admission.new_step()
         self._granted = None
+        self._steps += 1
         if not self._unsupported and self._options.cheapest_victim and self._memory_may_run_out():
             # vLLM preempts from the end of the running list.
             self.running.sort(key=self._admission.recompute_tokens, reverse=True)
@@ -145,14 +154,18 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             return True
         if head.request_id == self._granted:
             return True  # vLLM asks more than once before it takes the head
-        if (head.request_id, self._admission.ends, self._pin.blocks) == self._refused:
+        situation = (head.request_id, self._admission.ends, self._pin.blocks)
+        if situation == self._refused and self._steps < self._next_look:
             return False
         if not self._is_in_turn(head):
             return False
         if self._fits(head) or self._overtake(head):
             self._granted = self.waiting[0].request_id
             return True
+        # The pin may be shorter by now.
         self._refused = (head.request_id, self._admission.ends, self._pin.blocks)
+        pause = int(PAUSE_SHARE * expected_output_tokens(head))
+        self._next_look = self._steps + min(max(pause, SHORTEST_PAUSE), LONGEST_PAUSE)
         return False
 
     def _may_admit(self, head: Request) -> bool:
@@ -176,7 +189,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         """Whether memory will do for what runs and this request; with nothing running there is no more to wait for."""
         if not self.running or not self._options.admit_by_peak:
             return True
-        return self._admission.fits(request, self._pool.get_num_free_blocks())
+        return self._admission.fits(request, self._pool.get_num_free_blocks(), len(self.waiting))
 
     def _overtake(self, head: Request) -> bool:
         """Put a request that fits before the head, which does not; false where there is none."""
