@@ -28,6 +28,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, models_folder
 from benchmarks.engine_bench import BASELINES, CACHE_SHARE, Bench, log
-from benchmarks.engine_orders import Orders, roofline_seconds
+from benchmarks.engine_orders import Orders, Rates, roofline_seconds
 from benchmarks.workloads import Workload
 
 NO_SHARING = ("ragged output", "no sharing")
@@ -109,6 +110,12 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="no compilation, in all modes; default: on CPUs, where it gained 4 %% of prefill for a minute of loading",
     )
+    parser.add_argument(
+        "--cache-share",
+        action="append",
+        type=float,
+        help="of the unique tokens, that the KV cache holds; may be repeated; default: 0.15 and 1, with --quick 0.15",
+    )
     parser.add_argument("--only", action="append", choices=list(SHAPES), help="a workload; may be given again")
     parser.add_argument(
         "--ablate", action="append", choices=list(SHAPES), help=f"a workload to ablate; default: {ABLATED}"
@@ -124,13 +131,13 @@ def main() -> None:
         model = given.model or str(smollm2_folder(models_folder()))
         bench = Bench(model, given.device, given.dtype, folder, eager=eager)
         rates = bench.rates()
-        log(", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+        log(", ".join(f"{name} {rate:.4g}" for name, rate in asdict(rates).items()))
         log(f"answers in {given.dtype} ...")
         difference = bench.logprob_difference(bench.orders(SHAPES[ABLATED], seconds / 3, rates))
         workloads = []
         for name in given.only or (QUICK if given.quick else SHAPES):
             orders = bench.orders(SHAPES[name], seconds, rates)
-            for share in (CACHE_SHARE,) if given.quick else (CACHE_SHARE, 1.0):
+            for share in given.cache_share or ([CACHE_SHARE] if given.quick else [CACHE_SHARE, 1.0]):
                 log(f"{name}, {len(orders.workload)} requests, cache {share:.0%}")
                 one = bench.workload(
                     orders,
@@ -139,6 +146,7 @@ def main() -> None:
                     side_rounds=1 if given.quick else given.rounds,
                     ablate=name in (given.ablate or [ABLATED]),
                 )
+                one["seconds_by_cause"] = _by_cause(orders, rates, one["modes"]["batchllm"])
                 one["roofline_share"] = round(roofline_seconds(orders, rates) / one["modes"]["batchllm"]["seconds"], 3)
                 workloads.append(one)
     tight = [one for one in workloads if one["cache_share"] < 1 and one["workload"] not in NO_SHARING]
@@ -146,7 +154,7 @@ def main() -> None:
         "geomean": {name: _geometric_mean([one["ratios"][name] for one in tight]) for name in BASELINES if tight},
         "workloads": workloads,
         "ablation": {one["workload"]: _ablation(one) for one in workloads if "no pins" in one["modes"]},
-        "rates": {name: round(rate) for name, rate in rates.items()},
+        "rates": {name: float(f"{rate:.4g}") for name, rate in asdict(rates).items()},
         "correctness": {"requests_equal_in_float32": compared, "against_vllm_sorted_tuned": difference},
         "machine": {
             "processor": cpu_name(),
@@ -165,6 +173,17 @@ def main() -> None:
 
 def _geometric_mean(values: list[float]) -> float:
     return round(float(np.exp(np.mean(np.log(values)))), 3)
+
+
+def _by_cause(orders: Orders, rates: Rates, mode: dict[str, Any]) -> dict[str, float]:
+    """Where the seconds of a run went: prompts, steps, generated tokens, and what is left (attention, scheduling)."""
+    causes = {
+        "prompt tokens": mode["computed_prompt_tokens"] / rates.prefill_tokens_per_second,
+        "steps": mode["steps"] * rates.step_seconds,
+        "output tokens": orders.output_tokens * rates.output_token_seconds,
+    }
+    causes["rest"] = mode["seconds"] - sum(causes.values())
+    return {name: round(seconds, 2) for name, seconds in causes.items()}
 
 
 def _ablation(one: dict[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments
-from benchmarks.engine_orders import Orders, orders_of_length
+from benchmarks.engine_orders import PEAK_REQUESTS, Orders, Rates, orders_of_length
 from benchmarks.engine_process import EngineProcess
 from benchmarks.workloads import Workload
 
@@ -73,7 +73,7 @@ class Bench:
         )
         return EngineProcess(arguments, scheduler, self.folder / "engines.log")
 
-    def orders(self, make: Callable[[float], Workload], seconds: float, rates: dict[str, float]) -> Orders:
+    def orders(self, make: Callable[[float], Workload], seconds: float, rates: Rates) -> Orders:
         """A workload of this shape whose roofline takes about `seconds`."""
         return orders_of_length(make, seconds, rates, self.folder, block_size=BLOCK_SIZE)
 
@@ -120,19 +120,25 @@ class Bench:
                     log(f"  {name}: {results[name][-1]['seconds']:.1f} s")
         return _summary(orders, cache_tokens, cache_share, results)
 
-    def rates(self) -> dict[str, float]:
-        """Prefill and peak decode tokens a second of the tuned engine, for the roofline."""
-        prefill = Orders(shapes.no_sharing(24, tokens=512, out=1), self.folder, block_size=BLOCK_SIZE)
-        decode = Orders(shapes.no_sharing(128, tokens=32, out=64), self.folder, block_size=BLOCK_SIZE)
+    def rates(self) -> Rates:
+        """Of the tuned engine."""
+        made = {
+            "prefill": shapes.no_sharing(24, tokens=512, out=1),
+            "decode": shapes.no_sharing(PEAK_REQUESTS, tokens=32, out=64),
+            "alone": shapes.no_sharing(1, tokens=32, out=64),
+        }
+        orders = {name: Orders(one, self.folder, block_size=BLOCK_SIZE) for name, one in made.items()}
         with self.engine(tuned=True, cache_tokens=65_536, longest=1024) as engine:
-            engine.run(prefill.warm_up())
-            seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+            engine.run(orders["prefill"].warm_up())
+            seconds: dict[str, list[float]] = {name: [] for name in orders}
             for _ in range(3):
-                seconds["prefill"].append(engine.run(prefill.given())["seconds"])
-                seconds["decode"].append(engine.run(decode.given())["seconds"])
-        prefill_rate = 24 * 512 / min(seconds["prefill"])
-        decoding = min(seconds["decode"]) - 128 * 32 / prefill_rate
-        return {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": 128 * 64 / decoding}
+                for name, one in orders.items():
+                    seconds[name].append(engine.run(one.given())["seconds"])
+        best = {name: min(runs) for name, runs in seconds.items()}
+        prefill_rate = 24 * 512 / best["prefill"]
+        together = (best["decode"] - PEAK_REQUESTS * 32 / prefill_rate) / 64
+        alone = (best["alone"] - 32 / prefill_rate) / 64
+        return Rates(prefill_rate, PEAK_REQUESTS / together, alone - (together - alone) / (PEAK_REQUESTS - 1))
 
     def logprob_difference(self, orders: Orders) -> dict[str, Any]:
         """How far our answers are from those of vLLM in this dtype, one token after the other until they differ."""

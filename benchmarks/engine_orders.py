@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,24 @@ from benchmarks.staged import stage
 from benchmarks.workloads import Workload
 
 WARM_UP_REQUESTS = 3
+PEAK_REQUESTS = 128
+"""That generate together when the peak rate is measured."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one engine, measured."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    """At its peak."""
+    step_seconds: float
+    """Of a step that generates, beyond what its tokens cost."""
+
+    @property
+    def output_token_seconds(self) -> float:
+        """What each generated token adds to a step."""
+        return 1 / self.decode_tokens_per_second - self.step_seconds / PEAK_REQUESTS
 
 
 class Orders:
@@ -77,14 +95,14 @@ class Orders:
 
 
 def orders_of_length(
-    make: Callable[[float], Workload], seconds: float, rates: dict[str, float], folder: Path, *, block_size: int
+    make: Callable[[float], Workload], seconds: float, rates: Rates, folder: Path, *, block_size: int
 ) -> Orders:
     """A workload whose roofline is about `seconds` at these rates.
 
     Args:
         make: makes the workload from a factor on the number of its requests.
         seconds: of the roofline.
-        rates: as from `engine.Bench.rates`.
+        rates: of the engine.
         folder: for files.
         block_size: tokens of a KV block.
     """
@@ -95,10 +113,10 @@ def orders_of_length(
     return Orders(make(factor), folder, block_size=block_size)
 
 
-def roofline_seconds(orders: Orders, rates: dict[str, float]) -> float:
+def roofline_seconds(orders: Orders, rates: Rates) -> float:
     """Seconds for each distinct prompt block once, at the peak rate of prefill, and each output token, at decode's."""
-    prefill = orders.optimum_computed / rates["prefill_tokens_per_second"]
-    return prefill + orders.output_tokens / rates["decode_tokens_per_second"]
+    prefill = orders.optimum_computed / rates.prefill_tokens_per_second
+    return prefill + orders.output_tokens / rates.decode_tokens_per_second
 
 
 def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int], list[tuple[str, int, int]], int]:
