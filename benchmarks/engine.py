@@ -3,7 +3,8 @@
     python benchmarks/engine.py --quick --json
     python benchmarks/engine.py --device cuda --model meta-llama/Llama-3.1-8B-Instruct
 
-For each workload three engines are loaded, with KV caches of the same size, and take turns:
+For each workload two engines are loaded, of vLLM's settings and of ours, with KV caches of the same size. On the latter
+vLLM's scheduler and ours take turns, in the same process and memory:
 
 - `vllm-default`: vLLM's own settings, the rows in the order of the dataset;
 - `vllm-sorted`: the same engine, the rows sorted by their tokens;
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, models_folder
-from benchmarks.engine_bench import BASELINES, CACHE_SHARE, Bench, log
+from benchmarks.engine_bench import BASELINES, CACHE_SHARE, OURS, Bench, log
 from benchmarks.engine_orders import Orders, Rates, roofline_seconds
 from benchmarks.workloads import Workload
 
@@ -83,10 +84,10 @@ def check_correctness(folder: Path) -> int:
     small = [Orders(make(FLOAT32_SCALE), folder, block_size=BLOCK_SIZE) for make in SHAPES.values()]
     # Small, so that requests wait for memory.
     size = {"cache_tokens": 2048, "longest": max(orders.longest for orders in small)}
-    with bench.engine(tuned=True, **size) as stock, bench.engine(tuned=True, **size, scheduler={}) as ours:
+    with bench.engine(tuned=True, **size, ours={OURS: {}}) as engine:
         for orders in small:
-            expected = stock.run(orders.sorted())["answers"]
-            got = ours.run(orders.planned(ahead=64))["answers"]
+            expected = engine.run(orders.sorted())["answers"]
+            got = engine.run(orders.planned(ahead=64), OURS)["answers"]
             if got != expected:
                 wrong = [row for row, (one, other) in enumerate(zip(got, expected, strict=True)) if one != other]
                 raise SystemExit(f"{orders.workload.name}: rows {wrong[:5]} are answered otherwise than by vLLM")
@@ -146,8 +147,8 @@ def main() -> None:
                     side_rounds=1 if given.quick else given.rounds,
                     ablate=name in (given.ablate or [ABLATED]),
                 )
-                one["seconds_by_cause"] = _by_cause(orders, rates, one["modes"]["batchllm"])
-                one["roofline_share"] = round(roofline_seconds(orders, rates) / one["modes"]["batchllm"]["seconds"], 3)
+                one["seconds_by_cause"] = _by_cause(orders, rates, one["modes"][OURS])
+                one["roofline_share"] = round(roofline_seconds(orders, rates) / one["modes"][OURS]["seconds"], 3)
                 workloads.append(one)
     tight = [one for one in workloads if one["cache_share"] < 1 and one["workload"] not in NO_SHARING]
     result = {
@@ -189,10 +190,8 @@ def _by_cause(orders: Orders, rates: Rates, mode: dict[str, Any]) -> dict[str, f
 def _ablation(one: dict[str, Any]) -> dict[str, float]:
     """Seconds of each variant over those of the whole."""
     modes = one["modes"]
-    whole = modes["batchllm"]["seconds"]
-    return {
-        name: round(mode["seconds"] / whole, 3) for name, mode in modes.items() if name not in (*BASELINES, "batchllm")
-    }
+    whole = modes[OURS]["seconds"]
+    return {name: round(mode["seconds"] / whole, 3) for name, mode in modes.items() if name not in (*BASELINES, OURS)}
 
 
 def _vllm_version() -> str:

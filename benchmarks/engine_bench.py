@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import numpy as np
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments
 from benchmarks.engine_orders import PEAK_REQUESTS, Orders, Rates, orders_of_length
-from benchmarks.engine_process import EngineProcess
+from benchmarks.engine_process import STOCK, EngineProcess
 from benchmarks.workloads import Workload
 
 CACHE_SHARE = 0.15
 """Of the unique tokens, which the small KV cache holds."""
 BASELINES = ("vllm-default", "vllm-sorted", "vllm-sorted-tuned")
-MAIN_MODES = ("vllm-sorted", "vllm-sorted-tuned", "batchllm")
+OURS = "batchllm"
+MAIN_MODES = ("vllm-sorted", "vllm-sorted-tuned", OURS)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no pins": {"pin_prefixes": False},
     "no lead": {"lead_first": False},
@@ -50,7 +50,7 @@ class Bench:
         self.folder = folder
 
     def engine(
-        self, *, tuned: bool, cache_tokens: int, longest: int, scheduler: dict[str, Any] | None = None
+        self, *, tuned: bool, cache_tokens: int, longest: int, ours: dict[str, dict[str, Any]] | None = None
     ) -> EngineProcess:
         """Load an engine.
 
@@ -58,7 +58,7 @@ class Bench:
             tuned: with our settings.
             cache_tokens: that the KV cache holds; room for the longest request at least.
             longest: tokens of the longest request.
-            scheduler: options of our scheduler, or None for vLLM's.
+            ours: options of our scheduler by name, each to take turns with vLLM's.
         """
         default_block_size = DEFAULT_BLOCK_SIZES[self.device]
         max_model_len = -(-longest // default_block_size) * default_block_size
@@ -71,7 +71,7 @@ class Bench:
             cache_tokens=max(cache_tokens, max_model_len),
             block_size=BLOCK_SIZE if tuned else None,
         )
-        return EngineProcess(arguments, scheduler, self.folder / "engines.log")
+        return EngineProcess(arguments, {STOCK: None, **(ours or {})}, self.folder / "engines.log")
 
     def orders(self, make: Callable[[float], Workload], seconds: float, rates: Rates) -> Orders:
         """A workload of this shape whose roofline takes about `seconds`."""
@@ -91,32 +91,29 @@ class Bench:
         """
         cache_tokens = int(orders.unique_tokens * cache_share)
         size = {"cache_tokens": cache_tokens, "longest": orders.longest}
-        with ExitStack() as engines:
-            default = engines.enter_context(self.engine(tuned=False, **size))
-            tuned = engines.enter_context(self.engine(tuned=True, **size))
-            ours = engines.enter_context(self.engine(tuned=True, **size, scheduler={}))
-            ahead = 2 * ours.settings["max_num_seqs"]
-            modes: dict[str, tuple[EngineProcess, dict[str, Any]]] = {
-                "vllm-default": (default, orders.given()),
-                "vllm-sorted": (default, orders.sorted()),
-                "vllm-sorted-tuned": (tuned, orders.sorted()),
-                "batchllm": (ours, orders.planned(ahead=ahead)),
+        variants: dict[str, dict[str, Any]] = {OURS: {}, **(ABLATIONS if ablate else {})}
+        with self.engine(tuned=False, **size) as default, self.engine(tuned=True, **size, ours=variants) as tuned:
+            ahead = 2 * tuned.settings["max_num_seqs"]
+            planned = orders.planned(ahead=ahead)
+            modes: dict[str, tuple[EngineProcess, str, dict[str, Any]]] = {
+                "vllm-default": (default, STOCK, orders.given()),
+                "vllm-sorted": (default, STOCK, orders.sorted()),
+                "vllm-sorted-tuned": (tuned, STOCK, orders.sorted()),
+                OURS: (tuned, OURS, planned),
             }
             if ablate:
-                modes["estimates x2"] = (ours, orders.planned(ahead=ahead, estimates=2.0))
-                modes["estimates /2"] = (ours, orders.planned(ahead=ahead, estimates=0.5))
-                modes["sorted, not planned"] = (ours, orders.planned(ahead=ahead) | {"rows": orders.sorted()["rows"]})
-                for name, options in ABLATIONS.items():
-                    engine = engines.enter_context(self.engine(tuned=True, **size, scheduler=options))
-                    modes[name] = (engine, orders.planned(ahead=ahead))
+                modes["estimates x2"] = (tuned, OURS, orders.planned(ahead=ahead, estimates=2.0))
+                modes["estimates /2"] = (tuned, OURS, orders.planned(ahead=ahead, estimates=0.5))
+                modes["sorted, not planned"] = (tuned, OURS, planned | {"rows": orders.sorted()["rows"]})
+                modes |= {name: (tuned, name, planned) for name in ABLATIONS}
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
             for number in range(rounds):
                 names = [name for name in modes if name in MAIN_MODES or number < side_rounds]
                 for name in names if number % 2 == 0 else reversed(names):
-                    engine, order = modes[name]
+                    engine, scheduler, order = modes[name]
                     # An engine that has waited for its turn finds its memory cold.
                     engine.run(orders.warm_up())
-                    results[name].append(engine.run(order))
+                    results[name].append(engine.run(order, scheduler))
                     log(f"  {name}: {results[name][-1]['seconds']:.1f} s")
         return _summary(orders, cache_tokens, cache_share, results)
 
@@ -143,12 +140,9 @@ class Bench:
     def logprob_difference(self, orders: Orders) -> dict[str, Any]:
         """How far our answers are from those of vLLM in this dtype, one token after the other until they differ."""
         size = {"cache_tokens": int(orders.unique_tokens * CACHE_SHARE), "longest": orders.longest}
-        with (
-            self.engine(tuned=True, **size) as stock,
-            self.engine(tuned=True, **size, scheduler={}) as ours,
-        ):
-            theirs = stock.run(orders.sorted() | {"logprobs": True})
-            answered = ours.run(orders.planned(ahead=256) | {"logprobs": True})
+        with self.engine(tuned=True, **size, ours={OURS: {}}) as engine:
+            theirs = engine.run(orders.sorted() | {"logprobs": True})
+            answered = engine.run(orders.planned(ahead=256) | {"logprobs": True}, OURS)
         differences = []
         for row, tokens in enumerate(answered["answers"]):
             for place, token in enumerate(tokens):
@@ -188,9 +182,7 @@ def _summary(
         }
     same = [
         ours == theirs
-        for ours, theirs in zip(
-            results["batchllm"][0]["answers"], results["vllm-sorted-tuned"][0]["answers"], strict=True
-        )
+        for ours, theirs in zip(results[OURS][0]["answers"], results["vllm-sorted-tuned"][0]["answers"], strict=True)
     ]
     return {
         "workload": workload.name,
@@ -201,7 +193,7 @@ def _summary(
         "cache_share": cache_share,
         "cache_tokens": cache_tokens,
         "modes": modes,
-        "ratios": {name: round(modes[name]["seconds"] / modes["batchllm"]["seconds"], 3) for name in BASELINES},
+        "ratios": {name: round(modes[name]["seconds"] / modes[OURS]["seconds"], 3) for name in BASELINES},
         "same_text_as_tuned": round(sum(same) / len(same), 3),
     }
 

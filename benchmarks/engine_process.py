@@ -10,18 +10,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+STOCK = "vllm"
+"""Name of vLLM's own scheduler."""
+
 
 class EngineProcess:
     """Runs orders one after the other; a context manager, whose end is that of the process.
 
     Args:
         arguments: vLLM's `EngineArgs`.
-        scheduler: options of our scheduler, or None for vLLM's.
+        schedulers: as for `engine_worker.Worker`.
         log: file for what the engine prints.
     """
 
-    def __init__(self, arguments: dict[str, Any], scheduler: dict[str, Any] | None, log: Path) -> None:
-        settings = json.dumps({"arguments": arguments, "scheduler": scheduler})
+    def __init__(self, arguments: dict[str, Any], schedulers: dict[str, dict[str, Any] | None], log: Path) -> None:
+        settings = json.dumps({"arguments": arguments, "schedulers": schedulers})
         self._log = log
         with log.open("a") as file:
             self._process = subprocess.Popen(
@@ -42,10 +45,10 @@ class EngineProcess:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+    def run(self, order: dict[str, Any], scheduler: str = STOCK) -> dict[str, Any]:
         """What `engine_worker.Worker.run` returns for an order."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(order | {"scheduler": scheduler}) + "\n")
         self._process.stdin.flush()
         return self._answer()
 

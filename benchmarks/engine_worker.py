@@ -1,9 +1,9 @@
 """One vLLM engine in a process of its own, for `engine.py`: loads, then runs what comes on its standard input.
 
-    python engine_worker.py '{"arguments": {...}, "scheduler": {...} or null}'
+    python engine_worker.py '{"arguments": {...}, "schedulers": {name: {...} or null}}'
 
-Prints one line `ready`, then for each line of input (a JSON `Order`) one JSON line with what the run gave. It imports
-nothing that loads numba: vLLM 0.32 on CPUs does not start then.
+Prints one line with its settings, then for each line of input (a JSON object, see `Worker.run`) one JSON line with what
+the run gave. It imports nothing that loads numba: vLLM 0.32 on CPUs does not start then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections import deque
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -22,36 +23,44 @@ from batchllm_kernels.vllm_plugin.options import CONFIG_KEY, PlannedRequest
 
 
 class Worker:
-    """An engine whose steps are counted from inside its scheduler."""
+    """An engine whose steps are counted from inside its scheduler.
 
-    def __init__(self, arguments: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
+    Schedulers take turns on one engine, so that they have the same memory: two processes of the same engine differ by
+    up to 10 % in speed.
+
+    Args:
+        arguments: vLLM's `EngineArgs`.
+        schedulers: options of our scheduler by name, or None for vLLM's.
+    """
+
+    def __init__(self, arguments: dict[str, Any], schedulers: dict[str, dict[str, Any] | None]) -> None:
         # In this process, so that the scheduler can be looked at; on every device and for every mode alike.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.engine.arg_utils import EngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if scheduler is not None:
-            arguments["additional_config"] = {CONFIG_KEY: scheduler}
-        config = EngineArgs(**arguments, disable_log_stats=True).create_engine_config(UsageContext.LLM_CLASS)
-        if scheduler is not None:
-            asynchronous = config.scheduler_config.async_scheduling
-            config.scheduler_config.scheduler_cls = scheduler_path(async_scheduling=asynchronous)
-        self.engine = LLMEngine.from_vllm_config(config, UsageContext.LLM_CLASS, disable_log_stats=True)
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.config = EngineArgs(**arguments, disable_log_stats=True).create_engine_config(UsageContext.LLM_CLASS)
+        self.engine = LLMEngine.from_vllm_config(self.config, UsageContext.LLM_CLASS, disable_log_stats=True)
+        self.core = self.engine.engine_core.engine_core
         self.settings = {
-            name: getattr(config.scheduler_config, name)
+            name: getattr(self.config.scheduler_config, name)
             for name in ("max_num_seqs", "max_num_batched_tokens", "async_scheduling")
-        } | {"block_size": config.cache_config.block_size, "blocks": config.cache_config.num_gpu_blocks}
+        } | {"block_size": self.config.cache_config.block_size, "blocks": self.config.cache_config.num_gpu_blocks}
         self.computed = self.steps = self.preemptions = 0
-        self._count(self.scheduler)
+        stock = self.core.scheduler
+        self.schedulers = {
+            name: stock if options is None else self._scheduler(options) for name, options in schedulers.items()
+        }
+        for scheduler in self.schedulers.values():
+            self._count(scheduler)
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
         """Answer the prompts of a file in the order given; all fed at once, or a bounded queue.
 
-        order: `prompts` (npz of `tokens`, `offsets`), `rows`, `output_tokens` by row, `plan` by row or null: group,
-        prefix tokens, expected output tokens; `ahead`: requests fed ahead of the engine, or null; `logprobs`: whether
-        to return those of the tokens that were chosen.
+        order: `scheduler` (its name), `prompts` (npz of `tokens`, `offsets`), `rows`, `output_tokens` by row, `plan` by
+        row or null: group, prefix tokens, expected output tokens; `ahead`: requests fed ahead of the engine, or null;
+        `logprobs`: whether to return those of the tokens that were chosen.
         """
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
@@ -75,6 +84,7 @@ class Worker:
             )
             for row in order["rows"]
         ]
+        self.core.scheduler = self.schedulers[order["scheduler"]]
         self.engine.reset_prefix_cache()
         self.computed = self.steps = self.preemptions = 0
         ahead = order["ahead"] or len(requests)
@@ -92,6 +102,9 @@ class Worker:
                     chosen = zip(one.token_ids, one.logprobs, strict=True)
                     logprobs[output.request_id] = [of_all[token].logprob for token, of_all in chosen]
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        steps = self.steps
+        while self.core.scheduler.has_requests():
+            self.engine.step()  # tells the model runner which requests have ended
         wrong = [row for row in order["rows"] if len(answers[str(row)]) != order["output_tokens"][row]]
         if wrong:
             raise ValueError(f"rows {wrong[:5]}: expected another number of output tokens")
@@ -101,11 +114,27 @@ class Worker:
             "cpu_seconds": cpu_seconds,
             # The first token of an output comes out of the prefill.
             "computed_prompt_tokens": self.computed - outputs,
-            "steps": self.steps,
+            "steps": steps,
             "preemptions": self.preemptions,
             "answers": [answers[str(row)] for row in sorted(order["rows"])],
             "logprobs": [logprobs[str(row)] for row in sorted(order["rows"])] if order["logprobs"] else None,
         }
+
+    def _scheduler(self, options: dict[str, Any]) -> Any:
+        """Our scheduler, on the KV cache that the engine has."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        stock, config = self.core.scheduler, copy(self.config)
+        config.additional_config = {CONFIG_KEY: options}
+        asynchronous = config.scheduler_config.async_scheduling
+        return resolve_obj_by_qualname(scheduler_path(async_scheduling=asynchronous))(
+            vllm_config=config,
+            kv_cache_config=stock.kv_cache_config,
+            structured_output_manager=self.core.structured_output_manager,
+            block_size=stock.block_size,
+            hash_block_size=stock.hash_block_size,
+            log_stats=False,
+        )
 
     def _count(self, scheduler: Any) -> None:
         schedule, preempt = scheduler.schedule, scheduler._preempt_request

@@ -2,7 +2,7 @@
 
 python -m tests.execute.attention_engines JOBS.json
 
-A job is `{"model": {fields of ModelSpec}, "prompts": [[token, ...], ...]}`.
+A job is `{"model": {fields of ModelSpec}, "ranks": tensor-parallel size, "prompts": [[token, ...], ...]}`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from batchllm_kernels.vllm_plugin.attention_backend import TRACE_VARIABLE
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine import Request, VllmEngine
 from batchllm_operators.execute.spec import ModelSpec
@@ -20,8 +21,12 @@ from batchllm_operators.stage.spec import SamplingParameters
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
+    if job["ranks"] > 1:
+        # By itself vLLM wants a NUMA node for each rank on a CPU.
+        cores = sorted(os.sched_getaffinity(0)) * job["ranks"]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[: job["ranks"]]))
     try:
-        engine = VllmEngine(ModelSpec.model_validate(job["model"]), block_size=32, gpus=1)
+        engine = VllmEngine(ModelSpec.model_validate(job["model"]), block_size=32, gpus=job["ranks"])
     except TerminalError as error:
         return {"error": str(error)}
     for number, prompt in enumerate(job["prompts"]):
@@ -38,7 +43,10 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     found = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        found.append({**answers(job), "left": [name for name in os.environ if name.startswith("BATCHLLM_ATTENTION")]})
+        told = answers(job)
+        trace = Path(os.environ[TRACE_VARIABLE])
+        told["traced"] = len(trace.read_text().splitlines()) if trace.exists() else 0
+        found.append({**told, "left": [name for name in os.environ if name.startswith("BATCHLLM_ATTENTION")]})
     print(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,10 @@ PROMPTS = [[*range(1000, 1096), *range(2000 + 10 * n, 2009 + 11 * n)] for n in r
 NO_SINKS = "attention sinks not supported"
 
 
-def asked(model: str, attention: str, **engine_args: Any) -> dict[str, Any]:
+def asked(model: str, attention: str, ranks: int = 1, **engine_args: Any) -> dict[str, Any]:
     arguments = {"enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 * 1024**2, **engine_args}
     spec = {"id": model, "attention": attention, "dtype": "float32", "max_model_len": 512, "engine_args": arguments}
-    return {"model": spec, "prompts": PROMPTS}
+    return {"model": spec, "ranks": ranks, "prompts": PROMPTS}
 
 
 def test_each_engine_of_a_process_gets_what_its_job_asks_for(
@@ -108,10 +109,18 @@ def test_each_engine_of_a_process_gets_what_its_job_asks_for(
 def test_the_choice_reaches_the_processes_of_an_engine_core_and_their_refusals_come_back(
     tiny_llama: str, tiny_granite: str, tmp_path: Path
 ) -> None:
-    jobs = [asked(tiny_granite, "auto", load_format="dummy"), asked(tiny_llama, "shared")]
-    auto, shared = run_engines(jobs, tmp_path, core_process=True)
+    one_rank, two_ranks = asked(tiny_llama, "shared"), asked(tiny_llama, "shared", ranks=2)
+    auto, shared, parallel = run_engines(
+        [asked(tiny_granite, "auto", load_format="dummy"), one_rank, two_ranks], tmp_path, core_process=True
+    )
     assert_fell_back(auto)
     assert_shared(shared, tmp_path)
+    assert parallel["value"] == shared["value"]
+    assert parallel["tokens"] == shared["tokens"]
+    steps = traced(tmp_path)[shared["traced"] :]
+    decided = Counter((step["requests"], step["query_tokens"], step["share"]) for step in steps)
+    assert any(share for *_, share in decided)
+    assert all(count % 2 == 0 for count in decided.values()), "both ranks decide alike"
 
 
 def assert_fell_back(engine: dict[str, Any]) -> None:
@@ -122,8 +131,12 @@ def assert_fell_back(engine: dict[str, Any]) -> None:
 
 def assert_shared(engine: dict[str, Any], folder: Path) -> None:
     assert (engine["value"], engine["reason"]) == ("shared over CPU_ATTN", "model.attention: shared")
-    steps = [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
-    assert any(step["share"] for step in steps)
+    assert any(step["share"] for step in traced(folder))
+
+
+def traced(folder: Path) -> list[dict[str, Any]]:
+    """The steps that were looked at, of all engines and ranks."""
+    return [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
 
 
 def run_engines(jobs: list[dict[str, Any]], folder: Path, *, core_process: bool) -> list[dict[str, Any]]:

@@ -72,6 +72,9 @@ class Prompts:
         return [Ask(prompt, 9, PlannedRequest("equal", len(prompt), 9)) for _ in range(6)]
 
 
+SCHEDULER = "the engine's only one"
+
+
 class Engine:
     """A worker of the benchmark, spoken to in `Ask`s."""
 
@@ -101,7 +104,7 @@ class Engine:
             "ahead": ahead,
             "logprobs": False,
         }
-        return self._process.run(order)
+        return self._process.run(order, SCHEDULER)
 
 
 @contextmanager
@@ -117,7 +120,7 @@ def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any]
         "max_num_seqs": 32,
         **setting.arguments,
     }
-    with EngineProcess(arguments, scheduler, folder / "engine.log") as process:
+    with EngineProcess(arguments, {SCHEDULER: scheduler}, folder / "engine.log") as process:
         yield Engine(process, folder)
 
 

@@ -155,11 +155,12 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         if head.request_id == self._granted:
             return True  # vLLM asks more than once before it takes the head
         situation = (head.request_id, self._admission.ends, self._pin.blocks)
-        if situation == self._refused and self._steps < self._next_look:
+        looked_before = situation == self._refused
+        if looked_before and self._steps < self._next_look:
             return False
         if not self._is_in_turn(head):
             return False
-        if self._fits(head) or self._overtake(head):
+        if self._fits(head) or (not looked_before and self._overtake(head)):
             self._granted = self.waiting[0].request_id
             return True
         # The pin may be shorter by now.
