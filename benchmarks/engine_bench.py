@@ -30,6 +30,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no victim choice": {"cheapest_victim": False},
 }
 
+WRONG_ESTIMATES = {"estimates x2": 2.0, "estimates /2": 0.5}
+
 
 class Bench:
     """Runs workloads on the engines of one model.
@@ -91,7 +93,8 @@ class Bench:
         """
         cache_tokens = int(orders.unique_tokens * cache_share)
         size = {"cache_tokens": cache_tokens, "longest": orders.longest}
-        variants: dict[str, dict[str, Any]] = {OURS: {}, **(ABLATIONS if ablate else {})}
+        # A scheduler each, since they learn how far estimates are off.
+        variants = {OURS: {}, **(ABLATIONS | {name: {} for name in WRONG_ESTIMATES} if ablate else {})}
         with self.engine(tuned=False, **size) as default, self.engine(tuned=True, **size, ours=variants) as tuned:
             ahead = 2 * tuned.settings["max_num_seqs"]
             planned = orders.planned(ahead=ahead)
@@ -102,8 +105,8 @@ class Bench:
                 OURS: (tuned, OURS, planned),
             }
             if ablate:
-                modes["estimates x2"] = (tuned, OURS, orders.planned(ahead=ahead, estimates=2.0))
-                modes["estimates /2"] = (tuned, OURS, orders.planned(ahead=ahead, estimates=0.5))
+                for name, factor in WRONG_ESTIMATES.items():
+                    modes[name] = (tuned, name, orders.planned(ahead=ahead, estimates=factor))
                 modes["sorted, not planned"] = (tuned, OURS, planned | {"rows": orders.sorted()["rows"]})
                 modes |= {name: (tuned, name, planned) for name in ABLATIONS}
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
