@@ -29,8 +29,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no spread ends": {"spread_ends": False},
     "no victim choice": {"cheapest_victim": False},
 }
-
 WRONG_ESTIMATES = {"estimates x2": 2.0, "estimates /2": 0.5}
+"""Factors on the expected output tokens."""
 
 
 class Bench:

@@ -85,22 +85,7 @@ class Admission:
 
     def begin(self, request: Request) -> None:
         """The request runs now."""
-        blocks = self._shareable_blocks(request)
-        held_before = self._residents.blocks
-        planned = planned_request(request)
-        most = max(min(request.max_tokens, self._max_model_tokens - request.num_prompt_tokens), 1)
-        self._admitted.add(
-            request,
-            estimate=max(planned.expected_output_tokens, 1) if planned else most,
-            most=most,
-            shared_tokens=blocks * self._block_size,
-            run=self._residents.hold(request.request_id, request.block_hashes[:blocks]),
-        )
-        self._expect(slice(-1, None))
-        first, last = self._own_blocks_of_last(self._residents.blocks - held_before)
-        self._admitted.work[-1] = self._admitted.to_come[-1] * (first + last) // 2
-        if _uncomputed(request) > 1:
-            self._prefilling[request.request_id] = request
+        self._admit(request)
 
     def end(self, request: Request) -> None:
         """The request is finished or preempted, and its blocks are freed."""
@@ -129,8 +114,8 @@ class Admission:
         """
         blocks = self._shareable_blocks(request)
         tail = request.num_tokens + request.num_output_placeholders - blocks * self._block_size
-        missing = self._residents.missing(request.block_hashes[:blocks])
-        if missing + self._blocks(tail) > free_blocks:
+        needed_now = self._residents.missing(request.block_hashes[:blocks]) + self._blocks(tail)
+        if needed_now > free_blocks:
             return False
         if self._columns_are_old:
             self._admitted.read_tails(self.prefilling)
@@ -139,15 +124,21 @@ class Admission:
         held = self._residents.blocks + self._blocks_of(self._admitted.tails)
         # Blocks in use that no running request accounts for: two copies of one prefix, say.
         unaccounted = max(self._capacity - free_blocks - held, 0)
-        planned = planned_request(request)
-        prefix_tokens = planned.prefix_tokens if planned else 0
-        pinned_tokens = prefix_tokens if self._options.pin_prefixes else 0
-        self.begin(request)
+        prefix = prefix_tokens(request)
+        pinned_tokens = prefix if self._options.pin_prefixes else 0
+        first_blocks, last_blocks = self._admit(request)
         self._residents.hold(_PIN_TO_COME, request.block_hashes[: pinned_tokens // self._block_size])
         try:
             # Without knowing lengths, room left for later would only be lost; a group had better share its prefix.
-            spread = self._options.spread_ends and prefix_tokens == 0 and self._estimates.are_steady
-            if spread and not self._ends_apart(missing, waiting):
+            spread = self._options.spread_ends and prefix == 0 and self._estimates.are_steady
+            if spread and not ends_apart(
+                self._admitted.to_come,
+                self._admitted.work,
+                first_blocks=first_blocks,
+                last_blocks=last_blocks,
+                waiting=waiting,
+                capacity_blocks=self._usable,
+            ):
                 return False
             return self._peak_is_at_most(self._usable - unaccounted)
         finally:
@@ -161,6 +152,27 @@ class Admission:
         computed: int = request.num_computed_tokens
         return min(own, computed)
 
+    def _admit(self, request: Request) -> tuple[int, int]:
+        """Give the request the last row; returns the blocks that it adds when it begins, and when it ends."""
+        blocks = self._shareable_blocks(request)
+        held_before = self._residents.blocks
+        most = max(min(request.max_tokens, self._max_model_tokens - request.num_prompt_tokens), 1)
+        self._admitted.add(
+            request,
+            estimate=expected_output_tokens(request, most),
+            most=most,
+            shared_tokens=blocks * self._block_size,
+            run=self._residents.hold(request.request_id, request.block_hashes[:blocks]),
+        )
+        self._expect(slice(-1, None))
+        missing = self._residents.blocks - held_before
+        tail, to_come = int(self._admitted.tails[-1]), int(self._admitted.to_come[-1])
+        first, last = missing + self._blocks(tail), missing + self._blocks(tail + to_come - 1)
+        self._admitted.work[-1] = to_come * (first + last) // 2
+        if _uncomputed(request) > 1:
+            self._prefilling[request.request_id] = request
+        return first, last
+
     def _forget(self, request: Request) -> None:
         self._admitted.remove(request.request_id)
         self._residents.drop(request.request_id)
@@ -171,27 +183,6 @@ class Admission:
         generated = self._admitted.generated[rows]
         expected = self._estimates.expected(self._admitted.estimates[rows], generated, self._admitted.most[rows])
         self._admitted.to_come[rows] = np.maximum(expected - generated, 1)
-
-    def _own_blocks_of_last(self, missing: int) -> tuple[int, int]:
-        """Blocks that the request of the last row adds when it begins, and when it ends.
-
-        Args:
-            missing: full blocks of its prompt that nobody else holds.
-        """
-        tail = int(self._admitted.tails[-1])
-        return missing + self._blocks(tail), missing + self._blocks(tail + int(self._admitted.to_come[-1]) - 1)
-
-    def _ends_apart(self, missing: int, waiting: int) -> bool:
-        """Whether the request of the last row does not end together with too many others."""
-        first, last = self._own_blocks_of_last(missing)
-        return ends_apart(
-            self._admitted.to_come,
-            self._admitted.work,
-            first_blocks=first,
-            last_blocks=last,
-            waiting=waiting,
-            capacity_blocks=self._usable,
-        )
 
     def _peak_is_at_most(self, blocks: int) -> bool:
         """Whether the admitted requests and the pins never need more blocks than these."""
@@ -243,10 +234,16 @@ def planned_request(request: Request) -> PlannedRequest | None:
     return PlannedRequest.from_extra_args(sampling.extra_args) if sampling else None
 
 
-def expected_output_tokens(request: Request) -> int:
-    """What the plan expects of a request, else the most that it allows; at least 1."""
+def prefix_tokens(request: Request) -> int:
+    """Tokens that it shares with its group, as planned; 0: none."""
     planned = planned_request(request)
-    return max(planned.expected_output_tokens if planned else request.max_tokens, 1)
+    return planned.prefix_tokens if planned else 0
+
+
+def expected_output_tokens(request: Request, most: int) -> int:
+    """What the plan expects of a request, at least 1; the most that is allowed where no plan knows it."""
+    planned = planned_request(request)
+    return max(planned.expected_output_tokens, 1) if planned else most
 
 
 def _uncomputed(request: Request) -> int:

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import RequestStatus
 
-from batchllm_kernels.vllm_plugin.admission import Admission, expected_output_tokens, planned_request
+from batchllm_kernels.vllm_plugin.admission import Admission, expected_output_tokens, planned_request, prefix_tokens
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, SchedulerOptions
 from batchllm_kernels.vllm_plugin.prefix_pin import PrefixPin
@@ -165,7 +165,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             return True
         # The pin may be shorter by now.
         self._refused = (head.request_id, self._admission.ends, self._pin.blocks)
-        pause = int(PAUSE_SHARE * expected_output_tokens(head))
+        pause = int(PAUSE_SHARE * expected_output_tokens(head, head.max_tokens))
         self._next_look = self._steps + min(max(pause, SHORTEST_PAUSE), LONGEST_PAUSE)
         return False
 
@@ -215,12 +215,12 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         Singles may overtake singles, and members of a group each other: a group stays together. A head that is nothing
         but its group's prefix computes it for the others at no cost of its own, so it stays first.
         """
-        group, shared = _group(head), _prefix_tokens(head) // self.block_size
+        group, shared = _group(head), prefix_tokens(head) // self.block_size
         if self._most_cached_blocks(head) < shared:
             return
         place = 1
         while place < len(self.waiting) and (
-            _group(self.waiting[place]) == group or shared == _prefix_tokens(self.waiting[place]) == 0
+            _group(self.waiting[place]) == group or shared == prefix_tokens(self.waiting[place]) == 0
         ):
             neighbours = [self.waiting[other] for other in (place - 1, place + 1) if other < len(self.waiting)]
             own = self.waiting[place].block_hashes[shared : shared + 1]
@@ -250,7 +250,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         if lead is None or _group(request) != _group(lead):
             return True
         # The lead was aborted or preempted before the prefix was there.
-        return bool(lead.status != RequestStatus.RUNNING and lead.num_computed_tokens < _prefix_tokens(lead))
+        return bool(lead.status != RequestStatus.RUNNING and lead.num_computed_tokens < prefix_tokens(lead))
 
     def _is_computed_by_another(self, head: Request) -> bool:
         """Whether a running request is yet to compute the first block that the head would not find in the cache.
@@ -278,7 +278,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         lead = self._lead
         if not self._options.pin_prefixes or lead is None or lead.status != RequestStatus.RUNNING:
             return
-        blocks = _prefix_tokens(lead) // self.block_size
+        blocks = prefix_tokens(lead) // self.block_size
         following = next((one for one in self.waiting if not self._is_blocked_waiting_status(one.status)), None)
         if following is not None and _group(following) != _group(lead):
             blocks = self._cached_blocks_of(following, lead.block_hashes[:blocks])
@@ -367,8 +367,3 @@ class AsyncBatchLLMScheduler(GroupScheduling, AsyncScheduler):  # type: ignore[m
 def _group(request: Request) -> str:
     planned = planned_request(request)
     return planned.group if planned else str(request.request_id)
-
-
-def _prefix_tokens(request: Request) -> int:
-    planned = planned_request(request)
-    return planned.prefix_tokens if planned else 0
