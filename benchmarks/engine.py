@@ -13,9 +13,10 @@ vLLM's scheduler and ours take turns, in the same process and memory:
 
 The number of requests is chosen so that the roofline takes `--seconds`: each distinct prompt block once at the rate of
 prefill, each output token at the peak rate of decode, both measured first. The KV cache holds a share of the unique
-tokens (distinct prompt blocks and all outputs). A workload's figure is the median of the rounds; an ablation runs
-`batchllm` with one mechanism off, or with wrong estimates of the output lengths. With `--quick`, `vllm-default` and the
-ablation have one round.
+tokens (distinct prompt blocks and all outputs), so few requests may run at once; the floor is the roofline with the
+steps that this makes necessary, at what a step costs whatever runs. A workload's figure is the median of the rounds; an
+ablation runs `batchllm` with one mechanism off, or with wrong estimates of the output lengths. With `--quick`,
+`vllm-default`, `vllm-sorted` and the ablation have one round.
 
 Before anything is measured, our engine must answer like vLLM token for token (float32, a small random model, the same
 shapes scaled down). Every run must answer every request with as many tokens as it asked for.
@@ -45,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, models_folder
 from benchmarks.engine_bench import BASELINES, CACHE_SHARE, OURS, Bench, log
-from benchmarks.engine_orders import Orders, Rates, roofline_seconds
+from benchmarks.engine_orders import Orders, Rates, floor_seconds, roofline_seconds
 from benchmarks.workloads import Workload
 
 NO_SHARING = ("ragged output", "no sharing")
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 8 (a run takes longer)"
+        "--seconds", type=float, help="of the roofline of a workload; default: 30, with --quick 15 (a run takes longer)"
     )
     parser.add_argument(
         "--eager",
@@ -123,7 +124,7 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    seconds = given.seconds or (8 if given.quick else 30)
+    seconds = given.seconds or (15 if given.quick else 30)
     eager = given.device == "cpu" if given.eager is None else given.eager
     with tempfile.TemporaryDirectory(prefix="batchllm-bench-") as place:
         folder = Path(place)
@@ -148,7 +149,10 @@ def main() -> None:
                     ablate=name in (given.ablate or [ABLATED]),
                 )
                 one["seconds_by_cause"] = _by_cause(orders, rates, one["modes"][OURS])
-                one["roofline_share"] = round(roofline_seconds(orders, rates) / one["modes"][OURS]["seconds"], 3)
+                ours = one["modes"][OURS]["seconds"]
+                one["roofline_share"] = round(roofline_seconds(orders, rates) / ours, 3)
+                one["fewest_steps"] = orders.fewest_steps(one["cache_tokens"])
+                one["floor_share"] = round(floor_seconds(orders, rates, one["cache_tokens"]) / ours, 3)
                 workloads.append(one)
     tight = [one for one in workloads if one["cache_share"] < 1 and one["workload"] not in NO_SHARING]
     result = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
@@ -55,6 +57,7 @@ class Orders:
         self._common = {"prompts": str(file), "output_tokens": workload.output_tokens.tolist(), "logprobs": False}
         self._sorted = sorted(range(len(workload)), key=lambda row: prompts[row].tolist())
         self._planned, self._plan, self.optimum_computed = _plan(workload, folder, block_size)
+        self._token_steps = _token_steps(prompts, workload.output_tokens.tolist(), block_size)
 
     @property
     def longest(self) -> int:
@@ -70,6 +73,10 @@ class Orders:
     def unique_tokens(self) -> int:
         """Tokens whose KV an ideal cache holds in the end: distinct prompt blocks and all completions."""
         return self.optimum_computed + self.output_tokens
+
+    def fewest_steps(self, cache_tokens: int) -> int:
+        """Steps that generate, of which no schedule has fewer with a KV cache of this size."""
+        return max(-(-self._token_steps // cache_tokens), int(self.workload.output_tokens.max()))
 
     def warm_up(self) -> dict[str, Any]:
         """A few rows, to be run before what is measured."""
@@ -117,6 +124,30 @@ def roofline_seconds(orders: Orders, rates: Rates) -> float:
     """Seconds for each distinct prompt block once, at the peak rate of prefill, and each output token, at decode's."""
     prefill = orders.optimum_computed / rates.prefill_tokens_per_second
     return prefill + orders.output_tokens / rates.decode_tokens_per_second
+
+
+def floor_seconds(orders: Orders, rates: Rates, cache_tokens: int) -> float:
+    """As the roofline, but a step costs what it costs however few requests the cache has room for."""
+    prefill = orders.optimum_computed / rates.prefill_tokens_per_second
+    steps = orders.fewest_steps(cache_tokens) * rates.step_seconds
+    return prefill + steps + orders.output_tokens * rates.output_token_seconds
+
+
+def _token_steps(prompts: list[npt.NDArray[np.int32]], output_tokens: list[int], block_size: int) -> int:
+    """Room in the cache that any schedule needs, in tokens, times the steps for which it does.
+
+    A request keeps its prompt while it generates, and its output so far, in whole blocks. Full blocks that several
+    requests begin with are kept once, for as long as the longest of them generates.
+    """
+    kept: dict[int, int] = {}
+    own_blocks = 0
+    for prompt, steps in zip(prompts, output_tokens, strict=True):
+        blocks = [prompt[end - block_size : end].tobytes() for end in range(block_size, len(prompt) + 1, block_size)]
+        for chain in accumulate(blocks, lambda before, block: hash((before, block)), initial=0):
+            kept[chain] = max(kept.get(chain, 0), steps)
+        own_blocks += int((-(-(len(prompt) % block_size + np.arange(steps)) // block_size)).sum())
+    del kept[0]
+    return block_size * (own_blocks + sum(kept.values()))
 
 
 def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int], list[tuple[str, int, int]], int]:

@@ -61,6 +61,13 @@ def test_a_request_alone_stands_by_its_ratio_among_the_groups() -> None:
     assert (rows[0], rows[-1]) == (3, 4)
 
 
+def test_the_last_of_all_is_what_ends_soonest() -> None:
+    many = [[number] * 20 for number in range(100)]
+    # By its ratio the longer completion would stand last.
+    rows, *_ = ordered([*many, [200] * 400, [201] * 50], [100] * 100 + [30, 5])
+    assert rows[-2:] == [100, 101]
+
+
 def test_a_request_that_is_only_the_prefix_leads_its_group() -> None:
     rows, *_ = ordered([[1] * 8 + [5], [1] * 8, [1] * 8 + [6]], [50, 1, 60])
     assert rows[0] == 1

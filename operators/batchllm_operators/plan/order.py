@@ -8,7 +8,9 @@ is free is the order of siblings, the children of one prefix, at every level of 
 - then longer prefixes, those that are part of the same group before those that begin a group of their own, by
   decreasing ratio of decode to prefill: decode tokens then mix with later prefill.
 
-At the top, single requests and whole trees stand by that ratio together; see `parting` for trees that are taken apart.
+At the top, single requests and whole trees stand by that ratio together, but the last of them by their longest expected
+output, so that the job does not end with a few long completions that began late; see `parting` for trees that are taken
+apart.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from batchllm_operators.plan.prefix_forest import PrefixForest
 
 _WHOLE_PROMPT, _REQUEST, _SAME_GROUP, _SUBTREE = range(4)
 _SMALL = 24
+
+TAIL_SHARE = 0.125
+"""Of all work, that stands last and by the longest expected output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,7 @@ def order_by_ratio(
     _sort_siblings(children, offsets, kind, rank)
     if policy == "blend":
         _blend_siblings(children, offsets, kind, decode, tokens)
+    _sort_tail(children[offsets[top] :], decode + tokens * prefill_per_token, forest, requests.output_tokens)
     positions, shared, tree = _walk(children, offsets, depth, nodes, count)
     return EngineOrder(positions, shared, tree, int(parted.sum()))
 
@@ -205,6 +211,29 @@ def _blend_siblings(children: Int64s, offsets: Int64s, kind: Int8s, decode: Floa
                     taken_decode += decode[item]
                     taken_prefill += prefill[item]
             low = high
+
+
+def _sort_tail(trees: Int64s, work: Floats, forest: PrefixForest, output_tokens: Int32s) -> None:
+    """Sort the last of these trees, with `TAIL_SHARE` of their work, by decreasing longest expected output."""
+    if len(trees) == 0:
+        return
+    until_end = np.cumsum(work[trees[::-1]])
+    tail = trees[-1 - int(np.searchsorted(until_end, TAIL_SHARE * until_end[-1])) :]
+    longest = _longest_outputs(tail, forest.first, forest.leaves, output_tokens)
+    tail[:] = tail[np.argsort(-longest, kind="stable")]
+
+
+@compiled
+def _longest_outputs(trees: Int64s, first: Int32s, leaves: Int32s, output_tokens: Int32s) -> Int64s:
+    """Of each tree, or single request."""
+    longest = np.zeros(len(trees), dtype=np.int64)
+    for number, tree in enumerate(trees):
+        if tree >= len(first):
+            longest[number] = output_tokens[tree - len(first)]
+            continue
+        for position in range(first[tree], first[tree] + leaves[tree]):
+            longest[number] = max(longest[number], output_tokens[position])
+    return longest
 
 
 @compiled
