@@ -14,9 +14,10 @@ vLLM's scheduler and ours take turns, in the same process and memory:
 The number of requests is chosen so that the roofline takes `--seconds`: each distinct prompt block once at the rate of
 prefill, each output token at the peak rate of decode, both measured first. The KV cache holds a share of the unique
 tokens (distinct prompt blocks and all outputs), so few requests may run at once; the floor is the roofline with the
-steps that this makes necessary, at what a step costs whatever runs. A workload's figure is the median of the rounds; an
-ablation runs `batchllm` with one mechanism off, or with wrong estimates of the output lengths. With `--quick`,
-`vllm-default`, `vllm-sorted` and the ablation have one round.
+steps that this makes necessary, at what a step costs whatever runs, and with what it costs to read cached contexts.
+
+A workload's figure is the median of the rounds; an ablation runs `batchllm` with one mechanism off, or with wrong
+estimates of the output lengths. With `--quick`, `vllm-default`, `vllm-sorted` and the ablation have one round.
 
 Before anything is measured, our engine must answer like vLLM token for token (float32, a small random model, the same
 shapes scaled down). Every run must answer every request with as many tokens as it asked for.
@@ -46,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, models_folder
 from benchmarks.engine_bench import BASELINES, CACHE_SHARE, OURS, Bench, log
-from benchmarks.engine_orders import Orders, Rates, floor_seconds, roofline_seconds
+from benchmarks.engine_orders import Orders, Rates, decode_seconds, floor_seconds, roofline_seconds
 from benchmarks.workloads import Workload
 
 NO_SHARING = ("ragged output", "no sharing")
@@ -181,12 +182,9 @@ def _geometric_mean(values: list[float]) -> float:
 
 
 def _by_cause(orders: Orders, rates: Rates, mode: dict[str, Any]) -> dict[str, float]:
-    """Where the seconds of a run went: prompts, steps, generated tokens, and what is left (attention, scheduling)."""
-    causes = {
-        "prompt tokens": mode["computed_prompt_tokens"] / rates.prefill_tokens_per_second,
-        "steps": mode["steps"] * rates.step_seconds,
-        "output tokens": orders.output_tokens * rates.output_token_seconds,
-    }
+    """Where the seconds of a run went: prompts, steps, generated tokens, their contexts, and what is left."""
+    prompts = mode["computed_prompt_tokens"] / rates.prefill_tokens_per_second
+    causes = {"prompt tokens": prompts, **decode_seconds(orders, rates, mode["steps"])}
     causes["rest"] = mode["seconds"] - sum(causes.values())
     return {name: round(seconds, 2) for name, seconds in causes.items()}
 

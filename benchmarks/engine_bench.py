@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import workloads as shapes
 from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments
-from benchmarks.engine_orders import PEAK_REQUESTS, Orders, Rates, orders_of_length
+from benchmarks.engine_orders import PEAK_CONTEXT, PEAK_REQUESTS, Orders, Rates, orders_of_length
 from benchmarks.engine_process import STOCK, EngineProcess
 from benchmarks.workloads import Workload
 
@@ -122,10 +122,13 @@ class Bench:
 
     def rates(self) -> Rates:
         """Of the tuned engine."""
+        short, long, few = PEAK_CONTEXT - 32, 960, 8
         made = {
             "prefill": shapes.no_sharing(24, tokens=512, out=1),
-            "decode": shapes.no_sharing(PEAK_REQUESTS, tokens=32, out=64),
-            "alone": shapes.no_sharing(1, tokens=32, out=64),
+            "decode": shapes.no_sharing(PEAK_REQUESTS, tokens=short, out=64),
+            "alone": shapes.no_sharing(1, tokens=short, out=64),
+            "long prompts": shapes.no_sharing(few, tokens=long, out=1),
+            "long contexts": shapes.no_sharing(few, tokens=long, out=64),
         }
         orders = {name: Orders(one, self.folder, block_size=BLOCK_SIZE) for name, one in made.items()}
         with self.engine(tuned=True, cache_tokens=65_536, longest=1024) as engine:
@@ -136,9 +139,17 @@ class Bench:
                     seconds[name].append(engine.run(one.given())["seconds"])
         best = {name: min(runs) for name, runs in seconds.items()}
         prefill_rate = 24 * 512 / best["prefill"]
-        together = (best["decode"] - PEAK_REQUESTS * 32 / prefill_rate) / 64
-        alone = (best["alone"] - 32 / prefill_rate) / 64
-        return Rates(prefill_rate, PEAK_REQUESTS / together, alone - (together - alone) / (PEAK_REQUESTS - 1))
+        together = (best["decode"] - PEAK_REQUESTS * short / prefill_rate) / 64
+        alone = (best["alone"] - short / prefill_rate) / 64
+        token = (together - alone) / (PEAK_REQUESTS - 1)
+        step = alone - token
+        contexts = (best["long contexts"] - best["long prompts"]) / 63 - step - few * token
+        return Rates(
+            prefill_tokens_per_second=prefill_rate,
+            decode_tokens_per_second=PEAK_REQUESTS / together,
+            step_seconds=step,
+            context_token_seconds=contexts / few / (long + 32 - PEAK_CONTEXT),
+        )
 
     def logprob_difference(self, orders: Orders) -> dict[str, Any]:
         """How far our answers are from those of vLLM in this dtype, one token after the other until they differ."""

@@ -21,6 +21,8 @@ from benchmarks.workloads import Workload
 WARM_UP_REQUESTS = 3
 PEAK_REQUESTS = 128
 """That generate together when the peak rate is measured."""
+PEAK_CONTEXT = 64
+"""Tokens that each of them has in the cache, on average."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,14 @@ class Rates:
     """At its peak."""
     step_seconds: float
     """Of a step that generates, beyond what its tokens cost."""
+    context_token_seconds: float
+    """What each token that a request has in the cache adds to each token that it generates."""
 
     @property
     def output_token_seconds(self) -> float:
-        """What each generated token adds to a step."""
-        return 1 / self.decode_tokens_per_second - self.step_seconds / PEAK_REQUESTS
+        """What each generated token adds to a step, beyond its context."""
+        at_peak = 1 / self.decode_tokens_per_second - self.step_seconds / PEAK_REQUESTS
+        return at_peak - PEAK_CONTEXT * self.context_token_seconds
 
 
 class Orders:
@@ -68,6 +73,12 @@ class Orders:
     def output_tokens(self) -> int:
         """Of all requests."""
         return int(self.workload.output_tokens.sum())
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens in the cache, of each generated token's own request, over all generated tokens."""
+        outputs = self.workload.output_tokens.astype(np.int64)
+        return int((outputs * self.workload.prompt_tokens + outputs * (outputs - 1) // 2).sum())
 
     @property
     def unique_tokens(self) -> int:
@@ -127,10 +138,18 @@ def roofline_seconds(orders: Orders, rates: Rates) -> float:
 
 
 def floor_seconds(orders: Orders, rates: Rates, cache_tokens: int) -> float:
-    """As the roofline, but a step costs what it costs however few requests the cache has room for."""
+    """As the roofline, but steps cost what they cost however few requests run, and so do contexts."""
     prefill = orders.optimum_computed / rates.prefill_tokens_per_second
-    steps = orders.fewest_steps(cache_tokens) * rates.step_seconds
-    return prefill + steps + orders.output_tokens * rates.output_token_seconds
+    return prefill + sum(decode_seconds(orders, rates, orders.fewest_steps(cache_tokens)).values())
+
+
+def decode_seconds(orders: Orders, rates: Rates, steps: int) -> dict[str, float]:
+    """What it costs to generate all outputs in this many steps, by cause."""
+    return {
+        "steps": steps * rates.step_seconds,
+        "output tokens": orders.output_tokens * rates.output_token_seconds,
+        "contexts": orders.context_tokens * rates.context_token_seconds,
+    }
 
 
 def _token_steps(prompts: list[npt.NDArray[np.int32]], output_tokens: list[int], block_size: int) -> int:

@@ -18,6 +18,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import Load
 from tests.vllm_plugin import cpu_platform_plugin
+from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 
 pytestmark = pytest.mark.engine
 REPOSITORY = Path(__file__).parents[2]
@@ -123,6 +124,22 @@ def test_the_choice_reaches_the_processes_of_an_engine_core_and_their_refusals_c
     assert all(count % 2 == 0 for count in decided.values()), "both ranks decide alike"
 
 
+def test_it_runs_between_the_pieces_that_are_captured_as_cuda_graphs(tiny_llama: str, tmp_path: Path) -> None:
+    """vLLM pads a batch to a size that was captured; attention sees the requests there are."""
+    eager, captured = asked(tiny_llama, "shared"), asked(tiny_llama, "shared", enforce_eager=False)
+    for job in (eager, captured):
+        job["prompts"] = PROMPTS[:3]
+    replays = tmp_path / "replays.jsonl"
+    expected, got = run_engines([eager, captured], tmp_path, core_process=False, **{REPLAYS_VARIABLE: str(replays)})
+    assert got["value"] == "shared over CPU_ATTN"
+    assert got["tokens"] == expected["tokens"]
+    assert any(step["share"] and step["query_tokens"] == 3 for step in traced(tmp_path)[expected["traced"] :])
+    pieces = Counter(tuple(json.loads(line).values()) for line in replays.read_text().splitlines())
+    assert pieces["capture", "PIECEWISE", 4] >= 2
+    assert pieces["replay", "PIECEWISE", 4] >= 5 * pieces["capture", "PIECEWISE", 4]
+    assert {mode for _, mode, _ in pieces} == {"PIECEWISE"}
+
+
 def assert_fell_back(engine: dict[str, Any]) -> None:
     assert engine["value"] == "stock (CPU_ATTN)"
     assert engine["reason"] == f"model.attention: auto; prefix-shared attention not supported: {NO_SINKS}"
@@ -139,7 +156,9 @@ def traced(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
 
 
-def run_engines(jobs: list[dict[str, Any]], folder: Path, *, core_process: bool) -> list[dict[str, Any]]:
+def run_engines(
+    jobs: list[dict[str, Any]], folder: Path, *, core_process: bool, **variables: str
+) -> list[dict[str, Any]]:
     """The engines of `attention_engines.py` on a platform that takes our backend."""
     cpu_platform_plugin.announce(folder / "platform")
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -147,6 +166,7 @@ def run_engines(jobs: list[dict[str, Any]], folder: Path, *, core_process: bool)
         "PYTHONPATH": os.pathsep.join([str(folder / "platform"), str(REPOSITORY)]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(core_process)),
         TRACE: str(folder / "attention.jsonl"),
+        **variables,
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.execute.attention_engines", str(folder / "jobs.json")],

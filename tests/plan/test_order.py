@@ -74,13 +74,19 @@ def test_a_request_that_is_only_the_prefix_leads_its_group() -> None:
 
 
 def test_blend_keeps_the_ratio_of_what_is_taken_near_that_of_all() -> None:
-    prompts = [[number] * 20 for number in range(40)]
-    outputs = [100] * 20 + [1] * 20
+    prompts = [[number] * 20 + [member] for number in range(40) for member in range(2)]
+    outputs = [100] * 40 + [1] * 40
     blended, *_ = ordered(prompts, outputs, policy="blend")
     sorted_first, *_ = ordered(prompts, outputs)
     share = [outputs[row] for row in blended]
-    assert sum(output == 100 for output in share[:20]) in range(9, 12)
-    assert [outputs[row] for row in sorted_first] == [100] * 20 + [1] * 20
+    assert sum(output == 100 for output in share[:40]) in range(18, 23)
+    assert [outputs[row] for row in sorted_first] == [100] * 40 + [1] * 40
+
+
+def test_singles_that_begin_together_do_not_end_together() -> None:
+    outputs = [10 * (12 - row) for row in range(12)]
+    rows, *_ = ordered([[row] * 20 for row in range(12)], outputs)
+    assert rows == [0, 3, 6, 1, 4, 7, 2, 5, 8, 9, 10, 11]
 
 
 def test_groups_of_one_parent_stay_together_when_their_parent_is_worth_it() -> None:

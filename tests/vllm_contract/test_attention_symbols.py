@@ -102,3 +102,43 @@ def test_an_implementation_says_whether_its_output_may_be_quantised_in_place() -
     from vllm.v1.attention.backend import AttentionImpl
 
     assert list(inspect.signature(AttentionImpl.fused_output_quant_supported).parameters) == ["self", "quant_key"]
+
+
+def compiled(mode: str) -> Any:
+    """How a model is compiled where vLLM decides, with CUDA graphs of a mode."""
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode[mode])
+    config.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
+    return config
+
+
+def resolved(mode: str, *, use_v2_model_runner: bool = False) -> str:
+    """The mode that vLLM's model runner ends up with for a backend that is never captured."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    chosen = compiled(mode).resolve_cudagraph_mode_and_sizes(
+        AttentionCGSupport.NEVER, "SharedBackend", use_v2_model_runner=use_v2_model_runner
+    )
+    return str(chosen.name)
+
+
+@pytest.mark.parametrize("use_v2_model_runner", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("FULL_AND_PIECEWISE", "PIECEWISE"), ("FULL_DECODE_ONLY", "PIECEWISE"), ("PIECEWISE",) * 2, ("NONE",) * 2],
+)
+def test_where_attention_is_never_captured_cuda_graphs_are_of_the_pieces_between(
+    mode: str, expected: str, use_v2_model_runner: bool
+) -> None:
+    assert resolved(mode, use_v2_model_runner=use_v2_model_runner) == expected
+    assert compiled(mode).splitting_ops_contain_attention()
+
+
+def test_where_attention_is_never_captured_whole_steps_cannot_be() -> None:
+    from vllm.config import CUDAGraphMode
+
+    with pytest.raises(ValueError, match="FULL is not supported with SharedBackend backend"):
+        resolved("FULL")
+    whole = [mode.name for mode in CUDAGraphMode if mode.mixed_mode() == CUDAGraphMode.FULL]
+    assert whole == ["FULL"]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
+
+REPLAYS_VARIABLE = "TEST_REPLAYED_PIECES"
+"""Environment variable with the file for a JSON line on every capture and replay; unset: the model is not compiled."""
 
 
 def platform() -> str:
     """Let prefix sharing be built upon vLLM's backend of CPUs, and name the platform that takes it."""
     STOCK_BACKENDS["CPU_ATTN"] = "tests.vllm_plugin.plain_cpu_backend.SharedOverCpu"
-    return "tests.vllm_plugin.custom_cpu_platform.CustomCpuPlatform"
+    name = "PiecewiseCpuPlatform" if REPLAYS_VARIABLE in os.environ else "CustomCpuPlatform"
+    return f"tests.vllm_plugin.custom_cpu_platform.{name}"
 
 
 def announce(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """vLLM's CPU platform, except that it takes the backend `CUSTOM` under the same conditions as that of CUDA does.
 
-With it, an engine on a CPU goes through all that an engine on a GPU does to get prefix-shared attention.
+With it, an engine on a CPU goes through all that an engine on a GPU does to get prefix-shared attention, with compiled
+pieces that are captured as CUDA graphs are, if wanted.
 """
 
 from __future__ import annotations
@@ -26,3 +27,26 @@ class CustomCpuPlatform(CpuPlatform):
         if reasons:
             raise ValueError(f"Selected backend {selected_backend} is not valid for this configuration: {reasons}")
         return AttentionBackendEnum.CUSTOM.get_path()
+
+
+class PiecewiseCpuPlatform(CustomCpuPlatform):
+    """As on CUDA, the model is compiled in pieces between its attention layers, and these are captured."""
+
+    @classmethod
+    def support_static_graph_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def get_static_graph_wrapper_cls(cls) -> str:
+        return "tests.vllm_plugin.replayed_piece.ReplayedPiece"
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        from vllm.config import CompilationMode  # imports the platform
+
+        compilation = vllm_config.compilation_config
+        mode, sizes = compilation.mode, compilation.cudagraph_capture_sizes
+        super().check_and_update_config(vllm_config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode, compilation.cudagraph_capture_sizes = mode, sizes
+            compilation.backend = "eager"

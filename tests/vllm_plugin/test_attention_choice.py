@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import vllm.platforms
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.usage.usage_lib import UsageContext
@@ -239,6 +240,17 @@ def test_a_quantised_kv_cache_is_not_supported(on_cuda: object, make_config: Mak
     chosen = choice("auto", config)
     assert not chosen.shared
     assert chosen.reasons == ("kv_cache_dtype not supported",)
+
+
+@pytest.mark.parametrize("mode", CUDAGraphMode)
+def test_cuda_graphs_of_whole_steps_are_not_supported_where_they_are_asked_for(
+    on_cuda: object, make_config: MakeConfig, mode: CUDAGraphMode
+) -> None:
+    """In the other modes vLLM falls back to graphs of what stands between attention layers, if to any."""
+    config = make_config()
+    config.compilation_config.cudagraph_mode = mode
+    reasons = ("cudagraph_mode FULL not supported",) if mode == CUDAGraphMode.FULL else ()
+    assert choice("auto", config).reasons == reasons
 
 
 def test_a_stock_backend_that_is_not_built_upon_is_named(on_cuda: object, make_config: MakeConfig) -> None:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
 from vllm import envs, platforms
-from vllm.config import set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
@@ -120,6 +120,7 @@ def _unsupported(config: Any, stock: str | None, unknown: tuple[str, ...]) -> It
         ("chunked local attention", bool(model.attention_chunk_size)),
         ("speculative decoding", config.speculative_config is not None),
         ("a model without attention", model.is_attention_free),
+        ("cudagraph_mode FULL", config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL),
     ):
         if present:
             yield f"{name} not supported"

@@ -8,9 +8,10 @@ is free is the order of siblings, the children of one prefix, at every level of 
 - then longer prefixes, those that are part of the same group before those that begin a group of their own, by
   decreasing ratio of decode to prefill: decode tokens then mix with later prefill.
 
-At the top, single requests and whole trees stand by that ratio together, but the last of them by their longest expected
-output, so that the job does not end with a few long completions that began late; see `parting` for trees that are taken
-apart.
+At the top, single requests and whole trees stand by that ratio together, with two exceptions: single requests are dealt
+out, so that those which begin together do not also end together and leave the cache empty at once; and the last items
+stand by their longest expected output, so that the job does not end with a few long completions that began late. See
+`parting` for trees that are taken apart.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from batchllm_operators.plan.prefix_forest import PrefixForest
 _WHOLE_PROMPT, _REQUEST, _SAME_GROUP, _SUBTREE = range(4)
 _SMALL = 24
 
+DEALT_SHARE = 2 / 3
+"""Of the single requests at the top: those with most decode, which are dealt out; the others fill what these leave."""
+ROUNDS = 3
+"""In which they are dealt out: every third one first."""
 TAIL_SHARE = 0.125
 """Of all work, that stands last and by the longest expected output."""
 
@@ -119,9 +124,12 @@ def order_by_ratio(
 
     children, offsets = _children(parent, forest.first, count)
     _sort_siblings(children, offsets, kind, rank)
+    trees = children[offsets[top] :]
     if policy == "blend":
         _blend_siblings(children, offsets, kind, decode, tokens)
-    _sort_tail(children[offsets[top] :], decode + tokens * prefill_per_token, forest, requests.output_tokens)
+    else:
+        _deal_singles(trees, nodes)
+    _sort_tail(trees, decode + tokens * prefill_per_token, forest, requests.output_tokens)
     positions, shared, tree = _walk(children, offsets, depth, nodes, count)
     return EngineOrder(positions, shared, tree, int(parted.sum()))
 
@@ -211,6 +219,14 @@ def _blend_siblings(children: Int64s, offsets: Int64s, kind: Int8s, decode: Floa
                     taken_decode += decode[item]
                     taken_prefill += prefill[item]
             low = high
+
+
+def _deal_singles(trees: Int64s, nodes: int) -> None:
+    """Deal out the first single requests among the places that single requests have."""
+    places = np.flatnonzero(trees >= nodes)
+    places = places[: int(DEALT_SHARE * len(places))]
+    singles = trees[places]
+    trees[places] = np.concatenate([singles[start::ROUNDS] for start in range(ROUNDS)])
 
 
 def _sort_tail(trees: Int64s, work: Floats, forest: PrefixForest, output_tokens: Int32s) -> None:
