@@ -14,7 +14,8 @@ vLLM's scheduler and ours take turns, in the same process and memory:
 The number of requests is chosen so that the roofline takes `--seconds`: each distinct prompt block once at the rate of
 prefill, each output token at the peak rate of decode, both measured first. The KV cache holds a share of the unique
 tokens (distinct prompt blocks and all outputs), so few requests may run at once; the floor is the roofline with the
-steps that this makes necessary, at what a step costs whatever runs, and with what it costs to read cached contexts.
+steps that this makes necessary, at what a step costs whatever runs, and with what it costs to read cached contexts that
+are not shared.
 
 A workload's figure is the median of the rounds; an ablation runs `batchllm` with one mechanism off, or with wrong
 estimates of the output lengths. With `--quick`, `vllm-default`, `vllm-sorted` and the ablation have one round.
@@ -182,7 +183,7 @@ def _geometric_mean(values: list[float]) -> float:
 
 
 def _by_cause(orders: Orders, rates: Rates, mode: dict[str, Any]) -> dict[str, float]:
-    """Where the seconds of a run went: prompts, steps, generated tokens, their contexts, and what is left."""
+    """Where the seconds of a run went: prompts, steps, generated tokens, their own contexts, and what is left."""
     prompts = mode["computed_prompt_tokens"] / rates.prefill_tokens_per_second
     causes = {"prompt tokens": prompts, **decode_seconds(orders, rates, mode["steps"])}
     causes["rest"] = mode["seconds"] - sum(causes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -51,6 +52,10 @@ class Orders:
         workload: the requests.
         folder: for files.
         block_size: tokens of a KV block, of the plan.
+
+    Attributes:
+        optimum_computed: prompt tokens that an ideal cache which never evicts leaves to compute.
+        own_context_tokens: tokens that are read from the KV cache to generate, those of shared blocks not counted.
     """
 
     def __init__(self, workload: Workload, folder: Path, *, block_size: int) -> None:
@@ -62,7 +67,7 @@ class Orders:
         self._common = {"prompts": str(file), "output_tokens": workload.output_tokens.tolist(), "logprobs": False}
         self._sorted = sorted(range(len(workload)), key=lambda row: prompts[row].tolist())
         self._planned, self._plan, self.optimum_computed = _plan(workload, folder, block_size)
-        self._token_steps = _token_steps(prompts, workload.output_tokens.tolist(), block_size)
+        self._token_steps, self.own_context_tokens = _token_steps(prompts, workload.output_tokens.tolist(), block_size)
 
     @property
     def longest(self) -> int:
@@ -73,12 +78,6 @@ class Orders:
     def output_tokens(self) -> int:
         """Of all requests."""
         return int(self.workload.output_tokens.sum())
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens in the cache, of each generated token's own request, over all generated tokens."""
-        outputs = self.workload.output_tokens.astype(np.int64)
-        return int((outputs * self.workload.prompt_tokens + outputs * (outputs - 1) // 2).sum())
 
     @property
     def unique_tokens(self) -> int:
@@ -138,7 +137,10 @@ def roofline_seconds(orders: Orders, rates: Rates) -> float:
 
 
 def floor_seconds(orders: Orders, rates: Rates, cache_tokens: int) -> float:
-    """As the roofline, but steps cost what they cost however few requests run, and so do contexts."""
+    """As the roofline, but steps cost what they cost however few requests run, and so do contexts that are not shared.
+
+    What is shared may stay in the caches of a processor, and prefix-shared attention reads it once for all.
+    """
     prefill = orders.optimum_computed / rates.prefill_tokens_per_second
     return prefill + sum(decode_seconds(orders, rates, orders.fewest_steps(cache_tokens)).values())
 
@@ -148,25 +150,33 @@ def decode_seconds(orders: Orders, rates: Rates, steps: int) -> dict[str, float]
     return {
         "steps": steps * rates.step_seconds,
         "output tokens": orders.output_tokens * rates.output_token_seconds,
-        "contexts": orders.context_tokens * rates.context_token_seconds,
+        "own contexts": orders.own_context_tokens * rates.context_token_seconds,
     }
 
 
-def _token_steps(prompts: list[npt.NDArray[np.int32]], output_tokens: list[int], block_size: int) -> int:
-    """Room in the cache that any schedule needs, in tokens, times the steps for which it does.
+def _token_steps(prompts: list[npt.NDArray[np.int32]], output_tokens: list[int], block_size: int) -> tuple[int, int]:
+    """Room in the cache that any schedule needs, in tokens times steps, and `own_context_tokens`.
 
     A request keeps its prompt while it generates, and its output so far, in whole blocks. Full blocks that several
     requests begin with are kept once, for as long as the longest of them generates.
     """
+    chains = [_block_chain(prompt, block_size) for prompt in prompts]
+    uses = Counter(block for chain in chains for block in chain)
     kept: dict[int, int] = {}
-    own_blocks = 0
-    for prompt, steps in zip(prompts, output_tokens, strict=True):
-        blocks = [prompt[end - block_size : end].tobytes() for end in range(block_size, len(prompt) + 1, block_size)]
-        for chain in accumulate(blocks, lambda before, block: hash((before, block)), initial=0):
-            kept[chain] = max(kept.get(chain, 0), steps)
-        own_blocks += int((-(-(len(prompt) % block_size + np.arange(steps)) // block_size)).sum())
-    del kept[0]
-    return block_size * (own_blocks + sum(kept.values()))
+    kept_own_blocks = read = 0
+    for prompt, chain, steps in zip(prompts, chains, output_tokens, strict=True):
+        for block in chain:
+            kept[block] = max(kept.get(block, 0), steps)
+        tail = len(prompt) % block_size + np.arange(steps)
+        kept_own_blocks += int((-(-tail // block_size)).sum())
+        read += int(tail.sum()) + block_size * sum(uses[block] == 1 for block in chain) * steps
+    return block_size * (kept_own_blocks + sum(kept.values())), read
+
+
+def _block_chain(prompt: npt.NDArray[np.int32], block_size: int) -> list[int]:
+    """A hash of each full block and all before it."""
+    blocks = [prompt[end - block_size : end].tobytes() for end in range(block_size, len(prompt) + 1, block_size)]
+    return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
 
 
 def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int], list[tuple[str, int, int]], int]:

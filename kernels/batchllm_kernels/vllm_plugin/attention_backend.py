@@ -2,7 +2,8 @@
 
 A step that the cost gate does not take runs the stock backend's own code. The block table is looked at once per step,
 for all layers. Tensor parallelism: each rank plans alike for its own heads. CUDA graphs: attention runs between the
-captured pieces (vLLM's PIECEWISE mode, chosen by itself), because a captured step could not change paths.
+captured pieces (vLLM's PIECEWISE mode, chosen by itself), because a captured step could not change paths; the mode
+FULL, in which vLLM would fail, is refused before the start.
 """
 
 from __future__ import annotations
