@@ -19,6 +19,9 @@ from batchllm_operators.execute.engine import Request, VllmEngine
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.stage.spec import SamplingParameters
 
+TELLING = ("vllm.v1.worker.cpu.model_runner", "batchllm_kernels.attention.launch")
+"""Modules that are imported when vLLM's second model runner is made, and when a kernel of ours runs."""
+
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
     if job["ranks"] > 1:
@@ -37,7 +40,12 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
             tokens[done.request_key.hex()] = done.output_token_ids
     attention = next(one for one in engine.settings if one.name == "attention")
     engine.close()
-    return {"value": attention.value, "reason": attention.reason, "tokens": [tokens[key] for key in sorted(tokens)]}
+    return {
+        "value": attention.value,
+        "reason": attention.reason,
+        "tokens": [tokens[key] for key in sorted(tokens)],
+        "modules": [name for name in TELLING if name in sys.modules],
+    }
 
 
 def main() -> None:

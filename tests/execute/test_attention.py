@@ -131,13 +131,24 @@ def test_it_runs_between_the_pieces_that_are_captured_as_cuda_graphs(tiny_llama:
         job["prompts"] = PROMPTS[:3]
     replays = tmp_path / "replays.jsonl"
     expected, got = run_engines([eager, captured], tmp_path, core_process=False, **{REPLAYS_VARIABLE: str(replays)})
-    assert got["value"] == "shared over CPU_ATTN"
+    assert (got["value"], got["modules"]) == ("shared over CPU_ATTN", [])
     assert got["tokens"] == expected["tokens"]
     assert any(step["share"] and step["query_tokens"] == 3 for step in traced(tmp_path)[expected["traced"] :])
     pieces = Counter(tuple(json.loads(line).values()) for line in replays.read_text().splitlines())
     assert pieces["capture", "PIECEWISE", 4] >= 2
     assert pieces["replay", "PIECEWISE", 4] >= 5 * pieces["capture", "PIECEWISE", 4]
     assert {mode for _, mode, _ in pieces} == {"PIECEWISE"}
+
+
+def test_the_kernels_answer_alike_in_vllms_second_model_runner(tiny_llama: str, tmp_path: Path) -> None:
+    """The runner that GPUs get, which keeps block tables on the device; Triton is interpreted."""
+    variables = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+    jobs = [asked(tiny_llama, "shared"), asked(tiny_llama, "stock")]
+    shared, stock = run_engines(jobs, tmp_path, core_process=False, **variables)
+    assert_shared(shared, tmp_path)
+    assert shared["modules"] == ["vllm.v1.worker.cpu.model_runner", "batchllm_kernels.attention.launch"]
+    assert stock["value"] == "stock (CPU_ATTN)"
+    assert shared["tokens"] == stock["tokens"]
 
 
 def assert_fell_back(engine: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The plugin's attention over `CPU_ATTN`, for tests: a plain KV layout, and the reference in the kernels' place.
+"""The plugin's attention over `CPU_ATTN`, for tests: a plain KV layout, and the reference where Triton cannot run.
 
 vLLM's CPU kernels pack the keys, so that the stock half of this backend is the reference without sharing.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -47,7 +48,7 @@ class PlainImpl(CPUAttentionBackendImpl):
 
 
 class SharedImpl(SharedAttentionImpl, PlainImpl):
-    implementation = "reference"
+    implementation = "triton" if HAS_TRITON else "reference"
 
 
 class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):
