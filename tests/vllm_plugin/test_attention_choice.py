@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import vllm.platforms
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.usage.usage_lib import UsageContext
@@ -242,15 +242,30 @@ def test_a_quantised_kv_cache_is_not_supported(on_cuda: object, make_config: Mak
     assert chosen.reasons == ("kv_cache_dtype not supported",)
 
 
-@pytest.mark.parametrize("mode", CUDAGraphMode)
-def test_cuda_graphs_of_whole_steps_are_not_supported_where_they_are_asked_for(
-    on_cuda: object, make_config: MakeConfig, mode: CUDAGraphMode
+@pytest.mark.parametrize(
+    ("asked", "started"),
+    [
+        ("NONE", "NONE"),
+        ("PIECEWISE", "PIECEWISE"),
+        ("FULL_DECODE_ONLY", "PIECEWISE"),
+        ("FULL_AND_PIECEWISE", "PIECEWISE"),
+        ("FULL", "FULL"),
+    ],
+)
+def test_cuda_graphs_are_of_what_stands_between_attention_layers(
+    on_cuda: object, make_config: MakeConfig, asked: str, started: str
 ) -> None:
-    """In the other modes vLLM falls back to graphs of what stands between attention layers, if to any."""
-    config = make_config()
-    config.compilation_config.cudagraph_mode = mode
-    reasons = ("cudagraph_mode FULL not supported",) if mode == CUDAGraphMode.FULL else ()
-    assert choice("auto", config).reasons == reasons
+    def make() -> Any:
+        config = make_config()
+        compilation = config.compilation_config
+        compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode[asked]
+        compilation.splitting_ops = None  # none is left of a configuration for a CPU
+        compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
+        return config
+
+    mode, chosen = start_with_attention("auto", make, lambda config: config.compilation_config.cudagraph_mode.name)
+    assert mode == started
+    assert chosen.reasons == (("cudagraph_mode FULL not supported",) if asked == "FULL" else ())
 
 
 def test_a_stock_backend_that_is_not_built_upon_is_named(on_cuda: object, make_config: MakeConfig) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from vllm import envs, platforms
 from vllm.config import CUDAGraphMode, set_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
@@ -73,6 +74,10 @@ def start_with_attention(
     reasons = tuple(_unsupported(config, stock, unknown))
     if stock and not reasons:
         config.attention_config.backend = AttentionBackendEnum.CUSTOM
+        # As each of the engine's workers would do by itself, so that the config tells what they do.
+        config.compilation_config.resolve_cudagraph_mode_and_sizes(
+            AttentionCGSupport.NEVER, AttentionBackendEnum.CUSTOM.name, use_v2_model_runner=config.use_v2_model_runner
+        )
         with _registered(stock) as refusals:
             try:
                 return start(config), AttentionChoice(shared=True, stock=stock)
