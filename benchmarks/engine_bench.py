@@ -122,13 +122,14 @@ class Bench:
 
     def rates(self) -> Rates:
         """Of the tuned engine."""
-        short, long, few = PEAK_CONTEXT - 32, 960, 8
+        out, long, few = 64, 960, 8
+        short = PEAK_CONTEXT - out // 2
         made = {
             "prefill": shapes.no_sharing(24, tokens=512, out=1),
-            "decode": shapes.no_sharing(PEAK_REQUESTS, tokens=short, out=64),
-            "alone": shapes.no_sharing(1, tokens=short, out=64),
+            "decode": shapes.no_sharing(PEAK_REQUESTS, tokens=short, out=out),
+            "alone": shapes.no_sharing(1, tokens=short, out=out),
             "long prompts": shapes.no_sharing(few, tokens=long, out=1),
-            "long contexts": shapes.no_sharing(few, tokens=long, out=64),
+            "long contexts": shapes.no_sharing(few, tokens=long, out=out),
         }
         orders = {name: Orders(one, self.folder, block_size=BLOCK_SIZE) for name, one in made.items()}
         with self.engine(tuned=True, cache_tokens=65_536, longest=1024) as engine:
@@ -139,16 +140,16 @@ class Bench:
                     seconds[name].append(engine.run(one.given())["seconds"])
         best = {name: min(runs) for name, runs in seconds.items()}
         prefill_rate = 24 * 512 / best["prefill"]
-        together = (best["decode"] - PEAK_REQUESTS * short / prefill_rate) / 64
-        alone = (best["alone"] - short / prefill_rate) / 64
+        together = (best["decode"] - PEAK_REQUESTS * short / prefill_rate) / out
+        alone = (best["alone"] - short / prefill_rate) / out
         token = (together - alone) / (PEAK_REQUESTS - 1)
         step = alone - token
-        contexts = (best["long contexts"] - best["long prompts"]) / 63 - step - few * token
+        contexts = (best["long contexts"] - best["long prompts"]) / (out - 1) - step - few * token
         return Rates(
             prefill_tokens_per_second=prefill_rate,
             decode_tokens_per_second=PEAK_REQUESTS / together,
             step_seconds=step,
-            context_token_seconds=contexts / few / (long + 32 - PEAK_CONTEXT),
+            context_token_seconds=contexts / few / (long - short),
         )
 
     def logprob_difference(self, orders: Orders) -> dict[str, Any]:

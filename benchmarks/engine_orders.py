@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from batchllm_operators.plan.block_hashes import hash_blocks
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.store import Store
@@ -67,7 +65,7 @@ class Orders:
         self._common = {"prompts": str(file), "output_tokens": workload.output_tokens.tolist(), "logprobs": False}
         self._sorted = sorted(range(len(workload)), key=lambda row: prompts[row].tolist())
         self._planned, self._plan, self.optimum_computed = _plan(workload, folder, block_size)
-        self._token_steps, self.own_context_tokens = _token_steps(prompts, workload.output_tokens.tolist(), block_size)
+        self._token_steps, self.own_context_tokens = _token_steps(workload, block_size)
 
     @property
     def longest(self) -> int:
@@ -154,29 +152,25 @@ def decode_seconds(orders: Orders, rates: Rates, steps: int) -> dict[str, float]
     }
 
 
-def _token_steps(prompts: list[npt.NDArray[np.int32]], output_tokens: list[int], block_size: int) -> tuple[int, int]:
+def _token_steps(workload: Workload, block_size: int) -> tuple[int, int]:
     """Room in the cache that any schedule needs, in tokens times steps, and `own_context_tokens`.
 
     A request keeps its prompt while it generates, and its output so far, in whole blocks. Full blocks that several
     requests begin with are kept once, for as long as the longest of them generates.
     """
-    chains = [_block_chain(prompt, block_size) for prompt in prompts]
-    uses = Counter(block for chain in chains for block in chain)
-    kept: dict[int, int] = {}
-    kept_own_blocks = read = 0
-    for prompt, chain, steps in zip(prompts, chains, output_tokens, strict=True):
-        for block in chain:
-            kept[block] = max(kept.get(block, 0), steps)
-        tail = len(prompt) % block_size + np.arange(steps)
-        kept_own_blocks += int((-(-tail // block_size)).sum())
-        read += int(tail.sum()) + block_size * sum(uses[block] == 1 for block in chain) * steps
-    return block_size * (kept_own_blocks + sum(kept.values())), read
-
-
-def _block_chain(prompt: npt.NDArray[np.int32], block_size: int) -> list[int]:
-    """A hash of each full block and all before it."""
-    blocks = [prompt[end - block_size : end].tobytes() for end in range(block_size, len(prompt) + 1, block_size)]
-    return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
+    hashes = hash_blocks(*workload.prompts(), block_size)
+    steps = np.repeat(workload.output_tokens.astype(np.int64), hashes.blocks)
+    _, block, uses = np.unique(hashes.lanes, axis=0, return_inverse=True, return_counts=True)
+    kept = np.zeros(len(uses), dtype=np.int64)
+    np.maximum.at(kept, block, steps)
+    # What follows the full blocks of each prompt, in each step that generates.
+    tails = [
+        prompt % block_size + np.arange(output)
+        for prompt, output in zip(workload.prompt_tokens, workload.output_tokens, strict=True)
+    ]
+    own_blocks = sum(int((-(-tail // block_size)).sum()) for tail in tails)
+    read = sum(int(tail.sum()) for tail in tails) + block_size * int(steps[uses[block] == 1].sum())
+    return block_size * (own_blocks + int(kept.sum())), read
 
 
 def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int], list[tuple[str, int, int]], int]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from batchllm_operators.plan.compiled import compiled
 
 VOCABULARY = 32_000
 
@@ -225,8 +226,8 @@ def _shuffled(
     return workload.take(chance.permutation(len(output)))
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _write_tokens(piece, length, offsets, tokens, vocabulary):  # type: ignore[no-untyped-def]
+@compiled
+def _write_tokens(piece: Int64s, length: Int32s, offsets: Int64s, tokens: Int32s, vocabulary: int) -> None:
     for row in range(len(piece)):
         place = offsets[row]
         for part in range(piece.shape[1]):

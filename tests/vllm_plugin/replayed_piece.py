@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context
 
 from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
@@ -20,8 +20,7 @@ from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 class ReplayedPiece:
     """As vLLM's `AbstractStaticGraphWrapper`."""
 
-    def __init__(self, runnable: Any, vllm_config: VllmConfig, runtime_mode: CUDAGraphMode, **_options: Any) -> None:
-        del vllm_config
+    def __init__(self, runnable: Any, runtime_mode: CUDAGraphMode, **_others: Any) -> None:
         self.runnable = runnable
         self._runtime_mode = runtime_mode
         self._captured: dict[BatchDescriptor, tuple[list[int], Any]] = {}
