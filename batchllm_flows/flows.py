@@ -239,13 +239,17 @@ def _only_shown() -> Iterator[None]:
 def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) -> list[str]:
     """Write the page of a run; returns the plots of its facts, as lines of Markdown."""
     # Imported here: drawing loads matplotlib, which a run needs only at its end.
+    from batchllm_flows.html_report.attention_trace import read_attention_trace
     from batchllm_flows.html_report.page import report_page
     from batchllm_flows.html_report.plots import report_plots
     from batchllm_flows.html_report.step_trace import read_step_trace
 
-    trace, notes = read_step_trace(run.work, since=report.started.timestamp())
+    since = report.started.timestamp()
+    trace, notes = read_step_trace(run.work, since=since)
+    attention, attention_notes = read_attention_trace(run.work, since=since)
     plots = report_plots(report, executed, trace)
-    run.work.write_bytes(REPORT_PAGE, report_page(report, executed[-1].plan, plots, trace, notes).encode())
+    page = report_page(report, executed[-1].plan, plots, trace, attention, [*notes, *attention_notes])
+    run.work.write_bytes(REPORT_PAGE, page.encode())
     return [
         *markdown_image("Savings", plots.saving),
         *markdown_image("Each bundle against its forecast", plots.bundles),

@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from batchllm_flows import __version__
+from batchllm_flows.html_report.attention_trace import AttentionTrace
 from batchllm_flows.html_report.plots import Plots, plan_plots
 from batchllm_flows.html_report.step_trace import StepTrace
 from batchllm_flows.report import JobReport, forecast_rows, whose_figures
@@ -20,11 +21,16 @@ TEMPLATE = "page.html.j2"
 
 def plan_page(plan: PlanSummary, job_name: str) -> str:
     """The page of a plan, before anything is computed."""
-    return _render(job_name, plan, plan_plots(plan), report=None, trace=None, notes=())
+    return _render(job_name, plan, plan_plots(plan), report=None, trace=None, attention=None, notes=())
 
 
 def report_page(
-    report: JobReport, plan: PlanSummary, plots: Plots, trace: StepTrace | None, notes: Sequence[str] = ()
+    report: JobReport,
+    plan: PlanSummary,
+    plots: Plots,
+    trace: StepTrace | None,
+    attention: AttentionTrace | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The page of a finished run.
 
@@ -33,9 +39,10 @@ def report_page(
         plan: its last one.
         plots: as `report_plots` draws them.
         trace: what the engines wrote of their steps.
+        attention: what they wrote of prefix-shared attention; None where it was not in use.
         notes: what could not be read.
     """
-    return _render(report.job_name, plan, plots, report=report, trace=trace, notes=notes)
+    return _render(report.job_name, plan, plots, report=report, trace=trace, attention=attention, notes=notes)
 
 
 def _render(
@@ -45,6 +52,7 @@ def _render(
     *,
     report: JobReport | None,
     trace: StepTrace | None,
+    attention: AttentionTrace | None,
     notes: Sequence[str],
 ) -> str:
     return _environment().get_template(TEMPLATE).render(
@@ -53,6 +61,7 @@ def _render(
         plots=plots,
         report=report,
         trace=trace,
+        attention=attention,
         notes=notes,
         order=explain_order(plan),
         forecast=None if report is None else forecast_rows(report.forecast),

@@ -20,6 +20,7 @@ PLAN_SUMMARY = "plan/summary.json"
 PLAN_PAGE = "plan/plan.html"
 RESULTS_FOLDER = "results"
 TRACE_FOLDER = "trace"
+ATTENTION_TRACE_FOLDER = "attention_trace"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 MANIFEST_FILE = "_manifest.json"
@@ -28,6 +29,21 @@ WORK_FOLDER = "_batchllm"
 KEY_TYPE = pa.binary(REQUEST_KEY_BYTES)
 TOKENS_TYPE = pa.list_(pa.int32())
 ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
+
+# Whether each step of an engine shared prefixes in attention, and why; the seconds are those expected of a layer, null
+# where the step was not looked at. Ranks of one engine decide alike.
+ATTENTION_TRACE_SCHEMA = pa.schema(
+    [
+        pa.field("time_s", pa.float64(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("requests", pa.int32(), nullable=False),
+        pa.field("query_tokens", pa.int32(), nullable=False),
+        pa.field("share", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("stock_us", pa.float64()),
+        pa.field("shared_us", pa.float64()),
+    ]
+)
 
 # One row per input row. A row with an error has a null key and no tokens. `sampling` is the JSON text of the
 # request's sampling parameters where a row overrides the job's, else null; max_tokens is always the effective one.

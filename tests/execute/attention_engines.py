@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from batchllm_kernels.vllm_plugin.attention_backend import TRACE_VARIABLE
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine import Request, VllmEngine
 from batchllm_operators.execute.spec import ModelSpec
@@ -52,7 +52,7 @@ def main() -> None:
     found = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         told = answers(job)
-        trace = Path(os.environ[TRACE_VARIABLE])
+        trace = Path(os.environ[ATTENTION_TRACE_VARIABLE])
         told["traced"] = len(trace.read_text().splitlines()) if trace.exists() else 0
         found.append({**told, "left": [name for name in os.environ if name.startswith("BATCHLLM_ATTENTION")]})
     print(json.dumps(found))

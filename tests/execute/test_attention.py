@@ -17,6 +17,7 @@ import pytest
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import Load
+from batchllm_operators.records import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
 from tests.vllm_plugin import cpu_platform_plugin
 from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.engine
 REPOSITORY = Path(__file__).parents[2]
 ON_A_CPU = "vLLM's own attention backend on cpu: expected FLASH_ATTN or TRITON_ATTN, got CPU_ATTN"
 TRACE = "BATCHLLM_ATTENTION_TRACE"
+FOLDERS = (TRACE_FOLDER, ATTENTION_TRACE_FOLDER)
 
 
 def asking(load: Load, attention: str) -> Load:
@@ -52,6 +54,33 @@ def test_shared_is_refused_on_a_cpu_with_what_was_expected(
         make_handle().load(asking(load_command, "shared"))
     assert "model.attention: 'shared' expected" in str(caught.value)
     assert ON_A_CPU in str(caught.value)
+
+
+def test_what_attention_decides_in_each_step_stands_in_the_work_folder(
+    make_handle: Callable[..., LocalEngineHandle],
+    load_command: Load,
+    work: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu_platform_plugin.announce(tmp_path / "platform")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "platform"), str(REPOSITORY)]))
+    handle = make_handle()
+    settings = {one.name: one for one in handle.load(asking(load_command, "shared")).settings}
+    assert settings["attention"].value == "shared over CPU_ATTN"
+    handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(*[lambda *_: None] * 3))
+    steps, decided = ([row for name in work.store.names(folder) for row in rows_of(work, name)] for folder in FOLDERS)
+    assert len(decided) == len(steps)
+    assert [step["query_tokens"] for step in decided] == [
+        step["prefill_tokens"] + step["decode_tokens"] for step in steps
+    ]
+    assert any(step["share"] and step["reason"].startswith("expected gain") for step in decided)
+
+
+def rows_of(work: Any, name: str) -> list[dict[str, Any]]:
+    with work.store.parquet(name) as file:
+        rows: list[dict[str, Any]] = file.read().to_pylist()
+    return rows
 
 
 def test_a_choice_in_the_environment_that_the_job_does_not_know_of_is_refused(
@@ -163,7 +192,7 @@ def assert_shared(engine: dict[str, Any], folder: Path) -> None:
 
 
 def traced(folder: Path) -> list[dict[str, Any]]:
-    """The steps that were looked at, of all engines and ranks."""
+    """The steps of all engines and ranks."""
     return [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
 
 

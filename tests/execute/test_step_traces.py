@@ -1,4 +1,4 @@
-"""Steps of the scheduler on their way to the work folder."""
+"""Steps of the scheduler, and of attention, on their way to the work folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
 from batchllm_kernels.vllm_plugin.step_trace import STEP, StepTraceWriter
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.step_traces import StepTraces
-from batchllm_operators.records import TRACE_FOLDER
+from batchllm_operators.records import ATTENTION_TRACE_FOLDER, ATTENTION_TRACE_SCHEMA, TRACE_FOLDER
 from batchllm_operators.store import Store
 
 
@@ -41,7 +42,7 @@ def running_by_object(work: Store) -> list[list[int]]:
 
 def test_each_bundle_gets_the_steps_since_the_one_before(tmp_path: Path, work: Store) -> None:
     file = tmp_path / "steps"
-    writer, traces = StepTraceWriter(file), StepTraces(file)
+    writer, traces = StepTraceWriter(file), StepTraces(file, tmp_path / "attention")
     make_steps(writer, [1, 2])
     traces.write(work, "plan/bundle-00000.parquet")
     make_steps(writer, [3])
@@ -53,7 +54,7 @@ def test_each_bundle_gets_the_steps_since_the_one_before(tmp_path: Path, work: S
 
 def test_steps_of_a_calibration_are_left_out(tmp_path: Path, work: Store) -> None:
     file = tmp_path / "steps"
-    writer, traces = StepTraceWriter(file), StepTraces(file)
+    writer, traces = StepTraceWriter(file), StepTraces(file, tmp_path / "attention")
     make_steps(writer, [1, 2])
     traces.skip()
     make_steps(writer, [3])
@@ -62,13 +63,13 @@ def test_steps_of_a_calibration_are_left_out(tmp_path: Path, work: Store) -> Non
 
 
 def test_no_object_is_written_where_there_are_no_steps(tmp_path: Path, work: Store) -> None:
-    StepTraces(tmp_path / "steps").write(work, "plan/bundle-00000.parquet")
-    assert list(work.names(TRACE_FOLDER)) == []
+    StepTraces(tmp_path / "steps", tmp_path / "attention").write(work, "plan/bundle-00000.parquet")
+    assert work.names() == []
 
 
 def test_steps_that_could_not_be_written_are_written_the_next_time(tmp_path: Path, work: Store) -> None:
     file = tmp_path / "steps"
-    writer, traces = StepTraceWriter(file), StepTraces(file)
+    writer, traces = StepTraceWriter(file), StepTraces(file, tmp_path / "attention")
     make_steps(writer, [1])
     in_the_way = tmp_path / "work"
     in_the_way.write_text("a file where the folder should be")
@@ -78,3 +79,19 @@ def test_steps_that_could_not_be_written_are_written_the_next_time(tmp_path: Pat
     make_steps(writer, [2])
     traces.write(work, "plan/bundle-00000.parquet")
     assert running_by_object(work) == [[1, 2]]
+
+
+def test_each_bundle_gets_what_attention_decided_since_the_one_before(tmp_path: Path, work: Store) -> None:
+    file = tmp_path / "attention"
+    writer, traces = AttentionTraceWriter(file, rank=0), StepTraces(tmp_path / "steps", file)
+    writer.write(requests=1, query_tokens=9, decision=None)
+    traces.skip()
+    for number in (2, 3):
+        writer.write(requests=number, query_tokens=number, decision=None)
+        traces.write(work, f"plan/bundle-{number:05d}.parquet")
+    tables = []
+    for name in work.names(ATTENTION_TRACE_FOLDER):
+        with work.parquet(name) as parquet:
+            tables.append(parquet.read())
+    assert [table["requests"].to_pylist() for table in tables] == [[2], [3]]
+    assert {table.schema for table in tables} == {ATTENTION_TRACE_SCHEMA}

@@ -14,7 +14,8 @@ import torch
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from batchllm_kernels.vllm_plugin.attention_backend import TRACE_VARIABLE, register
+from batchllm_kernels.vllm_plugin.attention_backend import register
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 from batchllm_kernels.vllm_plugin.shared_flash_attn import SharedBackend as OverFlashAttention
 from batchllm_kernels.vllm_plugin.shared_triton_attn import SharedBackend as OverTriton
 
@@ -91,7 +92,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outputs(model: str, prompts: Path, attention: str, scheduling: str, trace: Path | None = None) -> list[list[int]]:
     command = [sys.executable, "-m", "tests.vllm_plugin.attention_engine", model, str(prompts), attention, scheduling]
-    environment = os.environ | ({TRACE_VARIABLE: str(trace)} if trace else {})
+    environment = os.environ | ({ATTENTION_TRACE_VARIABLE: str(trace)} if trace else {})
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment
     )

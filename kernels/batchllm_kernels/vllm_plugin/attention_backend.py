@@ -8,9 +8,8 @@ FULL, in which vLLM would fail, is refused before the start.
 
 from __future__ import annotations
 
-import json
 import os
-import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +19,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import Calibration, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
-
-TRACE_VARIABLE = "BATCHLLM_ATTENTION_TRACE"
-"""Environment variable with the file to append a JSON line to for every step that was looked at. No option, because
-vLLM hashes its options into the key of its compilation cache."""
+from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -136,8 +133,8 @@ class SharedMetadataBuilder:
             self.calibration(),
             device,
         )
-        trace = os.environ.get(TRACE_VARIABLE)
-        self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if trace else None
+        trace = os.environ.get(ATTENTION_TRACE_VARIABLE)
+        self._trace = AttentionTraceWriter(Path(trace), vllm_config.parallel_config.rank) if trace else None
 
     @classmethod
     def get_cudagraph_support(cls, _vllm_config: Any, _kv_cache_spec: Any) -> AttentionCGSupport:
@@ -152,7 +149,7 @@ class SharedMetadataBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata, with a plan where sharing pays."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # the stock class has it
-        metadata.prefix_shared_plan = None
+        metadata.prefix_shared_plan = decision = None
         if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
             # exact without drafts, and on the host already; None where a runner does not keep them there
             lengths = common_attn_metadata.seq_lens_cpu_upper_bound
@@ -162,22 +159,14 @@ class SharedMetadataBuilder:
                 common_attn_metadata.query_start_loc_cpu,
                 common_attn_metadata.max_seq_len,
             )
-            self._record(self._planner.decision, common_attn_metadata)
+            decision = self._planner.decision
+        if self._trace is not None:
+            self._trace.write(
+                requests=common_attn_metadata.num_reqs,
+                query_tokens=common_attn_metadata.num_actual_tokens,
+                decision=decision,
+            )
         return metadata
-
-    def _record(self, decision: Decision | None, common_attn_metadata: Any) -> None:
-        if self._trace is None or decision is None:
-            return
-        record = {
-            "time_s": time.time(),
-            "requests": common_attn_metadata.num_reqs,
-            "query_tokens": common_attn_metadata.num_actual_tokens,
-            "share": decision.share,
-            "reason": decision.reason,
-            "stock_us": decision.stock_seconds * 1e6,
-            "shared_us": decision.shared_seconds * 1e6,
-        }
-        os.write(self._trace, f"{json.dumps(record)}\n".encode())  # one write: a reader never sees half a line
 
 
 class SharedAttentionImpl:

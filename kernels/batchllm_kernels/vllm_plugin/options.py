@@ -13,6 +13,9 @@ STEP_TRACE_VARIABLE = "BATCHLLM_STEP_TRACE"
 """Environment variable with the file to write the step trace to. No option, because vLLM hashes its options into the
 key of its compilation cache, and a file name that changes would compile the model again."""
 
+ATTENTION_TRACE_VARIABLE = "BATCHLLM_ATTENTION_TRACE"
+"""Environment variable with the file to write to whether steps shared prefixes; no option for the same reason."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOptions:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TransientError
 from batchllm_operators.execute.bundle_run import BundleRun
 from batchllm_operators.execute.calibration import calibrate
@@ -268,11 +268,11 @@ def main() -> None:
     channel = socket.socket(fileno=arguments.channel_fd)
     # The engine core must not keep the channel open when this process is gone.
     channel.set_inheritable(False)
-    trace_file = os.environ.get(STEP_TRACE_VARIABLE)
+    steps, attention = (os.environ.get(name) for name in (STEP_TRACE_VARIABLE, ATTENTION_TRACE_VARIABLE))
     process = EngineProcess(
         channel,
         lambda load: VllmEngine(load.model, block_size=load.block_size, gpus=load.gpus),
-        StepTraces(Path(trace_file)) if trace_file else None,
+        StepTraces(Path(steps), Path(attention)) if steps and attention else None,
     )
     signal.signal(signal.SIGTERM, process.stop)
     process.serve()

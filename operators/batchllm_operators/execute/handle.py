@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
-from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.execute.devices import DeviceShare
 from batchllm_operators.execute.engine_subprocess import EngineSubprocess
@@ -221,7 +221,11 @@ class LocalEngineHandle:
             "--channel-fd", str(self._engine_end.fileno()), "--parent-pid", str(os.getpid()),
             "--cores", ",".join(map(str, self._devices.cores)),
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", STEP_TRACE_VARIABLE: str(self._trace_file)}
+        environment = os.environ | {
+            "PYTHONUNBUFFERED": "1",
+            STEP_TRACE_VARIABLE: str(self._trace_file),
+            ATTENTION_TRACE_VARIABLE: str(self._trace_file.with_suffix(".attention")),
+        }
         if self._devices.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices.gpus)
         try:

@@ -1,4 +1,4 @@
-"""The step trace of an engine on its way from our scheduler's local file to the work folder."""
+"""The traces of an engine's steps on their way from local files to the work folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from uuid import uuid4
 
 import pyarrow as pa
 
+from batchllm_kernels.vllm_plugin.attention_trace import read_attention_steps
 from batchllm_kernels.vllm_plugin.step_trace import STEP, read_steps
-from batchllm_operators.records import TRACE_FOLDER
+from batchllm_operators.records import ATTENTION_TRACE_FOLDER, ATTENTION_TRACE_SCHEMA, TRACE_FOLDER
 from batchllm_operators.store import Store
 
 
@@ -16,19 +17,25 @@ class StepTraces:
     """Writes the steps that were made since the last time.
 
     Args:
-        path: the file that the scheduler appends to.
+        steps: the file that the scheduler appends to.
+        attention: the file that prefix-shared attention appends to; missing where that is not in use.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, steps: Path, attention: Path) -> None:
+        self._steps = steps
         self._written = 0
+        self._attention = attention
+        self._attention_written = 0
 
     def skip(self) -> None:
         """Leave out the steps made so far, which were a calibration's."""
-        self._written += len(read_steps(self._path, first=self._written))
+        self._written += len(read_steps(self._steps, first=self._written))
+        self._attention_written = read_attention_steps(self._attention, self._attention_written)[1]
 
     def write(self, work: Store, bundle: str) -> None:
-        """Write the new steps as `trace/{bundle}-{uuid}.parquet`; nothing where there are none.
+        """Write the new steps as `trace/{bundle}-{uuid}.parquet` and `attention_trace/{bundle}-{uuid}.parquet`.
+
+        Nothing is written where there are none.
 
         Args:
             work: the work folder.
@@ -37,9 +44,13 @@ class StepTraces:
         Raises:
             BatchLLMError: the store does not take it.
         """
-        steps = read_steps(self._path, first=self._written)
-        if len(steps) == 0:
-            return
-        table = pa.table({name: steps[name] for name in STEP.names or ()})
-        work.write_table(f"{TRACE_FOLDER}/{PurePosixPath(bundle).stem}-{uuid4().hex}.parquet", table)
-        self._written += len(steps)
+        name = f"{PurePosixPath(bundle).stem}-{uuid4().hex}.parquet"
+        steps = read_steps(self._steps, first=self._written)
+        if len(steps):
+            work.write_table(f"{TRACE_FOLDER}/{name}", pa.table({column: steps[column] for column in STEP.names or ()}))
+            self._written += len(steps)
+        decided, end = read_attention_steps(self._attention, self._attention_written)
+        if decided:
+            table = pa.Table.from_pylist(decided, schema=ATTENTION_TRACE_SCHEMA)
+            work.write_table(f"{ATTENTION_TRACE_FOLDER}/{name}", table)
+            self._attention_written = end
