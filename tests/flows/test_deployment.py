@@ -58,7 +58,13 @@ def test_a_deployment_by_module_path_is_run_by_a_process_worker(
         flow_run = run_deployment("batch-inference/nightly", timeout=240, poll_interval=2)
     finally:
         worker.terminate()
-        worker.wait(timeout=60)
+        try:
+            worker.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            # Prefect 3.7.7's worker sometimes hangs when it is to end just as its run's process does. How it ends is no
+            # part of this test.
+            worker.kill()
+            worker.wait()
     assert flow_run.state is not None
     assert flow_run.state.is_completed(), log.read_text()
     output_rows = read_output(f"{bucket}/summaries")
