@@ -1,7 +1,6 @@
 """The flows: stage, plan, execute every bundle, merge; usable as deployments, as subflows, or called."""
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -35,6 +34,7 @@ from batchllm_operators.records import (
 )
 from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image
+from batchllm_operators.wording import artifact_slug, counted
 
 
 @flow(name="batch-inference", flow_run_name="{job.name}", validate_parameters=True)
@@ -55,7 +55,7 @@ def batch_inference(job: BatchJob) -> JobReport:
         with _only_shown():
             _show_report(run.complete)
         return run.complete
-    logger.info("job %s: %d input objects, work folder %s", run.job_id, len(run.objects), run.work.uri)
+    logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
     with clock.step("stage"):
         staged = _stage(run)
     with _engine_pool(run) as pool:
@@ -117,7 +117,8 @@ def plan_batch_inference(job: BatchJob) -> PlanSummary:
 
 def _stage(run: JobRun) -> StageSummary:
     job = run.job
-    return stage(
+    named = stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}")
+    return named(
         job.source,
         job.prompt,
         job.sampling,
@@ -140,6 +141,7 @@ def _plan(run: JobRun, staged: StageSummary, calibrated: Calibration | None, *, 
         calibrated=calibrated,
         usd_per_worker_hour=_usd_per_engine_hour(run),
         pilot=pilot,
+        job_name=job.name,
     )
 
 
@@ -201,7 +203,13 @@ def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> tuple[Bundl
     ):
         futures = runner.map(
             bundle_task,
-            {"bundle": list(planned.bundles), "pool": unmapped(pool), "on_progress": unmapped(board.update)},
+            {
+                "bundle": list(planned.bundles),
+                "pool": unmapped(pool),
+                "on_progress": unmapped(board.update),
+                "number": list(range(1, len(planned.bundles) + 1)),
+                "bundles": unmapped(len(planned.bundles)),
+            },
         )
         results: list[BundleResult] = []
         failed: BatchLLMError | None = None
@@ -263,8 +271,3 @@ def _show_report(report: JobReport, images: Sequence[str] = ()) -> None:
         key=f"{artifact_slug(report.job_name)}-report",
         description="Report of the run",
     )
-
-
-def artifact_slug(name: str) -> str:
-    """The name in the characters Prefect allows in artifact keys: lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "batch-inference"

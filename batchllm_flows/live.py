@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from batchllm_operators.execute.progress import ProgressBoard, ProgressSnapshot
 from batchllm_operators.terminal import terminal
+from batchllm_operators.wording import counted
 
 REFRESH_SECONDS = 2.0
 
@@ -103,9 +104,9 @@ class LiveProgress:
 
 def progress_line(snapshot: ProgressSnapshot) -> str:
     """One line: requests done, errors, tokens a second, saving so far, time left."""
-    pieces = [f"{snapshot.requests:,} of {snapshot.requests_total:,} requests"]
+    pieces = [f"{snapshot.requests:,} of {counted(snapshot.requests_total, 'request')}"]
     if snapshot.errors:
-        pieces.append(f"{snapshot.errors:,} errors")
+        pieces.append(counted(snapshot.errors, "error"))
     pieces.append(f"{snapshot.tokens_per_second:,.0f} tokens/s")
     if snapshot.prompt_tokens:
         pieces.append(f"{snapshot.saving:.1%} saved")

@@ -46,17 +46,21 @@ def run_all(bundles: list[BundleInfo], pool: ToldPool) -> list[BundleResult]:
     @flow(name="execute", task_runner=ThreadPoolTaskRunner(max_workers=1))
     def execute() -> list[BundleResult]:
         attempts = execute_bundle.with_options(retries=2, retry_delay_seconds=0)
-        return attempts.map(bundles, unmapped(pool), unmapped(ProgressBoard(bundles).update)).result()
+        numbers = list(range(1, len(bundles) + 1))
+        board = ProgressBoard(bundles)
+        return attempts.map(bundles, unmapped(pool), unmapped(board.update), numbers, unmapped(len(bundles))).result()
 
     return execute()
 
 
-def test_bundles_are_mapped_over_task_runs_that_carry_their_names(prefect_server: None, work: Any) -> None:
+def test_bundles_are_mapped_over_task_runs_that_say_which_bundle_of_how_many_they_compute(
+    prefect_server: None, work: Any
+) -> None:
     bundles = [work.write_bundle("mapped-1"), work.write_bundle("mapped-2")]
     pool = ToldPool([])
     results = run_all(bundles, pool)
     assert [result.bundle for result in results] == [bundle.name for bundle in bundles]
-    assert sorted(pool.task_runs) == [f"execute {bundle.name}" for bundle in bundles]
+    assert sorted(pool.task_runs) == ["execute bundle 1 of 2, 12 requests", "execute bundle 2 of 2, 12 requests"]
 
 
 def test_a_transient_error_is_tried_again(prefect_server: None, work: Any) -> None:

@@ -136,7 +136,7 @@ def test_planning_alone_starts_no_engine_and_forecasts(tmp_path: Path, tiny_llam
     assert not Store(str(tmp_path / "out")).exists(MANIFEST_FILE)
     assert summary.page_uri is not None
     assert "The first levels of the prefix forest" in Path(summary.page_uri).read_text()
-    shown = Artifact.get("batchllm-plan")
+    shown = Artifact.get("questions-plan")
     assert shown is not None
     assert "](data:image/svg+xml;base64," in str(shown.data)
 

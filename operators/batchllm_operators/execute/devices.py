@@ -10,6 +10,7 @@ from pathlib import Path
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import Record
+from batchllm_operators.wording import counted
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -59,8 +60,8 @@ def device_shares(engines: int, gpus_per_engine: int, gpus: Sequence[str], cores
     if gpus:
         if len(gpus) < engines * gpus_per_engine:
             raise TerminalError(
-                f"execution: {engines} engines of {gpus_per_engine} GPUs need {engines * gpus_per_engine} GPUs, "
-                f"this machine has {len(gpus)}"
+                f"execution: {counted(engines, 'engine')} of {counted(gpus_per_engine, 'GPU')} need "
+                f"{counted(engines * gpus_per_engine, 'GPU')}, this machine has {len(gpus)}"
             )
         return [
             DeviceShare(gpus=tuple(gpus[first : first + gpus_per_engine]))

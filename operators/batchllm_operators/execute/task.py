@@ -12,9 +12,16 @@ from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.records import BundleInfo, BundleResult
 from batchllm_operators.retry import retry_transient
+from batchllm_operators.wording import counted
 
 
-@task(name="calibrate engine", cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=retry_transient)
+@task(
+    name="calibrate engine",
+    task_run_name="calibrate engine",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=retry_transient,
+)
 def calibrate_engine(pool: EnginePool, cache: CalibrationCache) -> Calibration | None:
     """Load one engine, let it measure its rates, and keep them; the engine stays warm for the first bundle.
 
@@ -30,7 +37,8 @@ def calibrate_engine(pool: EnginePool, cache: CalibrationCache) -> Calibration |
 
 def _run_name() -> str:
     parameters: dict[str, Any] = task_run.parameters
-    return f"execute {parameters['bundle'].name}"
+    requests = counted(parameters["bundle"].requests, "request")
+    return f"execute bundle {parameters['number']:,} of {parameters['bundles']:,}, {requests}"
 
 
 @task(
@@ -40,7 +48,13 @@ def _run_name() -> str:
     persist_result=False,
     retry_condition_fn=retry_transient,
 )
-def execute_bundle(bundle: BundleInfo, pool: EnginePool, on_progress: ProgressCallback) -> BundleResult:
+def execute_bundle(
+    bundle: BundleInfo,
+    pool: EnginePool,
+    on_progress: ProgressCallback,
+    number: int = 1,  # noqa: ARG001 - in the name of the task run
+    bundles: int = 1,  # noqa: ARG001 - in the name of the task run
+) -> BundleResult:
     """Compute one bundle on the next free engine of the pool.
 
     How often a `TransientError` is tried again is the flow's to say: `execute_bundle.with_options(retries=...)`. The
@@ -52,5 +66,7 @@ def execute_bundle(bundle: BundleInfo, pool: EnginePool, on_progress: ProgressCa
         bundle: one bundle of the plan.
         pool: the engines of this run; in `.map`, wrapped in `prefect.unmapped`.
         on_progress: takes the bundle's name and its counts so far, e.g. `ProgressBoard.update`.
+        number: of this bundle in the plan, from 1 on, for the name of the task run.
+        bundles: of the plan, for that name.
     """
     return pool.run_bundle(bundle, on_progress)

@@ -34,6 +34,7 @@ from batchllm_operators.records import (
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import sink_schema
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
 
 _EXAMPLES = 5
 
@@ -160,8 +161,8 @@ def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: S
         _, rows = index.rows_of(missing)
         names = _row_ids(np.sort(rows)[:_EXAMPLES], stage, work)
         raise TerminalError(
-            f"merge: {len(missing)} of {len(index)} requests have no result ({len(rows)} rows, the first:"
-            f" {', '.join(names)}); run the job again to compute them",
+            f"merge: {len(missing)} of {counted(len(index), 'request')} have no result ({counted(len(rows), 'row')},"
+            f" the first: {', '.join(names)}); run the job again to compute them",
             uri=work.uri_of(RESULTS_FOLDER),
         )
 

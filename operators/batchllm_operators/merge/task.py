@@ -2,10 +2,12 @@
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
 from collections.abc import Sequence
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.merge.spec import SinkSpec
@@ -14,9 +16,16 @@ from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transi
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
+
+
+def _run_name() -> str:
+    parameters: dict[str, Any] = task_run.parameters
+    return f"merge {counted(parameters['staged'].rows, 'row')}"
 
 
 @task(
+    task_run_name=_run_name,
     cache_policy=NO_CACHE,
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
@@ -60,5 +69,7 @@ def merge(
         fingerprint=fingerprint,
         max_error_fraction=max_error_fraction,
     )
-    get_run_logger().info("merged %d rows into %d files at %s", manifest.rows, len(manifest.files), sink.uri)
+    get_run_logger().info(
+        "merged %s into %s at %s", counted(manifest.rows, "row"), counted(len(manifest.files), "file"), sink.uri
+    )
     return manifest

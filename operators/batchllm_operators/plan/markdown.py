@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.wording import counted
 
 SHOWN_BUNDLES = 20
 
@@ -52,7 +53,7 @@ def plan_markdown(plan: PlanSummary) -> str:
             for one in plan.bundles[:SHOWN_BUNDLES]
         ]
         if len(plan.bundles) > SHOWN_BUNDLES:
-            lines += ["", f"and {len(plan.bundles) - SHOWN_BUNDLES:,} more bundles."]
+            lines += ["", f"and {counted(len(plan.bundles) - SHOWN_BUNDLES, 'more bundle')}."]
     if plan.page_uri is not None:
         lines += ["", f"With plots: `{plan.page_uri}`"]
     return "\n".join(lines) + "\n"
@@ -77,30 +78,30 @@ def explain_order(plan: PlanSummary) -> str:
         )
     if plan.parted_trees:
         sentences.append(
-            f"{plan.parted_trees:,} short common beginnings are computed more than once, because ordering what is "
-            "below them by ratio is worth more."
+            f"{counted(plan.parted_trees, 'short common beginning is', 'short common beginnings are')} computed more "
+            "than once, because ordering what is below by ratio is worth more."
         )
     if plan.split_prefix_tokens:
         sentences.append(
-            f"{plan.split_prefix_tokens:,} shared tokens are computed again, so that {plan.workers:,} engines finish "
-            "together."
+            f"{counted(plan.split_prefix_tokens, 'shared token is', 'shared tokens are')} computed again, so that "
+            f"{counted(plan.workers, 'engine')} finish together."
         )
     return " ".join(sentences)
 
 
 def _headline(plan: PlanSummary) -> str:
-    engines = "" if plan.workers == 1 else f" on {plan.workers:,} engines"
+    engines = "" if plan.workers == 1 else f" on {counted(plan.workers, 'engine')}"
     price = "" if plan.expected_usd is None else f", about {usd(plan.expected_usd)}"
     return (
-        f"**{plan.requests:,} requests** in {plan.groups:,} prefix groups and {len(plan.bundles):,} bundles: "
-        f"about **{duration(plan.expected_seconds)}**{engines}{price}."
+        f"**{counted(plan.requests, 'request')}** in {counted(plan.groups, 'prefix group')} and "
+        f"{counted(len(plan.bundles), 'bundle')}: about **{duration(plan.expected_seconds)}**{engines}{price}."
     )
 
 
 def _saving(plan: PlanSummary) -> str:
     stock = "" if plan.stock_saving is None else f"; a stock engine on the rows as given: {plan.stock_saving:.1%}"
     return (
-        f"Of {plan.prompt_tokens:,} prompt tokens **{plan.expected_saving:.1%}** need not be computed "
+        f"Of {counted(plan.prompt_tokens, 'prompt token')} **{plan.expected_saving:.1%}** need not be computed "
         f"(possible: {plan.optimum_saving:.1%}; with one prefix a request: {plan.single_level_saving:.1%}{stock})."
     )
 
@@ -123,7 +124,9 @@ def _counts(plan: PlanSummary) -> list[str]:
 
 
 def _forecast(plan: PlanSummary) -> list[str]:
-    engines = "on one engine" if plan.workers == 1 else f"until the last of {plan.workers:,} engines has finished"
+    engines = (
+        "on one engine" if plan.workers == 1 else f"until the last of {counted(plan.workers, 'engine')} has finished"
+    )
     price = "" if plan.expected_usd is None else f", {usd(plan.expected_usd)}"
     return [
         "",
@@ -131,13 +134,13 @@ def _forecast(plan: PlanSummary) -> list[str]:
         "",
         "| step | time | |",
         "|---|---:|---|",
-        f"| stage | {duration(plan.stage_seconds)} | done: {plan.rows:,} rows |",
+        f"| stage | {duration(plan.stage_seconds)} | done: {counted(plan.rows, 'row')} |",
         f"| plan | {duration(plan.seconds)} | done |",
         f"| execute | {duration(plan.expected_seconds)} | {engines}, without loading the model{price} |",
         f"| its prefill | {duration(plan.expected_prefill_seconds)} "
-        f"| {plan.expected_computed_prompt_tokens:,} tokens, all engines |",
+        f"| {counted(plan.expected_computed_prompt_tokens, 'token')}, all engines |",
         f"| its decode | {duration(plan.expected_decode_seconds)} "
-        f"| {plan.expected_output_tokens:,} tokens, all engines |",
+        f"| {counted(plan.expected_output_tokens, 'token')}, all engines |",
     ]
 
 

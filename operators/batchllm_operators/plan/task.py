@@ -17,9 +17,11 @@ from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transi
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.svg import markdown_image
+from batchllm_operators.wording import artifact_slug, counted
 
 
 @task(
+    task_run_name="plan",
     cache_policy=NO_CACHE,
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
@@ -34,6 +36,7 @@ def plan(
     calibrated: Calibration | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
+    job_name: str = "batch-inference",
 ) -> PlanSummary:
     """Group, order and pack the requests that remain; written to `plan/` of the work folder, shown as an artifact.
 
@@ -46,6 +49,7 @@ def plan(
         calibrated: measured rates of one engine.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
+        job_name: for the artifact's key.
 
     Raises:
         TerminalError: a staged part is missing or damaged.
@@ -62,10 +66,13 @@ def plan(
         pilot=pilot,
     )
     shown = [plan_markdown(summary), *markdown_image("What is shared, and by how many", forest_plot(summary))]
-    create_markdown_artifact("\n".join(shown), key="batchllm-plan", description="What the job will compute")
+    create_markdown_artifact(
+        "\n".join(shown), key=f"{artifact_slug(job_name)}-plan", description="What the job will compute"
+    )
     get_run_logger().info(
-        "planned %d requests in %d groups and %d bundles: saving %.1f %% of prompt tokens, possible %.1f %%",
-        summary.requests, summary.groups, len(summary.bundles),
+        "planned %s in %s and %s: saving %.1f %% of prompt tokens, possible %.1f %%",
+        counted(summary.requests, "request"), counted(summary.groups, "group"),
+        counted(len(summary.bundles), "bundle"),
         100 * summary.expected_saving, 100 * summary.optimum_saving,
     )  # fmt: skip
     return summary

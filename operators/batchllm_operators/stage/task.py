@@ -16,6 +16,7 @@ from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
 from batchllm_operators.terminal import terminal
+from batchllm_operators.wording import counted
 
 
 @task(
@@ -64,7 +65,8 @@ def stage(
             progress=progress.update,
         )
     logger.info(
-        "staged %d rows: %d requests, %d errors, %d prompt tokens",
-        summary.rows, summary.requests, summary.errors, summary.prompt_tokens,
+        "staged %s: %s, %s, %s",
+        counted(summary.rows, "row"), counted(summary.requests, "request"), counted(summary.errors, "error"),
+        counted(summary.prompt_tokens, "prompt token"),
     )  # fmt: skip
     return summary

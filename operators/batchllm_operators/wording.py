@@ -1,0 +1,37 @@
+"""Numbers, names and texts as a person reads them, in a log, in Markdown, and in keys of artifacts."""
+
+from __future__ import annotations
+
+import re
+
+# What Markdown would take for marks; an underscore within a word is none.
+_MARKS = re.compile(r"[\\`*\[\]<>|~&#$]|(?<!\w)_|_(?!\w)")
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 row`, `3,201 rows`.
+
+    Args:
+        number: how many.
+        noun: the name of one.
+        plural: the name of many, where it is not the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def markdown_text(text: str) -> str:
+    """A text that is no Markdown, on one line of Markdown: its marks are escaped, its line breaks are spaces."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown_code(text: str) -> str:
+    """A name as code in Markdown, also within a table: in fences longer than its own, its bars escaped."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}".replace("|", r"\|")
+
+
+def artifact_slug(name: str) -> str:
+    """The name in the characters Prefect allows in artifact keys: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "batch-inference"

@@ -1,0 +1,88 @@
+"""What a person reads: numbers with their nouns, and texts of rows and names that are no Markdown."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from batchllm_flows.live import progress_line
+from batchllm_operators.execute.messages import BundleCounts
+from batchllm_operators.execute.progress import ProgressBoard
+from batchllm_operators.plan.markdown import plan_markdown
+from batchllm_operators.wording import artifact_slug, counted, markdown_code, markdown_text
+from tests.flows.reports import a_plan
+
+ONE_AS_MANY = re.compile(r"(?<![\d.,])1 (rows|requests|errors|bundles|engines|objects|files|groups|prefix groups)\b")
+
+
+@pytest.mark.parametrize(
+    ("number", "nouns", "text"),
+    [
+        (0, ("row",), "0 rows"),
+        (1, ("row",), "1 row"),
+        (3201, ("row",), "3,201 rows"),
+        (1, ("entry", "entries"), "1 entry"),
+        (2, ("entry", "entries"), "2 entries"),
+    ],
+)
+def test_a_number_stands_with_its_noun(number: int, nouns: tuple[str, ...], text: str) -> None:
+    assert counted(number, *nouns) == text
+
+
+def test_one_of_a_kind_is_never_written_as_many() -> None:
+    single = a_plan(1, requests=1, rows=1, groups=1)
+    assert not ONE_AS_MANY.search(plan_markdown(single))
+    board = ProgressBoard([single.bundles[0].model_copy(update={"requests": 1})])
+    board.update(single.bundles[0].name, BundleCounts(requests=1, errors=1, prompt_tokens=4))
+    assert progress_line(board.snapshot()).startswith("1 of 1 request, 1 error,")
+
+
+def shown(markdown: str) -> str:
+    """What Markdown of one paragraph shows, as text."""
+    (inline,) = (token for token in MarkdownIt("js-default").parse(markdown) if token.type == "inline")
+    assert all(token.type in ("text", "text_special", "code_inline") for token in inline.children or [])
+    return "".join(token.content for token in inline.children or [])
+
+
+LINES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zs", "Zl", "Zp", "Cs"]), max_size=40)
+
+
+@given(LINES)
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    assert shown(f"row {markdown_text(text)}.") == f"row {text}."
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "a | b", "[x](y)", "**x** `y` _z_ ~~w~~ &lt; \\| #", "a_b_c"]
+)
+def test_marks_of_markdown_and_html_are_only_text(text: str) -> None:
+    assert shown(f"row {markdown_text(text)}") == f"row {text}"
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/a_b/", "tick`s", "``", "a<b>"])
+def test_a_name_is_shown_as_code(name: str) -> None:
+    assert shown(f"at {markdown_code(name)}") == f"at {name}"
+
+
+def test_a_bar_in_a_name_does_not_end_its_cell() -> None:
+    page = MarkdownIt("js-default").render(
+        f"| a | b |\n|---|---|\n| {markdown_code('x|y')} | {markdown_text('p|q')} |\n"
+    )
+    assert "<td><code>x|y</code></td>" in page
+    assert "<td>p|q</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Nightly Run", "nightly-run"),
+        ("a__b..c", "a-b-c"),
+        ("été", "t"),
+        ("---", "batch-inference"),
+        ("日本", "batch-inference"),
+    ],
+)
+def test_a_key_has_the_characters_that_prefect_allows(name: str, slug: str) -> None:
+    assert artifact_slug(name) == slug
