@@ -20,6 +20,7 @@ from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
 from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
@@ -150,7 +151,7 @@ def _calibrations(run: JobRun) -> CalibrationCache:
     return CalibrationCache(
         run.sink.folder(f"{WORK_FOLDER}/{CALIBRATIONS_FOLDER}"),
         run.job.model,
-        block_size=run.job.planning.block_size,
+        block_size=planned_block_size(run.job.planning),
         gpus_per_engine=run.job.execution.gpus_per_engine,
     )
 
@@ -178,7 +179,7 @@ def _engine_pool(run: JobRun) -> EnginePool:
     return EnginePool(
         model=job.model,
         execution=job.execution,
-        block_size=job.planning.block_size,
+        block_size=planned_block_size(job.planning),
         sampling=job.sampling,
         work=run.work,
     )

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
+from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.merge.sink import check_sink, refuse_input_in_sink
 from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, InputObject
@@ -34,9 +35,10 @@ def open_run(job: BatchJob) -> JobRun:
     """Look at the source and the sink; write `job.json`.
 
     Raises:
-        TerminalError: no input, no access, a sink that holds another job's output in mode `error`, or a complete output
-            whose report this version does not read.
+        TerminalError: an engine argument that vLLM does not know, no input, no access, a sink that holds another job's
+            output in mode `error`, or a complete output whose report this version does not read.
     """
+    check_engine_arguments(job.model)
     source = open_source(job.source)
     identity = job.job_id(source.objects)
     work, sink = job.work_store(identity), job.sink_store()

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.planning import plan_requests
@@ -78,7 +79,7 @@ def examine(folder: str) -> dict[str, Any]:
     """
     work, staged = _staged(folder)
     planning = PlanningSpec()
-    block = planning.block_size
+    block = planned_block_size(planning)
     with TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         requests = read_requests(
             work, staged, block_size=block, tokens=tokens, hashes=HashSpool(disk, memory_bytes=8 * 10**9)

@@ -234,6 +234,8 @@ class PlanSummary(Record):
     stock_saving: float | None = None
     """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
     order: str = "decode_first"
+    block_size: int | None = None
+    """Tokens of a KV-cache block; None in plans of earlier versions."""
     parted_trees: int = 0
     """Top-level prefixes computed more than once, because the reorder of what is below them is worth more."""
     workers: int = 1
@@ -281,6 +283,8 @@ class EngineSetting(Record):
     name: str
     value: str
     reason: str
+    warning: str | None = None
+    """What to know of a choice of the job that is slow on this machine."""
 
 
 class OutputFile(Record):

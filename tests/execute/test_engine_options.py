@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.engine_options import GPU_MAX_NUM_SEQS, RESERVED, engine_arguments, gpu_choices
+from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
+from batchllm_operators.execute.engine_options import (
+    GPU_MAX_NUM_SEQS,
+    RESERVED,
+    check_engine_arguments,
+    engine_arguments,
+    gpu_choices,
+    known_engine_arguments,
+)
 from batchllm_operators.execute.spec import ModelSpec
 
 KNOWN = [*RESERVED, "max_num_seqs", "enforce_eager"]
@@ -47,3 +55,28 @@ def test_on_gpus_the_number_of_sequences_is_no_limit_below_memory() -> None:
     assert gpu_choices({"max_num_seqs": None, "max_num_batched_tokens": None}) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
     assert gpu_choices({"max_num_batched_tokens": 512}) == {"max_num_seqs": 512}
     assert gpu_choices({"max_num_seqs": 7}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_num_seq", "did you mean 'max_num_seqs'?"),
+        ("enforce-eager", "did you mean 'enforce_eager'?"),
+        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'?"),
+        ("zzz", "see vLLM's EngineArgs for the valid names"),
+        ("block_size", "set planning.block_size"),
+    ],
+)
+def test_a_name_is_checked_before_any_work_with_no_vllm_imported(name: str, hint: str) -> None:
+    with pytest.raises(TerminalError, match=name) as caught:
+        check_engine_arguments(ModelSpec(id="m", engine_args={"max_num_seqs": 1, name: 1}))
+    assert hint in str(caught.value)
+
+
+def test_without_vllm_the_names_are_those_of_the_version_that_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    known_engine_arguments.cache_clear()
+    monkeypatch.setattr("batchllm_operators.execute.engine_options.find_spec", lambda _: None)
+    try:
+        assert known_engine_arguments() == ENGINE_ARGUMENTS
+    finally:
+        known_engine_arguments.cache_clear()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 from importlib.metadata import requires
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION, check_vllm_version, supported_versions
-from batchllm_operators.execute.engine_options import RESERVED, engine_arguments
+from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
+from batchllm_operators.execute.engine_options import RESERVED, engine_arguments, known_engine_arguments
+from batchllm_operators.execute.processor import processor
 from batchllm_operators.execute.spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("vllm")
@@ -44,6 +49,21 @@ def test_engine_args_has_every_field_we_set_or_reserve() -> None:
     assert set(RESERVED) <= fields
     assert set(engine_arguments(ModelSpec(id="m"), block_size=32, gpus=1, known=fields)) <= fields
     assert {"kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs", "enforce_eager"} <= fields
+    # What a plan checks names against, without importing vLLM, or without having it.
+    assert known_engine_arguments() == ENGINE_ARGUMENTS == fields
+
+
+@pytest.mark.parametrize("level", [None, "AVX2"], ids=["as it is", "limited to AVX2"])
+def test_what_onednn_may_use_of_this_processor_is_what_we_take_it_to_be(level: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_MAX_CPU_ISA")}
+    environment |= {} if level is None else {"ONEDNN_MAX_CPU_ISA": level}
+    script = "import torch; print(torch.ops.mkldnn._is_mkldnn_bf16_supported())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    # oneDNN takes bfloat16 from AVX-512 on, and emulates it where the processor has no instructions for it.
+    onednn = done.stdout.strip() == "True"
+    found = processor(environment)
+    assert onednn or not found.fast_bf16
+    assert onednn == (found.avx512 or bool(found.fast_bf16))
 
 
 def test_the_engine_is_made_from_engine_args_and_a_usage_context() -> None:

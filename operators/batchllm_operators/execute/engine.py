@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -13,8 +14,11 @@ from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.devices import cpu_name
+from batchllm_operators.execute.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
 from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
 from batchllm_operators.execute.engine_settings import engine_settings
+from batchllm_operators.execute.model_shape import read_model_config
+from batchllm_operators.execute.processor import processor
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
@@ -23,8 +27,10 @@ if TYPE_CHECKING:
     from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice
 
 CPU_KV_CACHE_SHARE = 0.25
-CPU_KV_CACHE_MOST_BYTES = 4 * 1024**3
+CPU_KV_CACHE_MOST_BYTES = 4 * GIB
 _CPU_KV_CACHE_ARGUMENTS = ("kv_cache_memory_bytes", "gpu_memory_utilization")
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +124,16 @@ class VllmEngine:
     (`VLLM_CPU_KVCACHE_SPACE`, GiB) decide; else a quarter of the memory that is free, at most 4 GiB, because vLLM's own
     default of 92 % of all memory suits no shared machine.
 
+    The dtype on a CPU: see `choose_dtype`; vLLM's own `auto` takes bfloat16 also where that is the slow one.
+
     Args:
         model: the model part of the job.
         block_size: tokens of a KV-cache block.
         gpus: tensor-parallel size.
 
     Raises:
-        TerminalError: another vLLM, a bad engine argument, a model folder that is none, or `model.attention` asks for
-            what is not supported.
+        TerminalError: another vLLM, a bad engine argument, a model folder that is none, weights in float32 that do not
+            fit into the memory, or `model.attention` asks for what is not supported.
         Exception: whatever vLLM raises when the model does not load.
     """
 
@@ -143,9 +151,12 @@ class VllmEngine:
         arguments = engine_arguments(
             model, block_size=block_size, gpus=gpus, known=[field.name for field in fields(EngineArgs)]
         )
+        self._dtype: DtypeChoice | None = None
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             arguments |= _cpu_kv_cache(arguments)
+            self._dtype = _cpu_dtype(model, arguments)
+            arguments["dtype"] = self._dtype.dtype
         else:
             arguments |= gpu_choices(arguments)
         self._engine, self._attention = _start(model, arguments)
@@ -182,7 +193,7 @@ class VllmEngine:
     @property
     def settings(self) -> tuple[EngineSetting, ...]:
         """What decides its throughput, as vLLM resolved it, and who chose it."""
-        return engine_settings(self._engine.vllm_config, self._model, self._attention)
+        return engine_settings(self._engine.vllm_config, self._model, self._attention, self._dtype)
 
     @property
     def unfinished(self) -> int:
@@ -332,3 +343,17 @@ def _cpu_kv_cache(arguments: dict[str, Any]) -> dict[str, Any]:
 
     free: int = psutil.virtual_memory().available
     return {"kv_cache_memory_bytes": min(int(CPU_KV_CACHE_SHARE * free), CPU_KV_CACHE_MOST_BYTES)}
+
+
+def _cpu_dtype(model: ModelSpec, arguments: dict[str, Any]) -> DtypeChoice:
+    """The dtype for this CPU, with a warning in the log where it is a slow one that the job insists on."""
+    import psutil
+
+    config = read_model_config(model)
+    choice = choose_dtype(model, processor(), config)
+    if choice.warning:
+        _LOGGER.warning(choice.warning)
+    given = arguments.get("kv_cache_memory_bytes")
+    kv_bytes = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0) * GIB or (given if isinstance(given, int) else 0)
+    check_memory(model, choice.dtype, config, free_bytes=psutil.virtual_memory().available - kv_bytes)
+    return choice

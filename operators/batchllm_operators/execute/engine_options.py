@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Collection, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
 from batchllm_operators.execute.spec import ModelSpec
 
 # Arguments that have one right place in the job, or one right value.
@@ -31,6 +36,51 @@ GPU_MAX_NUM_SEQS = 1024
 shared prefixes that is often more than 256 requests. It costs memory for 1,024 rows of logits."""
 
 
+def check_engine_arguments(model: ModelSpec, known: Collection[str] | None = None) -> None:
+    """Refuse names in `model.engine_args` that vLLM does not know, or that have another place in the job.
+
+    For who plans as for the engine: a misspelt name costs no staging and no loading of a model.
+
+    Args:
+        model: the model part of the job.
+        known: the fields of `EngineArgs`; default: `known_engine_arguments()`.
+
+    Raises:
+        TerminalError: with the place to set it, or the nearest valid name.
+    """
+    for name in model.engine_args:
+        if name in RESERVED:
+            raise TerminalError(f"model.engine_args: {name!r} cannot be set here: {RESERVED[name]}")
+        names = known_engine_arguments() if known is None else known
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's EngineArgs for the valid names"
+            raise TerminalError(f"model.engine_args: vLLM has no engine argument {name!r}; {hint}")
+
+
+@cache
+def known_engine_arguments() -> frozenset[str]:
+    """The fields of vLLM's `EngineArgs`: of the vLLM installed here, else those of the version that we support.
+
+    Read from the source of vLLM, because importing it takes seconds and an orchestrator has no other use for it.
+    """
+    vllm = find_spec("vllm")
+    for folder in (vllm.submodule_search_locations or ()) if vllm else ():
+        source = Path(folder) / "engine" / "arg_utils.py"
+        if source.is_file():
+            return _fields(source.read_text(encoding="utf-8"), "EngineArgs")
+    return ENGINE_ARGUMENTS
+
+
+def _fields(source: str, dataclass: str) -> frozenset[str]:
+    """The annotated names in the body of a class."""
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass)
+    body = next(classes).body
+    return frozenset(
+        node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )
+
+
 def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Collection[str]) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs`.
 
@@ -43,13 +93,7 @@ def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Col
     Raises:
         TerminalError: `model.engine_args` names a reserved or an unknown argument.
     """
-    for name in model.engine_args:
-        if name in RESERVED:
-            raise TerminalError(f"model.engine_args: {name!r} cannot be set here: {RESERVED[name]}")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's EngineArgs for the valid names"
-            raise TerminalError(f"model.engine_args: vLLM has no engine argument {name!r}; {hint}")
+    check_engine_arguments(model, known)
     arguments: dict[str, Any] = {
         "model": model.id,
         "revision": model.revision,

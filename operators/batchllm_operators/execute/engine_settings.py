@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from batchllm_operators.execute.dtype_choice import DtypeChoice
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _VLLM = "vLLM's choice for the device"
 _REASONS = {
     "scheduler_cls": "groups as planned, pinned prefixes, admission by predicted KV use",
-    "block_size": "planning.block_size: prefixes are shared in these blocks",
+    "block_size": "planning.block_size (auto: 16 on CUDA, 32 on CPUs): prefixes are shared in these blocks",
     "num_gpu_blocks": "what the memory for the KV cache holds",
     "tensor_parallel_size": "execution.gpus_per_engine",
 }
@@ -24,13 +25,16 @@ _CPU_REASONS = {
 _GPU_REASONS = {"max_num_seqs": "ours: no limit below memory, by which requests are admitted"}
 
 
-def engine_settings(config: Any, model: ModelSpec, attention: AttentionChoice) -> tuple[EngineSetting, ...]:
+def engine_settings(
+    config: Any, model: ModelSpec, attention: AttentionChoice, dtype: DtypeChoice | None = None
+) -> tuple[EngineSetting, ...]:
     """The settings of a loaded engine.
 
     Args:
         config: vLLM's `VllmConfig`, as it is after the KV cache has been allocated.
         model: the model part of the job, whose `engine_args` go before every choice of ours and of vLLM.
         attention: as the engine was started with.
+        dtype: as it was chosen on a CPU; None: the job or vLLM chose it.
     """
     scheduler, cache = config.scheduler_config, config.cache_config
     values = {
@@ -46,12 +50,12 @@ def engine_settings(config: Any, model: ModelSpec, attention: AttentionChoice) -
     }
     reasons = _REASONS | (_CPU_REASONS if config.device_config.device_type == "cpu" else _GPU_REASONS)
     given = set(model.engine_args) | ({"dtype"} if model.dtype != "auto" else set())
+    reasons = reasons | dict.fromkeys(given, "the job (model)")
+    warnings = {}
+    if dtype is not None:
+        reasons["dtype"], warnings["dtype"] = dtype.reason or _VLLM, dtype.warning
     settings = [
-        EngineSetting(
-            name=name,
-            value=str(value),
-            reason="the job (model)" if name in given else reasons.get(name, _VLLM),
-        )
+        EngineSetting(name=name, value=str(value), reason=reasons.get(name, _VLLM), warning=warnings.get(name))
         for name, value in values.items()
     ]
     reason = f"model.attention: {model.attention}"

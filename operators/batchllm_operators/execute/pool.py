@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -34,6 +35,8 @@ THREADS_PER_ENGINE = 2
 
 DEATHS_OF_A_BUNDLE = 2
 """Engines that may die on a bundle before one of its requests is taken to be the reason."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -318,6 +321,10 @@ class EnginePool:
                 self._load_failure = error
             raise
         slot.load_seconds = time.monotonic() - started
+        if loaded.settings != self.settings:
+            for setting in loaded.settings:
+                if setting.warning:
+                    _LOGGER.warning(setting.warning)
         self.settings = loaded.settings
         return handle, loaded
 

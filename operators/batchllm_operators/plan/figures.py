@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.forming import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
@@ -40,7 +41,7 @@ def summarise(
         workers: engines that will take bundles.
         usd_per_worker_hour: price of one engine; None: not known.
     """
-    block = planning.block_size
+    block = planned_block_size(planning)
     distinct_tokens = int(requests.prompt_tokens.sum(dtype=np.int64))
     computed = int(plan.computed_tokens.sum())
     load = np.zeros(max(workers, 1))
@@ -77,6 +78,7 @@ def summarise(
         optimum_saving=optimum,
         stock_saving=None if plan.stock_computed_tokens is None else saving(plan.stock_computed_tokens),
         order=planning.order,
+        block_size=block,
         parted_trees=plan.parted_trees,
         workers=workers,
         split_prefix_tokens=0 if planning.order == "input" else computed - plan.planned.optimum_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.bundles import pack_bundles
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
 from batchllm_operators.plan.cost import forecast
@@ -106,7 +107,7 @@ def form_plan(
         pilot: plan only a share of `planning.pilot_fraction`, evenly over the forest; unless output lengths are known
             already from results of this job or of earlier ones.
     """
-    block = planning.block_size
+    block = planned_block_size(planning)
     window = int(planning.memory_gb * GIGABYTE / 4) if requests.hashes.disk is not None else None
     order = sort_by_prefix(requests.hashes, requests.keys, window_bytes=window)
     whole = _sharing(order, requests, block)
@@ -219,8 +220,9 @@ def _stock_computed_tokens(
     position = np.empty(len(rows), dtype=np.int64)
     position[rows] = np.arange(len(rows))
     positions = position[requests.request_of_row]
-    found = _replay_stock(whole.order, positions, requests, estimates, planning.block_size, cost)
-    return requests.row_tokens - planning.block_size * int(found.sum(dtype=np.int64))
+    block = planned_block_size(planning)
+    found = _replay_stock(whole.order, positions, requests, estimates, block, cost)
+    return requests.row_tokens - block * int(found.sum(dtype=np.int64))
 
 
 def _replay_stock(

@@ -120,6 +120,7 @@ def _counts(plan: PlanSummary) -> list[str]:
         f"| expected output tokens | {plan.expected_output_tokens:,} |",
         f"| known from | {sources or 'nothing to estimate'} |",
         f"| rates of the forecast | {plan.rates} |",
+        *([f"| tokens of a KV-cache block | {plan.block_size} |"] if plan.block_size else []),
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.figures import summarise
@@ -53,7 +54,7 @@ def plan_requests(
     cost = planning.cost or (calibrated.rates if calibrated else default_cost_model())
     with TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
-        requests = read_requests(work, stage, block_size=planning.block_size, tokens=tokens, hashes=hashes)
+        requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
         plan = form_plan(
             requests, read_results([work]), read_results(earlier), planning, cost, workers=workers, pilot=pilot
         )

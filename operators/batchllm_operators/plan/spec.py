@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from batchllm_operators.spec import SpecModel
 
@@ -26,11 +26,24 @@ class CostModel(SpecModel):
     max_running_requests: int = Field(ge=1, description="most requests in a step")
 
 
+LARGEST_BLOCK = 1024
+
+
+def _block_size(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= LARGEST_BLOCK):
+        return value
+    raise ValueError(f"expected 'auto' or a whole number from 1 to {LARGEST_BLOCK}")
+
+
 class PlanningSpec(SpecModel):
     """How the requests of a job are grouped, ordered and packed."""
 
-    block_size: int = Field(
-        default=32, ge=1, le=1024, description="tokens of a KV-cache block; prefixes are shared in whole blocks"
+    block_size: Annotated[
+        Annotated[int, Field(ge=1, le=LARGEST_BLOCK)] | Literal["auto"], BeforeValidator(_block_size)
+    ] = Field(
+        default="auto",
+        description="tokens of a KV-cache block, in which prefixes are shared; `auto`: 16 where the machine that plans "
+        "has a GPU, else 32; set 16 where a machine without GPU plans for engines on GPUs",
     )
     order: Literal["decode_first", "blend", "input"] = Field(
         default="decode_first",
