@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from prefect import flow, get_run_logger, unmapped
@@ -12,10 +13,18 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.live import LiveProgress
+from batchllm_flows.planning import (
+    PlanCall,
+    kept_calibrations,
+    only_shown,
+    plan_job,
+    plan_run,
+    stage_run,
+    usd_per_engine_hour,
+)
 from batchllm_flows.report import ExecutedPlan, JobReport, build_report, report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.errors import BatchLLMError, TerminalError
-from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, CalibrationCache
 from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
 from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.execute.task import calibrate_engine, execute_bundle
@@ -25,10 +34,8 @@ from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
 from batchllm_operators.records import (
-    PLAN_PAGE,
     REPORT_FILE,
     REPORT_PAGE,
-    WORK_FOLDER,
     BundleResult,
     PlanSummary,
     StageSummary,
@@ -53,22 +60,22 @@ def batch_inference(job: BatchJob) -> JobReport:
     run = open_run(job)
     if run.complete is not None:
         logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
-        with _only_shown():
+        with only_shown(logger.warning):
             _show_report(run.complete)
         return run.complete
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
     with clock.step("stage"):
-        staged = _stage(run)
+        staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
     with _engine_pool(run) as pool:
         with clock.step("execute"):
             calibrated = _calibrate(run, staged, pool)
         with clock.step("plan"):
-            planned = _plan(run, staged, calibrated, pilot=job.planning.pilot_fraction > 0)
+            planned = plan_run(run, staged, calibrated, _plan_task(job), pilot=job.planning.pilot_fraction > 0)
         with clock.step("execute"):
             executed = [ExecutedPlan(planned, _execute(run, planned, pool))]
         if planned.pilot:
             with clock.step("plan"):
-                planned = _plan(run, staged, calibrated)
+                planned = plan_run(run, staged, calibrated, _plan_task(job))
             with clock.step("execute"):
                 executed.append(ExecutedPlan(planned, _execute(run, planned, pool)))
     with clock.step("merge"):
@@ -90,11 +97,11 @@ def batch_inference(job: BatchJob) -> JobReport:
         engines=min(job.execution.engines, sum(len(one.results) for one in executed)),
         output_uri=run.sink.uri,
         work_uri=run.work.uri,
-        usd_per_engine_hour=_usd_per_engine_hour(run),
+        usd_per_engine_hour=usd_per_engine_hour(job),
         engine_settings=pool.settings,
     )
     run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
-    with _only_shown():
+    with only_shown(logger.warning):
         _show_report(report, _write_page(run, report, executed))
     return report
 
@@ -105,55 +112,12 @@ def plan_batch_inference(job: BatchJob) -> PlanSummary:
 
     The work is not lost: `batch_inference` of the same job finds the staged rows.
     """
-    run = open_run(job)
-    planned = _plan(run, _stage(run), _calibrations(run).latest())
-    page_uri = None
-    with _only_shown():
-        from batchllm_flows.html_report.page import plan_page
-
-        run.work.write_bytes(PLAN_PAGE, plan_page(planned, job.name).encode())
-        page_uri = run.work.uri_of(PLAN_PAGE)
-    return planned.model_copy(update={"page_uri": page_uri})
+    return plan_job(job, stage=stage, plan=_plan_task(job), warn=get_run_logger().warning)
 
 
-def _stage(run: JobRun) -> StageSummary:
-    job = run.job
-    named = stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}")
-    return named(
-        job.source,
-        job.prompt,
-        job.sampling,
-        job.model,
-        run.work.uri,
-        job.sink.storage,
-        field_order=job.planning.field_order,
-        tokenizer_processes=job.execution.tokenizer_processes,
-    )
-
-
-def _plan(run: JobRun, staged: StageSummary, calibrated: Calibration | None, *, pilot: bool = False) -> PlanSummary:
-    job = run.job
-    return plan(
-        staged,
-        job.planning,
-        run.work.uri,
-        job.sink.storage,
-        workers=job.execution.engines,
-        calibrated=calibrated,
-        usd_per_worker_hour=_usd_per_engine_hour(run),
-        pilot=pilot,
-        job_name=job.name,
-    )
-
-
-def _calibrations(run: JobRun) -> CalibrationCache:
-    """Kept beside the output, for every job that writes there."""
-    return CalibrationCache(
-        run.sink.folder(f"{WORK_FOLDER}/{CALIBRATIONS_FOLDER}"),
-        run.job.model,
-        block_size=planned_block_size(run.job.planning),
-        gpus_per_engine=run.job.execution.gpus_per_engine,
-    )
+def _plan_task(job: BatchJob) -> PlanCall:
+    """The task of the plan step, whose artifact is named after the job."""
+    return partial(plan, job_name=job.name)
 
 
 def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
@@ -161,16 +125,11 @@ def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibrati
     job = run.job
     if job.planning.cost is not None:
         return None
-    cache = _calibrations(run)
+    cache = kept_calibrations(run)
     kept = cache.latest()
     if kept is not None or not job.execution.calibrate or not has_requests_left(run.work, staged):
         return kept
     return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache)
-
-
-def _usd_per_engine_hour(run: JobRun) -> float | None:
-    price = run.job.execution.usd_per_gpu_hour
-    return None if price is None else price * run.job.execution.gpus_per_engine
 
 
 def _engine_pool(run: JobRun) -> EnginePool:
@@ -234,15 +193,6 @@ def _closed_on_failure(pool: EnginePool) -> Iterator[None]:
     except BaseException:
         pool.close()
         raise
-
-
-@contextmanager
-def _only_shown() -> Iterator[None]:
-    """For what a person looks at: a fault there is told, and does not fail a job whose work is done."""
-    try:
-        yield
-    except Exception:
-        get_run_logger().warning("a report could not be shown, the job itself is done", exc_info=True)
 
 
 def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) -> list[str]:

@@ -23,6 +23,7 @@ TRACE_FOLDER = "trace"
 ATTENTION_TRACE_FOLDER = "attention_trace"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
+LAST_ERROR_FILE = "last_error.json"
 MANIFEST_FILE = "_manifest.json"
 WORK_FOLDER = "_batchllm"
 
@@ -133,12 +134,21 @@ class FieldSharing(Record):
     """Rows in the order of a plan, fields in the chosen order."""
 
 
+class RowErrorExample(Record):
+    """A row without a request or an answer, and why."""
+
+    row_id: str
+    message: str
+
+
 class StageSummary(Record):
     """What staging found; `staged/summary.json`, written last."""
 
     parts: tuple[StagedPart, ...]
     rows: int
     error_rows: dict[str, int]
+    error_examples: dict[str, tuple[RowErrorExample, ...]] = {}
+    """The first few rows of each kind of error."""
     prompt_tokens: int
     requests: int
     """Rows that make a request (rows without an error)."""
@@ -206,6 +216,9 @@ class PlanSummary(Record):
 
     bundles: tuple[BundleInfo, ...]
     rows: int
+    error_rows: dict[str, int] = {}
+    """Rows that make no request, by kind of error."""
+    error_examples: dict[str, tuple[RowErrorExample, ...]] = {}
     requests: int
     """Distinct requests to compute now."""
     duplicate_rows: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# What Markdown would take for marks; an underscore within a word is none.
-_MARKS = re.compile(r"[\\`*\[\]<>|~&#$]|(?<!\w)_|_(?!\w)")
+# What Markdown would take for marks; an underscore between letters or digits is none.
+_MARKS = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

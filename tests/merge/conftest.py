@@ -17,7 +17,15 @@ import pytest
 
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import RESULT_SCHEMA, STAGED_SCHEMA, InputObject, Manifest, StagedPart, StageSummary
+from batchllm_operators.records import (
+    RESULT_SCHEMA,
+    STAGED_SCHEMA,
+    InputObject,
+    Manifest,
+    RowErrorExample,
+    StagedPart,
+    StageSummary,
+)
 from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
@@ -91,10 +99,16 @@ class Job:
             self.work.write_table(name, pa.Table.from_pylist(rows, STAGED_SCHEMA))
             parts.append(StagedPart(name=name, first_row=first, rows=len(rows)))
         good = sum(name is not None for name in self.requests)
+        examples = tuple(
+            RowErrorExample(row_id=f"id-{row}", message="blank")
+            for row, name in enumerate(self.requests)
+            if name is None
+        )[:3]
         return StageSummary(
             parts=tuple(parts),
             rows=len(staged),
             error_rows={"invalid_row": len(staged) - good} if good < len(staged) else {},
+            error_examples={"invalid_row": examples} if examples else {},
             prompt_tokens=10 * good,
             requests=good,
             source_schema=base64.b64encode(self.schema.serialize().to_pybytes()).decode(),

@@ -29,8 +29,10 @@ from batchllm_operators.records import (
     RESULTS_FOLDER,
     InputObject,
     Manifest,
+    RowErrorExample,
     StageSummary,
 )
+from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import sink_schema
 from batchllm_operators.store import Store
@@ -82,9 +84,7 @@ def merge_results(
     chosen = choose_results(index, parts, work)
     _refuse_missing_results(index, chosen, stage, work)
     error_rows = Counter(stage.error_rows) + chosen.error_rows
-    if error_rows.total() > max_error_fraction * stage.rows:
-        examples = _error_examples(index, chosen, stage, work)
-        raise _too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
+    refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, _error_examples(index, chosen, stage, work))
 
     claim_sink(sink, job_id)
     schema = sink_schema(stage)
@@ -167,22 +167,15 @@ def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: S
         )
 
 
-def _too_many_errors(
-    error_rows: Counter[str], rows: int, max_error_fraction: float, examples: list[str]
-) -> TerminalError:
-    counts = ", ".join(f"{code} {count}" for code, count in error_rows.most_common())
-    return TerminalError(
-        f"{error_rows.total()} of {rows} rows have errors, more than max_error_fraction {max_error_fraction} allows:"
-        f" {counts}; {'; '.join(examples[:_EXAMPLES])}"
-    )
-
-
-def _error_examples(index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store) -> list[str]:
-    examples = [f"row {name}: {message}" for name, message in index.error_examples]
-    for number, message in chosen.error_examples:
+def _error_examples(
+    index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store
+) -> dict[str, tuple[RowErrorExample, ...]]:
+    """Those that staging found, and some of the engines'."""
+    examples = ErrorExamples()
+    for code, number, message in chosen.error_examples:
         first_row = index.rows[index.starts[number] : index.starts[number] + 1]
-        examples.append(f"row {_row_ids(first_row, stage, work)[0]}: {message}")
-    return examples
+        examples.add(code, _row_ids(first_row, stage, work)[0], message)
+    return {**stage.error_examples, **examples.by_kind()}
 
 
 def _row_ids(rows: Int64s, stage: StageSummary, work: Store) -> list[str]:

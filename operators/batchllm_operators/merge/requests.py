@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
+from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
 from batchllm_operators.store import Store
 
 Int64s = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 _KEY_DTYPE: np.dtype[np.bytes_] = np.dtype(f"S{REQUEST_KEY_BYTES}")
 _log = logging.getLogger(__name__)
-_ERROR_EXAMPLES = 3
 _NO_PART = -1
 
 
@@ -35,13 +35,11 @@ class RequestIndex:
         keys: distinct request keys, sorted; request number i has `keys[i]`.
         rows: row indices, those of request i at `starts[i]` to `starts[i + 1]`, ascending.
         starts: one more than requests.
-        error_examples: (row id, message) of the first rows with an error.
     """
 
     keys: Keys
     rows: Int64s
     starts: Int64s
-    error_examples: list[tuple[str, str]]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,20 +67,16 @@ class RequestIndex:
 def index_requests(stage: StageSummary, work: Store) -> RequestIndex:
     """Read the keys of all staged rows."""
     keys, rows = [np.zeros(0, _KEY_DTYPE)], [np.zeros(0, np.int64)]
-    examples: list[tuple[str, str]] = []
     for part in stage.parts:
         with work.parquet(part.name) as file:
-            table = file.read(["row_index", "row_id", "request_key", "error"])
+            table = file.read(["row_index", "request_key"])
         staged = table.filter(pc.is_valid(table["request_key"]))
         keys.append(as_keys(staged["request_key"]))
         rows.append(staged["row_index"].to_numpy())
-        if len(examples) < _ERROR_EXAMPLES:
-            faulty = table.filter(pc.is_null(table["request_key"])).slice(0, _ERROR_EXAMPLES - len(examples))
-            examples += [(row["row_id"], row["error"]["message"]) for row in faulty.to_pylist()]
     all_keys = np.concatenate(keys)
     order = np.argsort(all_keys, kind="stable")  # stable: rows of one request stay in input order
     distinct, starts = np.unique(all_keys[order], return_index=True)
-    return RequestIndex(distinct, np.concatenate(rows)[order], np.append(starts, len(order)), examples)
+    return RequestIndex(distinct, np.concatenate(rows)[order], np.append(starts, len(order)))
 
 
 @dataclass
@@ -94,7 +88,7 @@ class ChosenResults:
         row: its row within that part.
         failed: whether it is an error (there was no copy without one).
         error_rows: input rows with an engine's error, by code.
-        error_examples: (request number, message) of some.
+        error_examples: (kind of error, request number, message) of the first few.
     """
 
     part: npt.NDArray[np.int32]
@@ -104,7 +98,7 @@ class ChosenResults:
     cached_tokens: int = 0
     completion_tokens: int = 0
     error_rows: Counter[str] = field(default_factory=Counter)
-    error_examples: list[tuple[int, str]] = field(default_factory=list)
+    error_examples: list[tuple[str, int, str]] = field(default_factory=list)
 
     @property
     def missing(self) -> Int64s:
@@ -182,5 +176,5 @@ def _count(chosen: ChosenResults, table: pa.Table, numbers: Int64s, index: Reque
     for row in np.flatnonzero(chosen.failed[numbers]).tolist():
         error, number = table["error"][row].as_py(), int(numbers[row])
         chosen.error_rows[error["code"]] += int(index.row_counts[number])
-        if len(chosen.error_examples) < _ERROR_EXAMPLES:
-            chosen.error_examples.append((number, error["message"]))
+        if sum(code == error["code"] for code, _, _ in chosen.error_examples) < EXAMPLES_OF_A_KIND:
+            chosen.error_examples.append((error["code"], number, error["message"]))

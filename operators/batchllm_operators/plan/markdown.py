@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.row_errors import most_frequent_first
 from batchllm_operators.wording import counted
 
 SHOWN_BUNDLES = 20
@@ -29,7 +30,7 @@ _SOURCES = {
 def plan_markdown(plan: PlanSummary) -> str:
     """The plan in Markdown: what is saved, what it will take, why this order, the largest groups, the bundles."""
     lines = ["## Pilot" if plan.pilot else "## Plan", "", _headline(plan), "", _saving(plan), ""]
-    lines += [*_counts(plan), *_forecast(plan), "", "### Order", "", explain_order(plan)]
+    lines += [*_counts(plan), *_row_errors(plan), *_forecast(plan), "", "### Order", "", explain_order(plan)]
     if plan.largest_groups:
         lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
         lines += [
@@ -122,6 +123,16 @@ def _counts(plan: PlanSummary) -> list[str]:
         f"| rates of the forecast | {plan.rates} |",
         *([f"| tokens of a KV-cache block | {plan.block_size} |"] if plan.block_size else []),
     ]
+
+
+def _row_errors(plan: PlanSummary) -> list[str]:
+    if not plan.error_rows:
+        return []
+    lines = ["", f"### Rows without a request: {sum(plan.error_rows.values()):,} of {plan.rows:,}", ""]
+    for code, count in most_frequent_first(plan.error_rows):
+        lines.append(f"- `{code}`: {count:,}, for example")
+        lines += [f"    - row `{one.row_id}`: {one.message}" for one in plan.error_examples.get(code, ())]
+    return lines
 
 
 def _forecast(plan: PlanSummary) -> list[str]:

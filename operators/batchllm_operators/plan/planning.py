@@ -64,6 +64,8 @@ def plan_requests(
     summary = summary.model_copy(
         update={
             "rows": stage.rows,
+            "error_rows": stage.error_rows,
+            "error_examples": stage.error_examples,
             "rates": rates_source(planning.cost, calibrated),
             "field_sharing": stage.field_sharing,
             "stage_seconds": stage.seconds,

@@ -7,17 +7,15 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from batchllm_operators.plan.cost import Calibration
-from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.markdown import plan_markdown
-from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.plots import forest_plot
 from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.store import Store
 from batchllm_operators.svg import markdown_image
-from batchllm_operators.wording import artifact_slug, counted
+from batchllm_operators.wording import artifact_slug
 
 
 @task(
@@ -55,24 +53,19 @@ def plan(
         TerminalError: a staged part is missing or damaged.
         TransientError: after the retries.
     """
-    summary = plan_requests(
-        Store(work_uri, storage),
+    summary = plan_staged(
         stage,
         planning,
+        work_uri,
+        storage,
         workers=workers,
         calibrated=calibrated,
-        earlier=earlier_runs(work_uri, storage),
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,
+        log=get_run_logger().info,
     )
     shown = [plan_markdown(summary), *markdown_image("What is shared, and by how many", forest_plot(summary))]
     create_markdown_artifact(
         "\n".join(shown), key=f"{artifact_slug(job_name)}-plan", description="What the job will compute"
     )
-    get_run_logger().info(
-        "planned %s in %s and %s: saving %.1f %% of prompt tokens, possible %.1f %%",
-        counted(summary.requests, "request"), counted(summary.groups, "group"),
-        counted(len(summary.bundles), "bundle"),
-        100 * summary.expected_saving, 100 * summary.optimum_saving,
-    )  # fmt: skip
     return summary

@@ -22,6 +22,7 @@ from batchllm_operators.records import (
     StagedPart,
     StageSummary,
 )
+from batchllm_operators.row_errors import ErrorExamples
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.json_schema import unified, writable
 from batchllm_operators.stage.progress import StageStep
@@ -96,6 +97,7 @@ def stage_rows(
         parts=tuple(writer.parts),
         rows=writer.rows,
         error_rows=dict(sorted(writer.error_rows.items())),
+        error_examples=writer.error_examples.by_kind(),
         prompt_tokens=writer.prompt_tokens,
         requests=writer.rows - writer.error_rows.total(),
         source_schema=base64.b64encode(writable(schema.schema).serialize().to_pybytes()).decode(),
@@ -159,11 +161,14 @@ class _PartWriter:
         self.rows = 0
         self.prompt_tokens = 0
         self.error_rows: Counter[str] = Counter()
+        self.error_examples = ErrorExamples()
 
     def add(self, table: pa.Table) -> None:
         tokens = pc.sum(pc.list_value_length(table["prompt_token_ids"])).as_py() or 0
-        codes = pc.struct_field(table["error"], "code").drop_null()
-        self.error_rows.update(codes.to_pylist())
+        faulty = table.select(["row_id", "error"]).filter(pc.is_valid(table["error"])).to_pylist()
+        for row in faulty:
+            self.error_rows[row["error"]["code"]] += 1
+            self.error_examples.add(row["error"]["code"], row["row_id"], row["error"]["message"])
         self.rows += len(table)
         self.prompt_tokens += tokens
         self._tables.append(table)

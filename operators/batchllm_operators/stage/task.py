@@ -10,13 +10,8 @@ from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.progress import StageProgress
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
-from batchllm_operators.stage.staging import stage_rows
-from batchllm_operators.store import Store
-from batchllm_operators.terminal import terminal
-from batchllm_operators.wording import counted
+from batchllm_operators.stage.step import stage_source
 
 
 @task(
@@ -51,22 +46,14 @@ def stage(
         TerminalError: see `stage_rows`.
         TransientError: after the retries.
     """
-    rows = open_source(source)
-    logger = get_run_logger()
-    with StageProgress(rows.rows, terminal(), logger.info) as progress:
-        summary = stage_rows(
-            rows,
-            prompt,
-            sampling,
-            model,
-            Store(work_uri, storage),
-            field_order=field_order,
-            tokenizer_processes=tokenizer_processes,
-            progress=progress.update,
-        )
-    logger.info(
-        "staged %s: %s, %s, %s",
-        counted(summary.rows, "row"), counted(summary.requests, "request"), counted(summary.errors, "error"),
-        counted(summary.prompt_tokens, "prompt token"),
-    )  # fmt: skip
-    return summary
+    return stage_source(
+        source,
+        prompt,
+        sampling,
+        model,
+        work_uri,
+        storage,
+        field_order=field_order,
+        tokenizer_processes=tokenizer_processes,
+        log=get_run_logger().info,
+    )

@@ -1,0 +1,122 @@
+"""Staging and planning of a job: the sequence that the flows and the command line share. Needs no Prefect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from batchllm_flows.job import BatchJob
+from batchllm_flows.run import JobRun, open_run
+from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, CalibrationCache
+from batchllm_operators.plan.block_size import planned_block_size
+from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.step import plan_staged
+from batchllm_operators.records import PLAN_PAGE, WORK_FOLDER, PlanSummary, StageSummary
+from batchllm_operators.row_errors import refuse_too_many_errors
+from batchllm_operators.stage.step import stage_source
+
+StageCall = Callable[..., StageSummary]
+"""`stage_source`, or the Prefect task around it."""
+PlanCall = Callable[..., PlanSummary]
+"""`plan_staged`, or the Prefect task around it."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def plan_job(
+    job: BatchJob,
+    *,
+    stage: StageCall = stage_source,
+    plan: PlanCall = plan_staged,
+    warn: Callable[..., None] = _LOGGER.warning,
+) -> PlanSummary:
+    """Stage and plan a job; no engine is loaded. What is staged is found by a later run of the job.
+
+    Args:
+        job: the job.
+        stage: does the stage step.
+        plan: does the plan step.
+        warn: takes a warning, as `logging.Logger.warning`.
+
+    Raises:
+        TerminalError: the job cannot succeed as it stands, or more rows have errors than it allows.
+        TransientError: the store does not answer.
+    """
+    run = open_run(job)
+    planned = plan_run(run, stage_run(run, stage), kept_calibrations(run).latest(), plan)
+    page_uri = None
+    with only_shown(warn):
+        # Imported here: drawing loads matplotlib.
+        from batchllm_flows.html_report.page import plan_page
+
+        run.work.write_bytes(PLAN_PAGE, plan_page(planned, job.name).encode())
+        page_uri = run.work.uri_of(PLAN_PAGE)
+    return planned.model_copy(update={"page_uri": page_uri})
+
+
+def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
+    """Stage the rows of a run.
+
+    Raises:
+        TerminalError: more rows have errors than the job allows: no engine would change that.
+    """
+    job = run.job
+    staged = stage(
+        job.source,
+        job.prompt,
+        job.sampling,
+        job.model,
+        run.work.uri,
+        job.sink.storage,
+        field_order=job.planning.field_order,
+        tokenizer_processes=job.execution.tokenizer_processes,
+    )
+    refuse_too_many_errors(staged.error_rows, staged.rows, job.execution.max_error_fraction, staged.error_examples)
+    return staged
+
+
+def plan_run(
+    run: JobRun, staged: StageSummary, calibrated: Calibration | None, plan: PlanCall, *, pilot: bool = False
+) -> PlanSummary:
+    """Plan what remains of a run."""
+    job = run.job
+    return plan(
+        staged,
+        job.planning,
+        run.work.uri,
+        job.sink.storage,
+        workers=job.execution.engines,
+        calibrated=calibrated,
+        usd_per_worker_hour=usd_per_engine_hour(job),
+        pilot=pilot,
+    )
+
+
+def kept_calibrations(run: JobRun) -> CalibrationCache:
+    """Kept beside the output, for every job that writes there."""
+    return CalibrationCache(
+        run.sink.folder(f"{WORK_FOLDER}/{CALIBRATIONS_FOLDER}"),
+        run.job.model,
+        block_size=planned_block_size(run.job.planning),
+        gpus_per_engine=run.job.execution.gpus_per_engine,
+    )
+
+
+def usd_per_engine_hour(job: BatchJob) -> float | None:
+    """Price of one engine; None: not known."""
+    price = job.execution.usd_per_gpu_hour
+    return None if price is None else price * job.execution.gpus_per_engine
+
+
+@contextmanager
+def only_shown(warn: Callable[..., None]) -> Iterator[None]:
+    """For what a person looks at: a fault there is told, and does not fail a job whose work is done.
+
+    Args:
+        warn: takes a warning, as `logging.Logger.warning`.
+    """
+    try:
+        yield
+    except Exception:
+        warn("a report could not be shown, the job itself is done", exc_info=True)

@@ -1,0 +1,64 @@
+"""The plan step as a call: learns from earlier runs, plans, and says what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.earlier import earlier_runs
+from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def plan_staged(
+    stage: StageSummary,
+    planning: PlanningSpec,
+    work_uri: str,
+    storage: StorageOptions,
+    workers: int = 1,
+    calibrated: Calibration | None = None,
+    usd_per_worker_hour: float | None = None,
+    pilot: bool = False,
+    *,
+    log: Callable[[str], None] = _LOGGER.info,
+) -> PlanSummary:
+    """Group, order and pack the requests that remain; written to `plan/` of the work folder.
+
+    Args:
+        stage: what staging found.
+        planning: the planning part of the job.
+        work_uri: the work folder.
+        storage: how to reach it.
+        workers: engines that will take bundles.
+        calibrated: measured rates of one engine.
+        usd_per_worker_hour: price of one engine, for the forecast.
+        pilot: plan a sample first, see `plan_requests`.
+        log: takes one line on what came out.
+
+    Raises:
+        TerminalError: a staged part is missing or damaged.
+        TransientError: the store does not answer.
+    """
+    summary = plan_requests(
+        Store(work_uri, storage),
+        stage,
+        planning,
+        workers=workers,
+        calibrated=calibrated,
+        earlier=earlier_runs(work_uri, storage),
+        usd_per_worker_hour=usd_per_worker_hour,
+        pilot=pilot,
+    )
+    log(
+        f"planned {counted(summary.requests, 'request')} in {counted(summary.groups, 'group')} and "
+        f"{counted(len(summary.bundles), 'bundle')}: "
+        f"saving {summary.expected_saving:.1%} of prompt tokens, possible {summary.optimum_saving:.1%}"
+    )
+    return summary

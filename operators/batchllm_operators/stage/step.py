@@ -1,0 +1,68 @@
+"""The stage step as a call: opens the source, shows how far it is, and says what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.plan.spec import FieldOrderChoice
+from batchllm_operators.records import StageSummary
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.progress import StageProgress
+from batchllm_operators.stage.readers import open_source
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.stage.staging import stage_rows
+from batchllm_operators.store import Store
+from batchllm_operators.terminal import terminal
+from batchllm_operators.wording import counted
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def stage_source(
+    source: SourceSpec,
+    prompt: PromptSpec,
+    sampling: SamplingSpec,
+    model: ModelSpec,
+    work_uri: str,
+    storage: StorageOptions,
+    field_order: FieldOrderChoice = "optimise",
+    tokenizer_processes: int = 1,
+    *,
+    log: Callable[[str], None] = _LOGGER.info,
+) -> StageSummary:
+    """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
+
+    Args:
+        source: where the rows are.
+        prompt: how a row becomes a prompt.
+        sampling: how completions are sampled.
+        model: the model that will answer.
+        work_uri: the work folder.
+        storage: how to reach the work folder.
+        field_order: of a prompt of kind `fields`.
+        tokenizer_processes: processes that render and tokenise.
+        log: takes a line on how far it is, where there is no terminal, and one at the end.
+
+    Raises:
+        TerminalError: see `stage_rows`.
+        TransientError: the store does not answer.
+    """
+    rows = open_source(source)
+    with StageProgress(rows.rows, terminal(), log) as progress:
+        summary = stage_rows(
+            rows,
+            prompt,
+            sampling,
+            model,
+            Store(work_uri, storage),
+            field_order=field_order,
+            tokenizer_processes=tokenizer_processes,
+            progress=progress.update,
+        )
+    log(
+        f"staged {counted(summary.rows, 'row')}: {counted(summary.requests, 'request')}, "
+        f"{counted(summary.errors, 'error')}, {counted(summary.prompt_tokens, 'prompt token')}"
+    )
+    return summary
