@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.futures import as_completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from batchllm_flows.engine_status import EngineStatus
 from batchllm_flows.job import BatchJob
 from batchllm_flows.live import LiveProgress
 from batchllm_flows.planning import (
@@ -64,45 +65,48 @@ def batch_inference(job: BatchJob) -> JobReport:
             _show_report(run.complete)
         return run.complete
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
-    with clock.step("stage"):
-        staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
-    with _engine_pool(run) as pool:
+    with _engines(run) as (pool, status):
+        pool.start()
+        with clock.step("stage"):
+            staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
         with clock.step("execute"):
             calibrated = _calibrate(run, staged, pool)
         with clock.step("plan"):
             planned = plan_run(run, staged, calibrated, _plan_task(job), pilot=job.planning.pilot_fraction > 0)
         with clock.step("execute"):
-            executed = [ExecutedPlan(planned, _execute(run, planned, pool))]
+            executed = [ExecutedPlan(planned, _execute(run, planned, pool, status))]
         if planned.pilot:
             with clock.step("plan"):
                 planned = plan_run(run, staged, calibrated, _plan_task(job))
             with clock.step("execute"):
-                executed.append(ExecutedPlan(planned, _execute(run, planned, pool)))
-    with clock.step("merge"):
-        manifest = merge(
-            job.source,
-            staged,
-            job.sink,
-            run.work.uri,
-            job_id=run.job_id,
-            job_name=job.name,
-            fingerprint=run.objects,
-            max_error_fraction=job.execution.max_error_fraction,
+                executed.append(ExecutedPlan(planned, _execute(run, planned, pool, status)))
+        pool.release()
+        with clock.step("merge"):
+            manifest = merge(
+                job.source,
+                staged,
+                job.sink,
+                run.work.uri,
+                job_id=run.job_id,
+                job_name=job.name,
+                fingerprint=run.objects,
+                max_error_fraction=job.execution.max_error_fraction,
+            )
+        report = build_report(
+            manifest,
+            executed,
+            clock.seconds(),
+            started=clock.started_at,
+            engines=min(job.execution.engines, sum(len(one.results) for one in executed)),
+            engine_load_seconds=pool.load_seconds,
+            output_uri=run.sink.uri,
+            work_uri=run.work.uri,
+            usd_per_engine_hour=usd_per_engine_hour(job),
+            engine_settings=pool.settings,
         )
-    report = build_report(
-        manifest,
-        executed,
-        clock.seconds(),
-        started=clock.started_at,
-        engines=min(job.execution.engines, sum(len(one.results) for one in executed)),
-        output_uri=run.sink.uri,
-        work_uri=run.work.uri,
-        usd_per_engine_hour=usd_per_engine_hour(job),
-        engine_settings=pool.settings,
-    )
-    run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
-    with only_shown(logger.warning):
-        _show_report(report, _write_page(run, report, executed))
+        run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
+        with only_shown(logger.warning):
+            _show_report(report, _write_page(run, report, executed))
     return report
 
 
@@ -121,30 +125,44 @@ def _plan_task(job: BatchJob) -> PlanCall:
 
 
 def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
-    """The engines' rates as kept; else as an engine measures them now, where it has something to compute anyway."""
+    """The engines' rates as kept; else as an engine measures them now, where it has something to compute anyway.
+
+    Where it has, its model begins to load, so that this goes on beside the planning.
+    """
     job = run.job
-    if job.planning.cost is not None:
-        return None
     cache = kept_calibrations(run)
-    kept = cache.latest()
-    if kept is not None or not job.execution.calibrate or not has_requests_left(run.work, staged):
+    kept = None if job.planning.cost is not None else cache.latest()
+    measure = job.planning.cost is None and kept is None and job.execution.calibrate
+    if not has_requests_left(run.work, staged):
+        return kept
+    pool.preload(calibrate=measure)
+    if not measure:
         return kept
     return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache)
 
 
-def _engine_pool(run: JobRun) -> EnginePool:
-    """The engines of this run: started by the first bundles, and warm until the run ends."""
-    job = run.job
-    return EnginePool(
-        model=job.model,
-        execution=job.execution,
-        block_size=planned_block_size(job.planning),
-        sampling=job.sampling,
-        work=run.work,
-    )
+@contextmanager
+def _engines(run: JobRun) -> Iterator[tuple[EnginePool, EngineStatus]]:
+    """The engines of this run, warm until it ends, and what they do until their first tokens, which the log tells."""
+    job, logger = run.job, get_run_logger()
+    with EngineStatus(logger.info) as status:
+        pool = EnginePool(
+            model=job.model,
+            execution=job.execution,
+            block_size=planned_block_size(job.planning),
+            sampling=job.sampling,
+            work=run.work,
+            on_status=status.tell,
+        )
+        try:
+            with pool:
+                yield pool, status
+        finally:
+            if pool.kept_logs:
+                logger.error("the end of the engine's log is kept: %s", ", ".join(pool.kept_logs))
 
 
-def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> tuple[BundleResult, ...]:
+def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool, status: EngineStatus) -> tuple[BundleResult, ...]:
     """One task run per bundle, each in a thread that waits for its engine.
 
     Where this fails the pool closes before the task runner: closing ends the calls that the runner's threads wait in,
@@ -159,7 +177,7 @@ def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool) -> tuple[Bundl
             max_workers=min(THREADS_PER_ENGINE * run.job.execution.engines, len(planned.bundles))
         ) as runner,
         _closed_on_failure(pool),
-        LiveProgress(board, f"{artifact_slug(run.job.name)}-progress"),
+        LiveProgress(board, f"{artifact_slug(run.job.name)}-progress", status=status),
     ):
         futures = runner.map(
             bundle_task,
@@ -191,7 +209,7 @@ def _closed_on_failure(pool: EnginePool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        pool.close()
+        pool.close(failed=True)
         raise
 
 

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from batchllm_flows.engine_status import EngineStatus
 from batchllm_operators.execute.progress import ProgressBoard, ProgressSnapshot
 from batchllm_operators.terminal import terminal
 from batchllm_operators.wording import counted
@@ -23,14 +24,23 @@ class LiveProgress:
     Args:
         board: filled by the engines' threads.
         artifact_key: key of the Prefect artifact.
+        status: what the engines do until their first tokens, to be shown in the place of a progress of nothing.
         refresh_seconds: between two looks at the board.
 
     The terminal bar stands on standard error, where that is a terminal, unless `BATCHLLM_QUIET` is set. Faults of the
     Prefect API are warned of once and never leave the block: a display must not fail the job.
     """
 
-    def __init__(self, board: ProgressBoard, artifact_key: str, *, refresh_seconds: float = REFRESH_SECONDS) -> None:
+    def __init__(
+        self,
+        board: ProgressBoard,
+        artifact_key: str,
+        *,
+        status: EngineStatus | None = None,
+        refresh_seconds: float = REFRESH_SECONDS,
+    ) -> None:
         self._board = board
+        self._status = status
         self._key = artifact_key
         self._refresh_seconds = refresh_seconds
         self._stop = threading.Event()
@@ -82,6 +92,8 @@ class LiveProgress:
     def _show(self) -> None:
         snapshot = self._board.snapshot()
         line = progress_line(snapshot)
+        if self._status is not None and snapshot.requests == 0:
+            line = self._status.line() or line
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, completed=snapshot.fraction, description=line)
         try:

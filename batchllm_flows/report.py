@@ -103,7 +103,9 @@ class JobReport(Record):
     bundles: int
     engines: int
     engine_load_seconds: float
-    """Summed over the engines of this run."""
+    """Of importing vLLM and of loading the model, summed over the engines of this run; other work may go on beside."""
+    engine_wait_seconds: float = 0.0
+    """That bundles waited for engines to load, summed over them: a part of the execute step."""
     engine_settings: tuple[EngineSetting, ...] = ()
     seconds: StepSeconds
     output_uri: str
@@ -136,6 +138,7 @@ def build_report(
     *,
     started: datetime,
     engines: int,
+    engine_load_seconds: float,
     output_uri: str,
     work_uri: str,
     usd_per_engine_hour: float | None = None,
@@ -149,6 +152,7 @@ def build_report(
         seconds: of the steps.
         started: begin of the run.
         engines: how many computed.
+        engine_load_seconds: that these took to load, together.
         output_uri: the sink.
         work_uri: the work folder.
         usd_per_engine_hour: price of one engine; None: not known.
@@ -156,7 +160,7 @@ def build_report(
     """
     plan = executed[-1].plan
     results = [result for one in executed for result in one.results]
-    load_seconds = sum(result.load_seconds for result in results)
+    wait_seconds = sum(result.load_seconds for result in results)
     saving = 1 - manifest.computed_prompt_tokens / manifest.prompt_tokens if manifest.prompt_tokens else 0.0
     return JobReport(
         job_id=manifest.job_id,
@@ -189,13 +193,14 @@ def build_report(
             ),
             execute_seconds=ExpectedActual(
                 expected=round(sum(one.plan.expected_seconds for one in executed), 3),
-                actual=round(max(seconds.execute - load_seconds / max(engines, 1), 0.0), 3),
+                actual=round(max(seconds.execute - wait_seconds / max(engines, 1), 0.0), 3),
             ),
             usd=None if usd_per_engine_hour is None else _price(executed, usd_per_engine_hour, engines, seconds),
         ),
         bundles=len(results),
         engines=engines,
-        engine_load_seconds=load_seconds,
+        engine_load_seconds=engine_load_seconds,
+        engine_wait_seconds=wait_seconds,
         engine_settings=tuple(engine_settings),
         seconds=seconds,
         output_uri=output_uri,

@@ -7,9 +7,11 @@ from batchllm_operators.execute.messages import (
     AllRead,
     BundleCounts,
     BundleDone,
+    EnginePhase,
     Failed,
     Load,
     Loaded,
+    Loading,
     PartWritten,
     Progress,
     Run,
@@ -57,6 +59,7 @@ def test_a_command_comes_back_from_its_one_line(command: Record) -> None:
     "event",
     [
         Started(),
+        Loading(phase=EnginePhase.DOWNLOAD, detail="1.2 GB"),
         Loaded(seconds=1.5),
         Loaded(
             seconds=1.5,

@@ -26,6 +26,10 @@ class ToldHandle:
 
     def __init__(self) -> None:
         self.usable = True
+        self.started = False
+        self.asked_to_load = threading.Event()
+        self.may_load = threading.Event()
+        self.may_load.set()
         self.loads: list[Load] = []
         self.runs: list[Run] = []
         self.load_fault: BatchLLMError | None = None
@@ -38,12 +42,17 @@ class ToldHandle:
         self.reads_all = False
         self.writes = True
 
+    def start(self) -> None:
+        self.started = True
+
     def load(self, command: Load) -> Loaded:
         self.loads.append(command)
+        self.asked_to_load.set()
+        assert self.may_load.wait(30)
         if self.load_fault is not None:
             self.usable = False
             raise self.load_fault
-        return Loaded(seconds=0.0, calibration=CALIBRATION if command.calibrate else None)
+        return Loaded(seconds=2.5, calibration=CALIBRATION if command.calibrate else None)
 
     def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
         self.runs.append(command)
@@ -286,3 +295,93 @@ def test_closing_ends_the_working_thread_and_the_waiting_one(make_pool: Callable
     pool.close()
     with pytest.raises(TerminalError, match="closed"):
         pool.run_bundle(bundle, nothing)
+
+
+def test_a_model_that_loads_ahead_is_waited_for_by_the_bundle_that_needs_it_and_by_no_other_engine(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    first, second = ToldHandle(), ToldHandle()
+    first.may_load.clear()
+    with make_pool([first, second], engines=2) as pool:
+        pool.start()
+        assert (first.started, first.loads) == (True, [])
+        pool.preload(calibrate=True)
+        threads = start(pool, work.write_bundle("one"))
+        assert first.asked_to_load.wait(30)
+        assert not first.entered.wait(0.1)
+        first.may_load.set()
+        for thread in threads:
+            thread.join(30)
+        assert pool.calibrate() == CALIBRATION
+        assert pool.load_seconds == 2.5
+    assert [load.calibrate for load in first.loads] == [True]
+    assert (len(first.runs), second.loads) == (1, [])
+
+
+def test_a_model_that_does_not_load_ahead_is_told_to_the_first_bundle(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    first, second = ToldHandle(), ToldHandle()
+    first.load_fault = TerminalError("out of memory")
+    with make_pool([first, second]) as pool:
+        pool.preload(calibrate=False)
+        with pytest.raises(TerminalError, match="out of memory"):
+            pool.run_bundle(work.write_bundle(), nothing)
+    assert (len(first.loads), second.loads) == (1, [])
+
+
+def test_an_engine_that_dies_while_it_loads_ahead_is_replaced_for_the_first_bundle(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    first, second = ToldHandle(), ToldHandle()
+    first.load_fault = TransientError("killed")
+    with make_pool([first, second]) as pool:
+        pool.preload(calibrate=False)
+        assert first.asked_to_load.wait(30)
+        bundle = work.write_bundle()
+        try:
+            pool.run_bundle(bundle, nothing)
+        except TransientError:
+            pool.run_bundle(bundle, nothing)
+    assert len(second.runs) == 1
+
+
+def test_engines_that_are_released_have_ended_when_the_pool_is_closed(
+    make_pool: Callable[..., EnginePool], work: Any
+) -> None:
+    handle = ToldHandle()
+    with make_pool([handle]) as pool:
+        pool.run_bundle(work.write_bundle(), nothing)
+        pool.release()
+    assert handle.closed
+
+
+def pool_on_told_engines(work: Any, python: str) -> EnginePool:
+    return EnginePool(
+        model=ModelSpec(id="m"),
+        execution=ExecutionSpec(engine_python=python),
+        block_size=32,
+        sampling=SamplingSpec(),
+        work=work.store,
+    )
+
+
+def test_the_log_of_an_engine_is_kept_where_the_run_fails_and_only_its_end(
+    told_engine: Callable[..., str], work: Any
+) -> None:
+    python = told_engine(load_fault="no luck", prints="begin\n" + "x" * 1_100_000 + "\nend")
+    pool = pool_on_told_engines(work, python)
+    with pytest.raises(TerminalError, match=r"no luck(.|\n)*last lines of its log"), pool:
+        pool.run_bundle(work.write_bundle(), nothing)
+    assert pool.kept_logs == [work.store.uri_of("logs/engine-0.log")]
+    kept = work.store.read_bytes("logs/engine-0.log")
+    assert len(kept) <= 1024 * 1024
+    assert kept.startswith(b"end\n")
+    assert b"RuntimeError: no luck" in kept
+
+
+def test_no_log_is_kept_where_the_run_succeeds(told_engine: Callable[..., str], work: Any) -> None:
+    with pool_on_told_engines(work, told_engine()) as pool:
+        assert pool.run_bundle(work.write_bundle(), nothing).requests == 12
+    assert pool.kept_logs == []
+    assert work.store.names("logs") == []

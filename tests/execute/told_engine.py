@@ -3,7 +3,8 @@
     python told_engine.py SETTINGS.json -P -m batchllm_operators.execute.engine_process --channel-fd 3 --parent-pid 4711
 
 Settings: `capacity`, requests it holds; `step_seconds`; `poison`, a token on which the process is killed; `stuck`, a
-token on which it steps for ever without computing; `submitted`, a file that gets a line for each request it takes.
+token on which it steps for ever without computing; `submitted`, a file that gets a line for each request it takes;
+`load_fault`, what it fails with instead of loading, after it has printed `prints`.
 """
 
 import json
@@ -22,6 +23,9 @@ from batchllm_operators.records import EngineSetting
 
 class ToldEngine:
     def __init__(self, settings: dict[str, Any]) -> None:
+        if fault := settings.get("load_fault"):
+            print(settings["prints"])
+            raise RuntimeError(fault)
         self.capacity: int = settings.get("capacity", 4)
         self.step_seconds: float = settings.get("step_seconds", 0.0)
         self.poison: int | None = settings.get("poison")

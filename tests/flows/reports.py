@@ -106,7 +106,13 @@ def a_report(*runs: ExecutedPlan, prompt_tokens: int = 2000, computed: int = 100
         computed_prompt_tokens=computed,
         completion_tokens=80,
     )
-    settings = {"started": STARTED, "engines": 1, "output_uri": "/output", "work_uri": "/work-folder"} | changes
+    settings = {
+        "started": STARTED,
+        "engines": 1,
+        "engine_load_seconds": 4.0,
+        "output_uri": "/output",
+        "work_uri": "/work-folder",
+    } | changes
     return build_report(
         manifest, runs or (executed(a_plan()),), StepSeconds(stage=1, plan=1, execute=10, merge=1, total=13), **settings
     )

@@ -158,3 +158,18 @@ def test_the_kv_cache_of_a_cpu_can_be_set_in_the_environment() -> None:
     from vllm.platforms import cpu
 
     assert '"VLLM_CPU_KVCACHE_SPACE"' in inspect.getsource(cpu)
+
+
+def test_the_functions_and_modules_by_which_phases_of_loading_are_told_exist() -> None:
+    from importlib.util import find_spec
+
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from batchllm_kernels.vllm_plugin.load_phases import FUNCTIONS, MODULES, WORKERS
+
+    for module in (*MODULES, WORKERS):
+        assert find_spec(module) is not None
+    for function in FUNCTIONS:
+        assert any(hasattr(one, function) for one in (CPUModelRunner, GPUModelRunner, Worker))

@@ -2,7 +2,7 @@
 
 An engine gets our scheduler by the `scheduler_cls` it is given (`scheduler_path`). vLLM calls `register` in each of its
 processes (entry point `vllm.general_plugins`); it does nothing unless `BATCHLLM_ATTENTION` asks for our attention, as
-`attention_choice` sets it while an engine starts.
+`attention_choice` sets it while an engine starts, or `BATCHLLM_LOAD_PHASES` for the phases of that start.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ _SCHEDULERS = "batchllm_kernels.vllm_plugin.scheduler"
 
 
 def register() -> None:
-    """Register the attention backend, where the environment asks for it; may be called more than once.
+    """Register the attention backend, and watch the start, where the environment asks; may be called more than once.
 
     Raises:
         ValueError: the environment names another stock backend.
     """
+    from batchllm_kernels.vllm_plugin.load_phases import watch_loading
+
+    watch_loading()
     stock = os.environ.get(ATTENTION_VARIABLE)
     if stock:
         from batchllm_kernels.vllm_plugin import attention_backend

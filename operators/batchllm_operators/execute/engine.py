@@ -265,6 +265,16 @@ class VllmEngine:
         )
 
 
+def import_vllm() -> None:
+    """Import vLLM's engine, which takes most of the time of its start, and is needed for every model.
+
+    Raises:
+        TerminalError: there is no vLLM, or another version than ours is for.
+    """
+    _check_version()
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+
 def _failed(request: Request, message: str) -> Completion:
     return Completion(request_key=request.key, error=RowError(RowErrorCode.ENGINE_ERROR, message))
 

@@ -3,7 +3,8 @@
     python -m batchllm_operators.execute.engine_process --channel-fd 3 --parent-pid 4711
 
 It is the leader of a session of its own and ends the whole session when its parent is gone. Its standard output is a
-log, because vLLM and torch print there. It imports no Prefect, and no vLLM before it is told to load a model.
+log, because vLLM and torch print there. It imports no Prefect. It imports vLLM at once, so that this goes on while its
+parent looks for something to compute, and loads a model only when it is told to.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
+from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TransientError
 from batchllm_operators.execute.bundle_run import BundleRun
 from batchllm_operators.execute.calibration import calibrate
-from batchllm_operators.execute.engine import Engine, VllmEngine
+from batchllm_operators.execute.engine import Engine, VllmEngine, import_vllm
 from batchllm_operators.execute.feeding import BundleFeed
+from batchllm_operators.execute.load_watch import LoadWatch, download_folder
 from batchllm_operators.execute.messages import (
+    EnginePhase,
     Event,
     Failed,
     Load,
@@ -53,10 +57,17 @@ class EngineProcess:
         channel: connected socket; commands come in, events go out.
         load_engine: makes the engine of a `Load` command.
         traces: takes the engine's steps to the work folder; None: they are not traced.
+        prepare: what can be done before there is a model to load: importing packages.
+        phases: file of vLLM's own phases of its start, see `LoadWatch`.
     """
 
     def __init__(
-        self, channel: socket.socket, load_engine: Callable[[Load], Engine], traces: StepTraces | None = None
+        self,
+        channel: socket.socket,
+        load_engine: Callable[[Load], Engine],
+        traces: StepTraces | None = None,
+        prepare: Callable[[], None] | None = None,
+        phases: Path | None = None,
     ) -> None:
         self._channel = channel
         self._traces = traces
@@ -65,6 +76,10 @@ class EngineProcess:
         # SimpleQueue, because its put may be called in a signal handler.
         self._commands: queue.SimpleQueue[Load | Run | Shutdown] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._prepare_engine = prepare
+        self._prepare_failure: Exception | None = None
+        self._prepare_seconds = 0.0
+        self._phases = phases
         self._loading = False
         self._sending = threading.Lock()
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="parts")
@@ -79,6 +94,7 @@ class EngineProcess:
         """Take commands until told to shut down, or the other end is closed, or the engine breaks."""
         threading.Thread(target=self._receive, name="commands", daemon=True).start()
         self._send(Started())
+        self._prepare()
         try:
             while not self._stopping.is_set():
                 try:
@@ -131,27 +147,55 @@ class EngineProcess:
             elif isinstance(command, Run):
                 self._begin(command)
 
-    def _load(self, command: Load) -> None:
+    def _prepare(self) -> None:
+        """Import what loading needs; a fault there is told when there is a model to load, and else to nobody."""
+        if self._prepare_engine is None:
+            return
         started = time.monotonic()
         self._loading = True
         try:
-            self._engine = self._load_engine(command)
-            calibration = calibrate(self._engine) if command.calibrate else None
+            with LoadWatch(self._send, None) as watch:
+                watch.enter(EnginePhase.ENVIRONMENT)
+                self._prepare_engine()
+        except Exception as error:
+            traceback.print_exc()
+            self._prepare_failure = error
+        finally:
+            self._loading = False
+            self._prepare_seconds = time.monotonic() - started
+
+    def _load(self, command: Load) -> None:
+        if self._prepare_failure is not None:
+            self._refuse_to_load(self._prepare_failure)
+            return
+        started = time.monotonic()
+        self._loading = True
+        try:
+            with LoadWatch(self._send, self._phases, download_folder(command.model)) as watch:
+                watch.enter(EnginePhase.WEIGHTS)
+                self._engine = self._load_engine(command)
+                seconds = self._prepare_seconds + time.monotonic() - started
+                calibration = None
+                if command.calibrate:
+                    watch.enter(EnginePhase.CALIBRATION)
+                    calibration = calibrate(self._engine)
             if self._traces is not None:
                 self._traces.skip()
             self._feed = BundleFeed(self._engine)
         except Exception as error:
             traceback.print_exc()
-            # A model that does not load will not load the next time either, unless the network was the reason.
-            transient = isinstance(error, (TransientError, ConnectionError, TimeoutError))
-            self._send(Failed(message=_one_line(error), transient=transient, engine_lost=True))
-            self._stopping.set()
+            self._refuse_to_load(error)
         else:
-            self._send(
-                Loaded(seconds=time.monotonic() - started, calibration=calibration, settings=self._engine.settings)
-            )
+            self._send(Loaded(seconds=seconds, calibration=calibration, settings=self._engine.settings))
         finally:
             self._loading = False
+
+    def _refuse_to_load(self, error: Exception) -> None:
+        # A model that does not load will not load the next time either, unless the network was the reason.
+        transient = isinstance(error, (TransientError, ConnectionError, TimeoutError))
+        explained = isinstance(error, BatchLLMError)
+        self._send(Failed(message=_one_line(error), transient=transient, engine_lost=True, explained=explained))
+        self._stopping.set()
 
     def _begin(self, command: Run) -> None:
         try:
@@ -236,6 +280,7 @@ class EngineProcess:
                     transient=True,
                     engine_lost=True,
                     stopped=stopped,
+                    explained=stopped,
                 )
             )
 
@@ -268,15 +313,22 @@ def main() -> None:
     channel = socket.socket(fileno=arguments.channel_fd)
     # The engine core must not keep the channel open when this process is gone.
     channel.set_inheritable(False)
-    steps, attention = (os.environ.get(name) for name in (STEP_TRACE_VARIABLE, ATTENTION_TRACE_VARIABLE))
+    steps, attention, phases = (
+        os.environ.get(name) for name in (STEP_TRACE_VARIABLE, ATTENTION_TRACE_VARIABLE, LOAD_PHASE_VARIABLE)
+    )
     process = EngineProcess(
         channel,
         lambda load: VllmEngine(load.model, block_size=load.block_size, gpus=load.gpus),
         StepTraces(Path(steps), Path(attention)) if steps and attention else None,
+        prepare=import_vllm,
+        phases=Path(phases) if phases else None,
     )
     signal.signal(signal.SIGTERM, process.stop)
     process.serve()
     sys.stdout.flush()
+    sys.stderr.flush()
+    # What is left is memory. To take the interpreter apart with torch in it takes seconds, for which a GPU would wait.
+    os._exit(0)
 
 
 def _one_line(error: Exception) -> str:

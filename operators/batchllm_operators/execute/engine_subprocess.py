@@ -23,7 +23,7 @@ class EngineSubprocess:
     """
 
     def __init__(self, log_file: Path) -> None:
-        self._log_file = log_file
+        self.log_file = log_file
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._ended = False
@@ -44,8 +44,8 @@ class EngineSubprocess:
         Raises:
             OSError: there is no such program.
         """
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self._log_file.open("ab") as log:
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, self.log_file.open("ab") as log:
             if self._ended:
                 return False
             self._process = subprocess.Popen(
@@ -98,9 +98,9 @@ class EngineSubprocess:
         return " ".join(causes[-1].split()) if causes else ""
 
     def _log_tail(self) -> list[str]:
-        if not self._log_file.exists():
+        if not self.log_file.exists():
             return []
-        with self._log_file.open("rb") as log:
+        with self.log_file.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
             return [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
 

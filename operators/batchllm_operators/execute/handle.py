@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
+from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.execute.devices import DeviceShare
@@ -29,10 +30,12 @@ from batchllm_operators.execute.messages import (
     BundleCounts,
     BundleDone,
     BundleEvent,
+    EnginePhase,
     Event,
     Failed,
     Load,
     Loaded,
+    Loading,
     PartWritten,
     Progress,
     Run,
@@ -50,7 +53,14 @@ _POLL_SECONDS = 0.2
 ProgressCallback = Callable[[str, BundleCounts], None]
 """Takes a bundle's name and its counts so far."""
 
+StatusCallback = Callable[[str, Loading | None], None]
+"""Takes an engine's name and what it does before its first tokens; None: it computes them, or has ended."""
+
 _Event = TypeVar("_Event", bound=Record)
+
+
+def no_status(_engine: str, _loading: Loading | None) -> None:
+    """Where nobody watches the engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +81,11 @@ class EngineHandle(Protocol):
     def usable(self) -> bool:
         """Whether it takes commands: neither dead nor closed."""
 
+    def start(self) -> None:
+        """Start the engine without a model, so that `load` has less to do."""
+
     def load(self, command: Load) -> Loaded:
-        """Start the engine and load its model."""
+        """Load the model, on an engine that is started if need be."""
 
     def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
         """Compute one bundle; several at a time are fed in the order of the calls."""
@@ -93,6 +106,7 @@ class LocalEngineHandle:
         stall_timeout_s: seconds without a token computed, with bundles to compute, after which the engine counts as
             lost.
         close_grace_s: seconds the engine may take to write what is finished when it is closed.
+        on_status: told what the engine does until its first tokens.
 
     Errors of `load` and `run_bundle`: `TransientError` when the engine or the store failed for now, and of these
     `EngineDiedError` when it died or stalled over its bundles, with the exit code and the last lines of its log;
@@ -110,6 +124,7 @@ class LocalEngineHandle:
         stall_timeout_s: float,
         python: str | None = None,
         close_grace_s: float = CLOSE_GRACE_SECONDS,
+        on_status: StatusCallback = no_status,
     ) -> None:
         self._name = name
         self._devices = devices
@@ -120,7 +135,10 @@ class LocalEngineHandle:
         self._load_timeout_s = load_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._close_grace_s = close_grace_s
+        self._on_status = on_status
+        self._loaded = False
         self._loading = False
+        self._has_computed = False
         self._broken = False
         self._received = b""
         self._channel, self._engine_end = socket.socketpair()
@@ -146,15 +164,27 @@ class LocalEngineHandle:
         """Whether it takes commands: neither dead nor closed."""
         return not (self._broken or self._end or self._closing.is_set() or self._process.exited)
 
+    def start(self) -> None:
+        """Start the process, unless it is started: it imports its packages until there is something to load.
+
+        Raises:
+            TerminalError: there is no such interpreter, or the handle is closed.
+        """
+        if self._process.pid is None:
+            self._start()
+
     def load(self, command: Load) -> Loaded:
-        """Start the process and load the model."""
+        """Start the process, unless it is started, and load the model."""
         with self._load_lock:
             self._loading = True
             try:
-                self._start()
+                log = f"log: {self._process.log_file}"
+                self._on_status(self._name, Loading(phase=EnginePhase.ENVIRONMENT, detail=log))
+                self.start()
                 self._expect(Started, START_TIMEOUT_SECONDS, "starting")
                 self._send(command)
                 loaded = self._expect(Loaded, self._load_timeout_s, "loading the model")
+                self._loaded = True
                 self._receiver.start()
             except _EngineLostError as error:
                 self._break()
@@ -166,6 +196,7 @@ class LocalEngineHandle:
                 raise
             finally:
                 self._loading = False
+                self._on_status(self._name, None)
         return loaded
 
     def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
@@ -174,8 +205,13 @@ class LocalEngineHandle:
         events = self._await_events_of(command.bundle)
         try:
             self._send(command)
+            if not self._has_computed:
+                self._on_status(self._name, Loading(phase=EnginePhase.FIRST_TOKENS))
             while True:
                 event = events.get()
+                if not self._has_computed:
+                    self._has_computed = True
+                    self._on_status(self._name, None)
                 if isinstance(event, Progress):
                     callbacks.on_progress(event.bundle, event.counts)
                 elif isinstance(event, PartWritten):
@@ -205,7 +241,7 @@ class LocalEngineHandle:
                 return
             self._closing.set()
             self._wake_end.send(b"x")
-            if self._process.pid is not None and not self._broken and not self._loading and not self._process.exited:
+            if self._loaded and not self._broken and not self._process.exited:
                 self._ask_to_shut_down()
             self._process.kill()
             with self._load_lock:
@@ -225,6 +261,7 @@ class LocalEngineHandle:
             "PYTHONUNBUFFERED": "1",
             STEP_TRACE_VARIABLE: str(self._trace_file),
             ATTENTION_TRACE_VARIABLE: str(self._trace_file.with_suffix(".attention")),
+            LOAD_PHASE_VARIABLE: str(self._trace_file.with_suffix(".phases")),
         }
         if self._devices.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._devices.gpus)
@@ -237,7 +274,8 @@ class LocalEngineHandle:
 
     def _expect(self, kind: type[_Event], timeout_s: float, doing: str) -> _Event:
         deadline = time.monotonic() + timeout_s
-        event = self._next_event(lambda: deadline, timeout_s, doing)
+        while isinstance(event := self._next_event(lambda: deadline, timeout_s, doing), Loading):
+            self._on_status(self._name, event)
         if isinstance(event, Failed):
             raise self._failure(event)
         if not isinstance(event, kind):
@@ -273,9 +311,8 @@ class LocalEngineHandle:
                 event = self._next_event(self._stall_deadline, self._stall_timeout_s, "running")
                 with self._bundles_lock:
                     self._alive_at = time.monotonic()
-                    bundle = None if isinstance(event, Started | Loaded) else event.bundle
-                    if not isinstance(event, Started | Loaded) and bundle in self._bundles:
-                        self._bundles[bundle].put(event)
+                    if isinstance(event, BundleEvent) and event.bundle in self._bundles:
+                        self._bundles[event.bundle].put(event)
         except _EngineLostError as error:
             end = _End(EngineDiedError, error.message)
         except TerminalError as error:
@@ -322,6 +359,8 @@ class LocalEngineHandle:
         reason = self._process.root_cause() if event.engine_lost and not event.transient else ""
         seen = " ".join(event.message.split())
         message = event.message if not reason or reason in seen else f"{seen}; {reason}"
+        if not event.explained:
+            message += self._process.last_lines()
         return kind(message, uri=event.uri, bundle=event.bundle)
 
     def _lost(self, doing: str) -> _EngineLostError:

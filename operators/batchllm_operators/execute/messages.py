@@ -6,6 +6,7 @@ writes its answers there. Credentials never pass either: the engine inherits the
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -80,11 +81,33 @@ class Started(Record):
     kind: Literal["started"] = "started"
 
 
+class EnginePhase(StrEnum):
+    """What an engine does until its first tokens; the value is what a person reads."""
+
+    ENVIRONMENT = "environment (importing vLLM)"
+    DOWNLOAD = "download"
+    WEIGHTS = "weights"
+    COMPILATION = "compilation"
+    KV_CACHE = "KV cache"
+    CALIBRATION = "calibration"
+    FIRST_TOKENS = "first tokens"
+
+
+class Loading(Record):
+    """Event: what the engine does now; a phase may come again."""
+
+    kind: Literal["loading"] = "loading"
+    phase: EnginePhase
+    detail: str = ""
+    """How far it is, where that is known: `1.2 GB`."""
+
+
 class Loaded(Record):
     """Event: the model is loaded."""
 
     kind: Literal["loaded"] = "loaded"
     seconds: float
+    """Of importing vLLM and of loading, without what lay between, and without calibration."""
     calibration: Calibration | None = None
     """Its rates, where it was to measure them and could."""
     settings: tuple[EngineSetting, ...] = ()
@@ -136,12 +159,14 @@ class Failed(Record):
     """Whether the process ends now; else it takes further commands."""
     stopped: bool = False
     """Whether it ends because it was told to, which is no request's fault."""
+    explained: bool = True
+    """Whether the message says what is wrong; else the end of the engine's log is shown with it."""
     uri: str | None = None
 
 
 Command = Annotated[Load | Run | Shutdown, Field(discriminator="kind")]
 BundleEvent = Progress | AllRead | PartWritten | BundleDone | Failed
-Event = Started | Loaded | BundleEvent
+Event = Started | Loading | Loaded | BundleEvent
 
 _COMMANDS: TypeAdapter[Load | Run | Shutdown] = TypeAdapter(Command)
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

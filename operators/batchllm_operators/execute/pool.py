@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 
 from batchllm_operators.errors import BatchLLMError, RowError, RowErrorCode, TerminalError
-from batchllm_operators.execute.devices import DeviceShare, device_shares, gpus_of_machine
 from batchllm_operators.execute.engine import Completion
+from batchllm_operators.execute.engine_logs import EngineLogs
 from batchllm_operators.execute.feeding import bundle_keys, known_results
-from batchllm_operators.execute.handle import BundleCallbacks, EngineHandle, LocalEngineHandle, ProgressCallback
+from batchllm_operators.execute.handle import (
+    BundleCallbacks,
+    EngineHandle,
+    ProgressCallback,
+    StatusCallback,
+    no_status,
+)
 from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
-from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
+from batchllm_operators.execute.local_engines import local_handles
+from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Run
 from batchllm_operators.execute.part_writer import part_name, part_table
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
@@ -56,7 +60,7 @@ class Lease:
 
     handle: EngineHandle
     load_seconds: float
-    """Seconds the model took to load, for the first lease of the engine; 0 for the next."""
+    """Seconds that were waited for the model to load, for the first lease of the engine; 0 for the next."""
     admit_next: Callable[[], None]
     """Let another thread have the engine too, because it has room for the next bundle's requests."""
 
@@ -67,15 +71,22 @@ class _Slot:
 
     index: int
     handle: EngineHandle | None = None
+    loaded: bool = False
+    """Whether the handle has loaded its model."""
     taken_by: int | None = None
     """The thread whose bundle is being read; None: the engine takes another bundle."""
     bundles: int = 0
     """Those it computes."""
     load_seconds: float = 0.0
+    """That a thread has waited for its model, and no lease has told yet."""
+    calibration: Calibration | None = None
+    """Measured, and asked for by nobody yet."""
+    loading: threading.Lock = field(default_factory=threading.Lock)
+    """Held by who makes the engine ready; the others wait for it."""
 
     @property
     def warm(self) -> bool:
-        return self.handle is not None and self.handle.usable
+        return self.handle is not None and self.loaded and self.handle.usable
 
 
 class EnginePool:
@@ -94,6 +105,7 @@ class EnginePool:
         sampling: the job's sampling parameters.
         work: the work folder.
         make_handle: makes the handle of the engine with this index; default: a process on this machine.
+        on_status: told what the engines on this machine do until their first tokens.
     """
 
     def __init__(
@@ -105,18 +117,24 @@ class EnginePool:
         sampling: SamplingParameters,
         work: Store,
         make_handle: Callable[[int], EngineHandle] | None = None,
+        on_status: StatusCallback = no_status,
     ) -> None:
         self._load = Load(model=model, block_size=block_size, gpus=execution.gpus_per_engine)
         self._execution = execution
         self._sampling = SamplingParameters(**sampling.model_dump(include=set(SamplingParameters.model_fields)))
         self._work = work
-        self._logs = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
-        self._make_handle = make_handle or self._local_handles()
+        self._logs = EngineLogs()
+        self._make_handle = make_handle or local_handles(execution, self._logs, on_status)
         self._slots = [_Slot(index) for index in range(execution.engines)]
         self._changed = threading.Condition()
         self._waiting_alone = 0
         self._closed = False
+        self._background: list[threading.Thread] = []
+        self.load_seconds = 0.0
+        """Of importing vLLM and of loading the model, all engines together, whether anybody waited or not."""
         self._load_failure: TerminalError | None = None
+        self.kept_logs: list[str] = []
+        """Where the engines' logs are kept, once the pool is closed because the run failed."""
         self._written: defaultdict[str, list[str]] = defaultdict(list)
         self._deaths: defaultdict[str, int] = defaultdict(int)
         self._engines_work = False
@@ -129,7 +147,7 @@ class EnginePool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def run_bundle(self, bundle: BundleInfo, on_progress: ProgressCallback) -> BundleResult:
         """Compute a bundle on the next free engine.
@@ -224,15 +242,48 @@ class EnginePool:
     def calibrate(self) -> Calibration | None:
         """Load an engine that measures its rates before it takes its first bundle; it stays warm.
 
-        None when its model gives nothing to measure, and when the engine was warm already.
+        None when its model gives nothing to measure, and when the engine was warm already and has nothing new to tell.
 
         Raises:
             TerminalError: the model does not load, or the pool is closed.
             TransientError: the engine died while loading.
         """
         with self._taken(alone=True) as slot:
-            _, loaded = self._warm(slot, calibrate=True)
-            return None if loaded is None else loaded.calibration
+            self._warm(slot, calibrate=True)
+            measured, slot.calibration = slot.calibration, None
+            return measured
+
+    def start(self) -> None:
+        """Start the process of the first engine, which imports its packages; no model is loaded.
+
+        A process that cannot be started is told by the first load, which tries again: there may be nothing to load.
+        """
+        slot = self._slots[0]
+        with self._changed:
+            self._refuse_when_useless()
+            if slot.handle is None:
+                slot.handle = self._make_handle(slot.index)
+        with suppress(TerminalError):
+            slot.handle.start()
+
+    def preload(self, *, calibrate: bool) -> None:
+        """Begin to load the model on the first engine, while the caller goes on; bundles that need it wait for it.
+
+        A model that cannot be loaded is told to the first bundle; an engine that died is replaced for it.
+
+        Args:
+            calibrate: whether the engine is to measure its rates too, for `calibrate` to return.
+        """
+        slot = self._slots[0]
+
+        def load() -> None:
+            try:
+                self._ready(slot, calibrate=calibrate)
+            except BatchLLMError as error:
+                if not self._closed:
+                    _LOGGER.warning("engine %d could not be loaded ahead of its first bundle: %s", slot.index, error)
+
+        self._run_in_background(load, "preload")
 
     @contextmanager
     def lease(self, *, alone: bool = False) -> Iterator[Lease]:
@@ -246,19 +297,40 @@ class EnginePool:
             TransientError: the engine died while loading.
         """
         with self._taken(alone=alone) as slot:
-            handle, _ = self._warm(slot)
+            handle = self._warm(slot)
             load_seconds, slot.load_seconds = slot.load_seconds, 0.0
             yield Lease(handle, load_seconds, _nothing if alone else partial(self._open, slot))
 
-    def close(self) -> None:
-        """End all engines; finished rows are written first. Safe to call more than once."""
+    def release(self) -> None:
+        """Begin to end all engines, while the caller goes on; `close` waits until they have ended."""
+        self._run_in_background(self._end_engines, "release")
+
+    def close(self, *, failed: bool = False) -> None:
+        """End all engines; finished rows are written first. Safe to call more than once.
+
+        Args:
+            failed: keep the end of the engines' logs in the work folder.
+        """
+        self._end_engines()
+        for thread in self._background:
+            if thread is not threading.current_thread():
+                thread.join()
+        if failed:
+            self.kept_logs = self.kept_logs or self._logs.keep(self._work)
+        self._logs.remove()
+
+    def _end_engines(self) -> None:
         with self._changed:
             self._closed = True
             handles = [slot.handle for slot in self._slots if slot.handle is not None]
             self._changed.notify_all()
         with ThreadPoolExecutor(max_workers=max(1, len(handles))) as closers:
             list(closers.map(lambda handle: handle.close(), handles))
-        self._logs.cleanup()
+
+    def _run_in_background(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=f"engines {name}", daemon=True)
+        self._background.append(thread)
+        thread.start()
 
     @contextmanager
     def _taken(self, *, alone: bool) -> Iterator[_Slot]:
@@ -304,47 +376,44 @@ class EnginePool:
         if self._load_failure is not None:
             raise self._load_failure
 
-    def _warm(self, slot: _Slot, *, calibrate: bool = False) -> tuple[EngineHandle, Loaded | None]:
-        """The slot's engine, with its model loaded; and what its load gave, None when it was warm."""
-        if slot.handle is not None:
-            if slot.handle.usable:
-                return slot.handle, None
-            slot.handle.close()
-        with self._changed:
-            self._refuse_when_useless()
-            handle = slot.handle = self._make_handle(slot.index)
+    def _warm(self, slot: _Slot, *, calibrate: bool = False) -> EngineHandle:
+        """The slot's engine, with its model loaded; what that takes is the caller's to wait for."""
+        if slot.warm and slot.handle is not None:
+            return slot.handle
         started = time.monotonic()
-        try:
-            loaded = handle.load(self._load.model_copy(update={"calibrate": calibrate}))
-        except BatchLLMError as error:
-            if isinstance(error, TerminalError) and not self._closed:
-                self._load_failure = error
-            raise
-        slot.load_seconds = time.monotonic() - started
-        if loaded.settings != self.settings:
-            for setting in loaded.settings:
-                if setting.warning:
-                    _LOGGER.warning(setting.warning)
-        self.settings = loaded.settings
-        return handle, loaded
+        handle = self._ready(slot, calibrate=calibrate)
+        slot.load_seconds += time.monotonic() - started
+        return handle
 
-    def _local_handles(self) -> Callable[[int], EngineHandle]:
-        execution = self._execution
-        shares: list[DeviceShare] = device_shares(
-            execution.engines, execution.gpus_per_engine, gpus_of_machine(), sorted(os.sched_getaffinity(0))
-        )
-
-        def make(index: int) -> EngineHandle:
-            return LocalEngineHandle(
-                f"engine {index}",
-                devices=shares[index],
-                log_file=Path(self._logs.name) / f"engine-{index}.log",
-                python=execution.engine_python,
-                load_timeout_s=execution.load_timeout_s,
-                stall_timeout_s=execution.stall_timeout_s,
-            )
-
-        return make
+    def _ready(self, slot: _Slot, *, calibrate: bool) -> EngineHandle:
+        """Load the model on a slot's engine, on a new one where it is dead, unless it is loaded."""
+        with slot.loading:
+            with self._changed:
+                self._refuse_when_useless()
+                handle, loaded = slot.handle, slot.loaded
+            if handle is not None and handle.usable and loaded:
+                return handle
+            if handle is not None and not handle.usable:
+                handle.close()
+                handle = None
+            with self._changed:
+                self._refuse_when_useless()
+                slot.loaded = False
+                handle = slot.handle = handle or self._make_handle(slot.index)
+            try:
+                told = handle.load(self._load.model_copy(update={"calibrate": calibrate}))
+            except BatchLLMError as error:
+                if isinstance(error, TerminalError) and not self._closed:
+                    self._load_failure = error
+                raise
+            slot.loaded, slot.calibration = True, told.calibration
+            self.load_seconds += told.seconds
+            if told.settings != self.settings:
+                for setting in told.settings:
+                    if setting.warning:
+                        _LOGGER.warning(setting.warning)
+            self.settings = told.settings
+            return handle
 
 
 def _nothing() -> None:

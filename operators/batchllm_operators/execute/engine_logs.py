@@ -1,0 +1,56 @@
+"""The logs of engine processes: local files while they run, and in the work folder where the run has failed."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.records import LOGS_FOLDER
+from batchllm_operators.store import Store
+
+KEPT_BYTES = 1024 * 1024
+"""Of the end of each log."""
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class EngineLogs:
+    """The log files of the engines of one run, in a local folder of their own, which goes at the end."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
+
+    def file(self, index: int) -> Path:
+        """The log of the engine with this index, and of those that took its place."""
+        return Path(self._folder.name) / f"engine-{index}.log"
+
+    def keep(self, work: Store) -> list[str]:
+        """Write the end of each log to `logs/` of the work folder; returns the places.
+
+        A store that does not take them is warned of: the fault that made the run fail is what has to be told.
+        """
+        kept = []
+        for file in sorted(Path(self._folder.name).glob("*.log")):
+            name = f"{LOGS_FOLDER}/{file.name}"
+            try:
+                work.write_bytes(name, _end_of(file))
+            except BatchLLMError as error:
+                _LOGGER.warning("the engine's log could not be kept: %s", error)
+            else:
+                kept.append(work.uri_of(name))
+        return kept
+
+    def remove(self) -> None:
+        """Remove the local files; safe to call more than once."""
+        self._folder.cleanup()
+
+
+def _end_of(file: Path) -> bytes:
+    """The last bytes of a log, from the begin of a line on."""
+    with file.open("rb") as log:
+        size = log.seek(0, 2)
+        log.seek(max(0, size - KEPT_BYTES))
+        end = log.read()
+    return end if size <= KEPT_BYTES else end.partition(b"\n")[2]
