@@ -44,7 +44,7 @@ def run(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, q
     _prepare_prefect(quiet=quiet)
     job = _load(job_file, settings)
     from batchllm_flows.flows import batch_inference
-    from batchllm_flows.report import report_markdown
+    from batchllm_flows.report_text import report_markdown
 
     report = _guarded(lambda: batch_inference(job))
     _print(report.model_dump(mode="json"), report_markdown(report), as_json)
@@ -71,7 +71,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Print the report of the job whose output is in a folder."""
-    from batchllm_flows.report import read_report, read_report_page, report_markdown
+    from batchllm_flows.report import read_report, read_report_page
+    from batchllm_flows.report_text import report_markdown
     from batchllm_operators.merge.spec import SinkSpec
     from batchllm_operators.spec import StorageOptions
 

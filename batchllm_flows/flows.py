@@ -23,7 +23,8 @@ from batchllm_flows.planning import (
     stage_run,
     usd_per_engine_hour,
 )
-from batchllm_flows.report import ExecutedPlan, JobReport, build_report, report_markdown
+from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
+from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
@@ -103,6 +104,8 @@ def batch_inference(job: BatchJob) -> JobReport:
             work_uri=run.work.uri,
             usd_per_engine_hour=usd_per_engine_hour(job),
             engine_settings=pool.settings,
+            outline=JobOutline.of(job, len(run.objects)),
+            samples=read_samples(run.work),
         )
         run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
         with only_shown(logger.warning):

@@ -10,21 +10,25 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from batchllm_flows import __version__
+from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.markdown import duration, usd
 from batchllm_operators.records import (
     MANIFEST_FILE,
     REPORT_FILE,
     REPORT_PAGE,
+    SAMPLES_FILE,
     BundleInfo,
     BundleResult,
     EngineSetting,
     Manifest,
+    OutputSamples,
     PlanSummary,
     Record,
 )
+from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
 
 SECONDS_PER_HOUR = 3600
 
@@ -69,6 +73,42 @@ class ForecastAgainstFact(Record):
     """The fact is the time of all engines from the begin of the execute step to its end, loading included."""
 
 
+class JobOutline(Record):
+    """What was asked of which model about which input."""
+
+    model: str
+    """Id or folder, with its revision where the job names one."""
+    input_uri: str
+    input_objects: int
+    prompt_kind: str
+    sampling: SamplingParameters
+
+    @classmethod
+    def of(cls, job: BatchJob, input_objects: int) -> JobOutline:
+        """The outline of a job on an input of so many objects."""
+        model = job.model
+        return cls(
+            model=model.id if model.revision is None else f"{model.id} at {model.revision}",
+            input_uri=job.source.uri,
+            input_objects=input_objects,
+            prompt_kind=job.prompt.kind,
+            sampling=SamplingParameters(**job.sampling.model_dump(include=set(SamplingParameters.model_fields))),
+        )
+
+    def sampling_text(self) -> str:
+        """How completions are sampled, in one line; what is as by default is left out."""
+        sampling = self.sampling
+        pieces = ["greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"]
+        if sampling.top_p != 1:
+            pieces.append(f"top_p {sampling.top_p:g}")
+        if sampling.seed is not None:
+            pieces.append(f"seed {sampling.seed}")
+        pieces.append(f"at most {counted(sampling.max_tokens, 'token')}")
+        if sampling.stop:
+            pieces.append(f"stop at {', '.join(map(repr, sampling.stop))}")
+        return ", ".join(pieces)
+
+
 class JobReport(Record):
     """One run of a job, `report.json` of the work folder.
 
@@ -110,6 +150,13 @@ class JobReport(Record):
     seconds: StepSeconds
     output_uri: str
     work_uri: str
+    outline: JobOutline | None = None
+    samples: OutputSamples | None = None
+
+    @property
+    def truncated_rows(self) -> int:
+        """Rows whose answer ended at `max_tokens`."""
+        return 0 if self.samples is None else self.samples.truncated_rows
 
     @property
     def tokens_per_second(self) -> float:
@@ -143,6 +190,8 @@ def build_report(
     work_uri: str,
     usd_per_engine_hour: float | None = None,
     engine_settings: Sequence[EngineSetting] = (),
+    outline: JobOutline | None = None,
+    samples: OutputSamples | None = None,
 ) -> JobReport:
     """Put together what the steps returned.
 
@@ -157,6 +206,8 @@ def build_report(
         work_uri: the work folder.
         usd_per_engine_hour: price of one engine; None: not known.
         engine_settings: what was chosen for the engines, and why.
+        outline: what was asked.
+        samples: some of the output.
     """
     plan = executed[-1].plan
     results = [result for one in executed for result in one.results]
@@ -205,7 +256,20 @@ def build_report(
         seconds=seconds,
         output_uri=output_uri,
         work_uri=work_uri,
+        outline=outline,
+        samples=samples,
     )
+
+
+def read_samples(work: Store) -> OutputSamples | None:
+    """What the merge has noted of the output; None where it had nothing to write.
+
+    Raises:
+        TerminalError: they were written by another version of this package.
+    """
+    if not work.exists(SAMPLES_FILE):
+        return None
+    return _load(OutputSamples, work, SAMPLES_FILE, "delete it: the report will do without")
 
 
 def read_report(sink: SinkSpec) -> JobReport:
@@ -281,76 +345,3 @@ def _price(
         expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), 4),
         actual=round(usd_per_engine_hour * engines * seconds.execute / SECONDS_PER_HOUR, 4),
     )
-
-
-def report_markdown(report: JobReport) -> str:
-    """The report as a page of Markdown: outcome first, then saving, forecast against fact, speed and places."""
-    errors = ", ".join(f"{count:,} {code}" for code, count in sorted(report.error_rows.items())) or "none"
-    seconds = report.seconds
-    lines = [
-        f"# {report.job_name}: {report.rows_out:,} rows, {report.rows_error:,} without an answer",
-        "",
-        f"Job `{report.job_id}`. {whose_figures(report)}",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| rows in / out | {report.rows_in:,} / {report.rows_out:,} |",
-        f"| row errors | {errors} |",
-        f"| duplicate rows | {report.duplicate_rows:,} |",
-        f"| prompt tokens | {report.prompt_tokens:,}, of which computed {report.computed_prompt_tokens:,} |",
-        f"| saving | {report.saving:.1%} (optimum {report.optimum_saving:.1%}) |",
-        f"| completion tokens | {report.completion_tokens:,} |",
-        f"| speed | {report.tokens_per_second:,.0f} tokens/s on {report.engines} engine(s) |",
-        f"| output | `{report.output_uri}` |",
-        f"| work folder | `{report.work_uri}` |",
-        f"| page with plots | `{report.work_uri}/{REPORT_PAGE}` |",
-        "",
-        "| forecast against fact | forecast | fact | ratio |",
-        "|---|---:|---:|---:|",
-        *(f"| {' | '.join(row)} |" for row in forecast_rows(report.forecast)),
-        "",
-        "| step | seconds |",
-        "|---|---:|",
-        f"| stage | {seconds.stage:.1f} |",
-        f"| plan | {seconds.plan:.1f} |",
-        f"| execute, {report.bundles} bundles (engine load {report.engine_load_seconds:.1f}) | {seconds.execute:.1f} |",
-        f"| merge | {seconds.merge:.1f} |",
-        f"| total | {seconds.total:.1f} |",
-    ]
-    if report.engine_settings:
-        lines += ["", "| engine setting | value | why |", "|---|---|---|"]
-        lines += [f"| `{one.name}` | {one.value} | {one.reason} |" for one in report.engine_settings]
-    return "\n".join(lines) + "\n"
-
-
-def whose_figures(report: JobReport) -> str:
-    """Which run computed what, in a sentence or two."""
-    if report.already_complete:
-        return "Its output was complete already: nothing was computed. The figures are of the run that completed it."
-    computed = f"{report.computed_requests:,} of {report.requests:,} distinct requests computed in this run."
-    if report.computed_requests >= report.requests:
-        return computed
-    return (
-        f"{computed} The others were answered by earlier runs: rows, tokens and saving are of the whole job, "
-        "times and the forecast of this run."
-    )
-
-
-def forecast_rows(forecast: ForecastAgainstFact) -> list[tuple[str, str, str, str]]:
-    """Name, forecast, fact and their ratio of each figure, to be read."""
-    saving, price = forecast.saving, forecast.usd
-    rows = [("saving, whole job", f"{saving.expected:.1%}", f"{saving.actual:.1%}", _ratio(saving))]
-    for name, figure in (
-        ("computed prompt tokens", forecast.computed_prompt_tokens),
-        ("output tokens", forecast.output_tokens),
-    ):
-        rows.append((name, f"{figure.expected:,}", f"{figure.actual:,}", _ratio(figure)))
-    time = forecast.execute_seconds
-    rows.append(("execute, engines loaded", duration(time.expected), duration(time.actual), _ratio(time)))
-    if price is not None:
-        rows.append(("price (fact: with loading)", usd(price.expected), usd(price.actual), _ratio(price)))
-    return rows
-
-
-def _ratio(figure: ExpectedActual) -> str:
-    return "" if figure.ratio is None else f"{figure.ratio:.2f}"

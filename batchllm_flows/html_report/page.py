@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from batchllm_flows import __version__
 from batchllm_flows.html_report.attention_trace import AttentionTrace
 from batchllm_flows.html_report.plots import Plots, plan_plots
 from batchllm_flows.html_report.step_trace import StepTrace
-from batchllm_flows.report import JobReport, forecast_rows, whose_figures
+from batchllm_flows.report import JobReport
+from batchllm_flows.report_text import forecast_rows, outline_rows, truncation_advice, whose_figures
 from batchllm_operators.plan.markdown import duration, explain_order, usd
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.wording import counted
 
 TEMPLATE = "page.html.j2"
+
+_PIECES = re.compile(r"(?<=[./])")
 
 
 def plan_page(plan: PlanSummary, job_name: str) -> str:
@@ -66,6 +71,8 @@ def _render(
         order=explain_order(plan),
         forecast=None if report is None else forecast_rows(report.forecast),
         whose=None if report is None else whose_figures(report),
+        outline=() if report is None or report.outline is None else outline_rows(report.outline),
+        advice=None if report is None else truncation_advice(report),
         version=__version__,
     )  # fmt: skip
 
@@ -81,9 +88,17 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "count": lambda value: f"{value:,}",
+        "counted": counted,
+        "breakable": breakable,
         "share": lambda value: f"{value:.1%}",
         "usd": usd,
         "duration": duration,
         "drawing": Markup,  # an `<svg>` element of our own
     }
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken behind its dots and slashes, where a narrow page has to break it."""
+    pieces = (escape(piece) for piece in _PIECES.split(name))
+    return Markup("<wbr>").join(pieces)

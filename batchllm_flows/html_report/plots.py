@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchllm_flows.html_report.step_trace import StepTrace
+from batchllm_flows.html_report.step_trace import Floats, StepTrace
 from batchllm_flows.report import ExecutedPlan, JobReport
 from batchllm_operators.plan.plots import forest_plot, sharing_plot
 from batchllm_operators.records import PlanSummary
@@ -126,9 +126,8 @@ def engine_steps_plot(trace: StepTrace) -> str:
     """Tokens per step split into prefill and decode, KV use, and requests, over time."""
     span = float(trace.seconds[-1]) + trace.point_seconds
     in_seconds = span <= LONGEST_IN_SECONDS
-    time, *series = _with_breaks(
+    seconds, *series = as_steps(
         trace,
-        trace.seconds / (1 if in_seconds else 60),
         trace.prefill_tokens,
         trace.decode_tokens,
         trace.kv_use,
@@ -136,23 +135,25 @@ def engine_steps_plot(trace: StepTrace) -> str:
         trace.running,
         trace.waiting,
     )
+    time = seconds / (1 if in_seconds else 60)
     prefill, decode, kv_use, kv_most, running, waiting = series
 
     def paint(figure: Figure) -> None:
         from matplotlib.ticker import FuncFormatter, PercentFormatter
 
         tokens, kv, requests = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1.2, 1.2))
-        tokens.fill_between(time, 0, decode, color=SECOND.mark, label="decode", linewidth=0)
-        tokens.fill_between(time, decode, decode + prefill, color=FIRST.mark, label="prefill", linewidth=0)
+        area: dict[str, Any] = {"linewidth": 0, "step": "post"}
+        tokens.fill_between(time, 0, decode, color=SECOND.mark, label="decode", **area)
+        tokens.fill_between(time, decode, decode + prefill, color=FIRST.mark, label="prefill", **area)
         tokens.set_title("tokens per step")
         tokens.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        kv.fill_between(time, 0, kv_most, color=PALE.mark, label="most", linewidth=0)
-        kv.plot(time, kv_use, color=FIRST.mark, label="mean", linewidth=1.4)
+        kv.fill_between(time, 0, kv_most, color=PALE.mark, label="most", **area)
+        kv.step(time, kv_use, where="post", color=FIRST.mark, label="mean", linewidth=1.4)
         kv.set_title("KV cache in use")
         kv.set_ylim(0, 1.04)
         kv.yaxis.set_major_formatter(PercentFormatter(1.0))
-        requests.plot(time, running, color=FIRST.mark, label="running", linewidth=1.4)
-        requests.plot(time, waiting, color=MUTED.mark, label="waiting", linewidth=1.2, linestyle="--")
+        requests.step(time, running, where="post", color=FIRST.mark, label="running", linewidth=1.4)
+        requests.step(time, waiting, where="post", color=MUTED.mark, label="waiting", linewidth=1.2, linestyle="--")
         requests.set_title("requests of an engine")
         requests.set_xlabel(f"{'seconds' if in_seconds else 'minutes'} since the first step")
         for axes in (tokens, kv, requests):
@@ -169,7 +170,18 @@ def _dress(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2, labelcolor=INK.mark, borderaxespad=0)
 
 
-def _with_breaks(trace: StepTrace, *series: np.typing.NDArray[np.float64]) -> list[np.typing.NDArray[np.float64]]:
-    """The series, cut by NaN where no engine made a step for long: a line there would claim what was not."""
-    idle = np.flatnonzero(np.diff(trace.seconds) > max(IDLE_SECONDS, 3 * trace.point_seconds)) + 1
-    return [np.insert(one, idle, np.nan) for one in series]
+def as_steps(trace: StepTrace, *series: Floats) -> list[Floats]:
+    """The times of the points and their values, ready to be drawn as steps: each value holds until the next point.
+
+    Before a pause of the engines, and at the end, a step ends after its own time, and nothing is drawn until the next:
+    a line there would claim what was not.
+    """
+    own_seconds = max(trace.point_seconds, trace.step_seconds / trace.steps)
+    last = np.append(np.diff(trace.seconds) > max(IDLE_SECONDS, 3 * trace.point_seconds), True)
+    # Behind the last point of each stretch: the end of its step, and a gap.
+    places = np.repeat(np.flatnonzero(last) + 1, 2)
+
+    def with_ends(values: Floats, ends: Floats) -> Floats:
+        return np.insert(values, places, np.stack([ends[last], np.full(last.sum(), np.nan)], axis=1).ravel())
+
+    return [with_ends(trace.seconds, trace.seconds + own_seconds), *(with_ends(values, values) for values in series)]

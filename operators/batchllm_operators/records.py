@@ -22,6 +22,7 @@ RESULTS_FOLDER = "results"
 TRACE_FOLDER = "trace"
 ATTENTION_TRACE_FOLDER = "attention_trace"
 LOGS_FOLDER = "logs"
+SAMPLES_FILE = "samples.json"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 LAST_ERROR_FILE = "last_error.json"
@@ -299,6 +300,23 @@ class EngineSetting(Record):
     reason: str
     warning: str | None = None
     """What to know of a choice of the job that is slow on this machine."""
+
+
+class SampleRow(Record):
+    """An answer, or why there is none, and the row it belongs to."""
+
+    row_id: str
+    text: str
+
+
+class OutputSamples(Record):
+    """What an output looks like; `samples.json` of the work folder."""
+
+    truncated_rows: int
+    """Rows whose answer ended at `max_tokens`."""
+    answers: tuple[SampleRow, ...]
+    errors: dict[str, tuple[SampleRow, ...]]
+    """By error code."""
 
 
 class OutputFile(Record):

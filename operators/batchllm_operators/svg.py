@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
-WIDTH_INCHES = 8.6
+WIDTH_INCHES = 6.6
 LARGEST_IMAGE_BYTES = 100_000
 _DRAWING = threading.Lock()  # matplotlib's settings belong to the whole process
 
@@ -53,12 +53,12 @@ _LOOK: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
     "svg.hashsalt": "batchllm",
     "text.parse_math": False,
-    "font.size": 10.0,
+    "font.size": 9.0,
     "text.color": INK.mark,
     "axes.labelcolor": MUTED.mark,
     "axes.edgecolor": GRID.mark,
     "axes.facecolor": "none",
-    "axes.titlesize": 10.0,
+    "axes.titlesize": 9.0,
     "axes.titlelocation": "left",
     "axes.titlecolor": INK.mark,
     "axes.spines.top": False,

@@ -98,7 +98,7 @@ def a_report(*runs: ExecutedPlan, prompt_tokens: int = 2000, computed: int = 100
         job_id="0123abcd",
         job_name=changes.pop("job_name", "reviews"),
         work_uri="/work-folder",
-        rows=20,
+        rows=changes.pop("rows", 20),
         error_rows=changes.pop("error_rows", {}),
         files=(),
         prompt_tokens=prompt_tokens,

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import orjson
 import pytest
+from markdown_it import MarkdownIt
 
-from batchllm_flows.report import read_report, read_report_page, report_markdown
+from batchllm_flows.job import BatchJob
+from batchllm_flows.report import JobOutline, read_report, read_report_page
+from batchllm_flows.report_text import outline_rows, report_markdown
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, EngineSetting, Manifest
+from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, EngineSetting, Manifest, OutputSamples, SampleRow
 from batchllm_operators.store import Store
+from tests.flows.jobs import job_values
 from tests.flows.reports import a_plan, a_report, executed
 
 
@@ -96,3 +100,30 @@ def test_a_manifest_of_another_version_and_a_missing_page_are_named(tmp_path: Pa
     Store(str(tmp_path)).write_bytes(MANIFEST_FILE, b"[]")
     with pytest.raises(TerminalError, match=r"_manifest\.json is not as"):
         read_report(SinkSpec(uri=str(tmp_path)))
+
+
+def test_texts_of_rows_and_names_are_no_markdown_in_the_report() -> None:
+    samples = OutputSamples(
+        truncated_rows=2,
+        answers=(SampleRow(row_id="a|b", text="**bold** <script>alert(1)</script> | cell\nnext"),),
+        errors={"invalid_row": (SampleRow(row_id="r", text="[link](http://x) `code`"),)},
+    )
+    report = a_report(job_name="*stars* <b>", samples=samples, error_rows={"invalid_row": 1}, rows=1)
+    page = MarkdownIt("js-default").render(report_markdown(report))
+    for shown in (
+        "*stars* &lt;b&gt;: 1 row, 1 without an answer", "2 answers ended at sampling.max_tokens", "<td>a|b</td>",
+        "<td>**bold** &lt;script&gt;alert(1)&lt;/script&gt; | cell next</td>", "<td>[link](http://x) `code`</td>",
+    ):  # fmt: skip
+        assert shown in page
+
+
+def test_the_outline_names_what_was_asked() -> None:
+    values = job_values("s3://bucket/in/", "/out", "org/model", sampling={"temperature": 0.7, "top_p": 0.9, "seed": 3})
+    values["model"]["revision"] = "v2"
+    outline = JobOutline.of(BatchJob.model_validate(values), input_objects=3)
+    assert outline_rows(outline) == [
+        ("model", "org/model at v2"),
+        ("input", "s3://bucket/in/, 3 objects"),
+        ("prompt", "chat"),
+        ("sampling", "temperature 0.7, top_p 0.9, seed 3, at most 256 tokens"),
+    ]

@@ -7,19 +7,22 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from batchllm_flows.html_report.page import plan_page, report_page
-from batchllm_flows.html_report.plots import report_plots
+from batchllm_flows.html_report.page import breakable, plan_page, report_page
+from batchllm_flows.html_report.plots import as_steps, report_plots
 from batchllm_flows.html_report.step_trace import StepTrace, read_step_trace
-from batchllm_flows.report import ExecutedPlan, JobReport
-from batchllm_operators.records import TRACE_FOLDER, EngineSetting
+from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport
+from batchllm_operators.records import TRACE_FOLDER, EngineSetting, OutputSamples, SampleRow
+from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
 from tests.flows.reports import a_plan, a_report, executed, plan_of_groups, trace_table
 
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "wbr"}
 
 
 class Page(HTMLParser):
@@ -147,3 +150,81 @@ def test_importing_the_flows_loads_no_plotting() -> None:
     program = "import sys, batchllm_flows.flows, batchllm_operators.plan.task; print('matplotlib' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert printed.strip() == "False"
+
+
+def some_samples(**changes: Any) -> OutputSamples:
+    values: dict[str, Any] = {
+        "truncated_rows": 1,
+        "answers": (SampleRow(row_id="row-1", text="Paris is <b>the</b> capital | of France.\nTruly."),),
+        "errors": {"invalid_row": (SampleRow(row_id="row-9", text="no prompt: {{ <script>alert(1)</script> }}"),)},
+    }
+    return OutputSamples(**values | changes)
+
+
+def an_outline(**changes: Any) -> JobOutline:
+    values: dict[str, Any] = {
+        "model": "org/a.long.name-135M",
+        "input_uri": "s3://bucket/in/",
+        "input_objects": 1,
+        "prompt_kind": "chat",
+        "sampling": SamplingParameters(max_tokens=64, stop=("END",)),
+    }
+    return JobOutline(**values | changes)
+
+
+def test_a_report_names_model_input_prompt_and_sampling_and_shows_samples_as_text() -> None:
+    run = executed(a_plan())
+    report = a_report(run, outline=an_outline(), samples=some_samples(), error_rows={"invalid_row": 1})
+    text = page_of(report, run)
+    page = Page(text)
+    assert page.headings[:3] == ["Outcome", "Sample answers", "Sample errors"]
+    for words in (
+        "in/ , 1 object", "chat", "greedy, at most 64 tokens, stop at 'END'", "invalid_row 1 row",
+        "1 answer ended at sampling.max_tokens (64)", "Paris is <b>the</b> capital | of France.",
+        "no prompt: {{ <script>alert(1)</script> }}",
+    ):  # fmt: skip
+        assert words in page.text
+    assert {"b", "script"} & set(page.tags) == {"b"}, "the tiles' own"
+    assert "org/<wbr>a.<wbr>long.<wbr>name-135M" in text
+
+
+def test_every_table_scrolls_in_its_own_box_and_every_plot_scales() -> None:
+    run = executed(a_plan())
+    report = a_report(
+        run,
+        outline=an_outline(),
+        samples=some_samples(),
+        engine_settings=[EngineSetting(name="block_size", value="32", reason="shares more")],
+    )
+    text = page_of(report, run)
+    assert text.count("<table>") == text.count('<div class="scroll"><table>') == 4
+    assert "min-width: 560px" not in text
+    assert all('viewBox="' in svg for svg in re.findall(r"<svg[^>]*>", text))
+
+
+def test_steps_are_drawn_as_steps_that_end_at_a_pause(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    # Two steps of half a second, a pause of a minute, one more step.
+    store.write_table(f"{TRACE_FOLDER}/engine-0.parquet", trace_table([1.0, 1.5, 62.0], prefill_tokens=[10, 30, 20]))
+    trace, _ = read_step_trace(store, since=0.0)
+    assert trace is not None
+    seconds, prefill = as_steps(trace, trace.prefill_tokens)
+    drawn = ~np.isnan(prefill)
+    assert prefill[drawn].tolist() == [10, 30, 30, 20, 20]
+    assert (~drawn).sum() == 2, "a gap at the pause and one at the end"
+    first, second, end_of_second, third, _ = seconds[drawn]
+    assert end_of_second - second == pytest.approx(0.5, abs=0.01), "as long as a step takes"
+    assert second - first == pytest.approx(0.5, abs=0.02)
+    assert third > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "html"),
+    [
+        ("batchllm.vllm_plugin.Scheduler", "batchllm.<wbr>vllm_plugin.<wbr>Scheduler"),
+        ("s3://b/<x>", "s3:/<wbr>/<wbr>b/<wbr>&lt;x&gt;"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_long_name_may_break_behind_its_dots_and_slashes(name: str, html: str) -> None:
+    assert str(breakable(name)) == html

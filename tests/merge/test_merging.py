@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import MANIFEST_FILE, OUTPUT_FIELDS
+from batchllm_operators.records import MANIFEST_FILE, OUTPUT_FIELDS, SAMPLES_FILE, OutputSamples
 
 from .conftest import JOB_ID, Job, answer, engine_error, error_counts
 
@@ -210,3 +210,18 @@ def test_merge_equals_a_plain_join(case: tuple[Any, ...], jsonl: bool) -> None:
         assert manifest.error_rows == error_counts(output)
         taken = [best[name] for name in set(requests) if name is not None and not best[name]["error"]]
         assert manifest.completion_tokens == sum(row["completion_tokens"] for row in taken)
+
+
+def test_samples_of_the_output_stand_in_the_work_folder(tmp_path: Path) -> None:
+    job = Job(tmp_path, [None, "a", "b", None, "c", "a", "d", None, None, "e"])
+    length = {"finish_reason": "length"}
+    job.add_results(answer("a", **length), engine_error("b"), answer("c"), answer("d", "long " * 300))
+    job.add_results(answer("e", **length))
+    job.merge()
+    samples = OutputSamples.model_validate_json(job.work.read_bytes(SAMPLES_FILE))
+    assert samples.truncated_rows == 3, "a stands in two rows"
+    assert [(one.row_id, one.text[:10]) for one in samples.answers] == [
+        ("id-1", "answer a"), ("id-4", "answer c"), ("id-5", "answer a"),
+    ]  # fmt: skip
+    assert [one.row_id for one in samples.errors["engine_error"]] == ["id-2"]
+    assert [one.row_id for one in samples.errors["invalid_row"]] == ["id-0", "id-3", "id-7"]

@@ -20,6 +20,7 @@ from batchllm_operators.merge.requests import (
     choose_results,
     index_requests,
 )
+from batchllm_operators.merge.samples import SampleCollector
 from batchllm_operators.merge.sink import check_sink, claim_sink, complete_sink, refuse_input_in_sink
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.merge.writers import write_output
@@ -27,6 +28,7 @@ from batchllm_operators.records import (
     FORMAT_VERSION,
     OUTPUT_FIELDS,
     RESULTS_FOLDER,
+    SAMPLES_FILE,
     InputObject,
     Manifest,
     RowErrorExample,
@@ -87,19 +89,23 @@ def merge_results(
     refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, _error_examples(index, chosen, stage, work))
 
     claim_sink(sink, job_id)
-    schema = sink_schema(stage)
+    schema, seen = sink_schema(stage), SampleCollector()
     with (
         tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
         AnswerSpill(Path(folder), stage.rows) as spill,
     ):
         spill_staged_errors(stage, work, spill)
         spill_results(index, chosen, parts, work, spill)
-        rows = _joined(source.tables(schema), spill.in_row_order(), pa.schema([*schema, *OUTPUT_FIELDS]), source)
+        answers = seen.watched(spill.in_row_order())
+        rows = _joined(source.tables(schema), answers, pa.schema([*schema, *OUTPUT_FIELDS]), source)
         with closing(rows):
             files = write_output(rows, pa.schema([*schema, *OUTPUT_FIELDS]), sink, sink_spec)
     written = sum(file.rows for file in files)
     if written != stage.rows:
         raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
+    names = _row_ids(np.array(seen.rows, np.int64), stage, work)
+    samples = seen.samples(dict(zip(seen.rows, names, strict=True)))
+    work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         job_id=job_id,

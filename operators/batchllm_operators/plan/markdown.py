@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.row_errors import most_frequent_first
-from batchllm_operators.wording import counted
+from batchllm_operators.wording import counted, markdown_code, markdown_text
 
 SHOWN_BUNDLES = 20
 
@@ -56,7 +56,7 @@ def plan_markdown(plan: PlanSummary) -> str:
         if len(plan.bundles) > SHOWN_BUNDLES:
             lines += ["", f"and {counted(len(plan.bundles) - SHOWN_BUNDLES, 'more bundle')}."]
     if plan.page_uri is not None:
-        lines += ["", f"With plots: `{plan.page_uri}`"]
+        lines += ["", f"With plots: {markdown_code(plan.page_uri)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +120,7 @@ def _counts(plan: PlanSummary) -> list[str]:
         f"| of these to compute | {plan.expected_computed_prompt_tokens:,} |",
         f"| expected output tokens | {plan.expected_output_tokens:,} |",
         f"| known from | {sources or 'nothing to estimate'} |",
-        f"| rates of the forecast | {plan.rates} |",
+        f"| rates of the forecast | {markdown_text(plan.rates)} |",
         *([f"| tokens of a KV-cache block | {plan.block_size} |"] if plan.block_size else []),
     ]
 
@@ -131,7 +131,10 @@ def _row_errors(plan: PlanSummary) -> list[str]:
     lines = ["", f"### Rows without a request: {sum(plan.error_rows.values()):,} of {plan.rows:,}", ""]
     for code, count in most_frequent_first(plan.error_rows):
         lines.append(f"- `{code}`: {count:,}, for example")
-        lines += [f"    - row `{one.row_id}`: {one.message}" for one in plan.error_examples.get(code, ())]
+        lines += [
+            f"    - row {markdown_code(one.row_id)}: {markdown_text(one.message)}"
+            for one in plan.error_examples.get(code, ())
+        ]
     return lines
 
 
