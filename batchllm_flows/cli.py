@@ -43,10 +43,14 @@ def run(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, q
     """Run a job. Exit code 0: all rows answered, 3: finished with row errors, 1: failed, 2: usage."""
     _prepare_prefect(quiet=quiet)
     job = _load(job_file, settings)
-    from batchllm_flows.flows import batch_inference
-    from batchllm_flows.report_text import report_markdown
+    from batchllm_operators.execute.engine_ahead import engine_ahead
 
-    report = _guarded(lambda: batch_inference(job))
+    # The engine's process starts first: it imports vLLM while this one imports Prefect and its server starts.
+    with engine_ahead(job.execution):
+        from batchllm_flows.flows import batch_inference
+        from batchllm_flows.report_text import report_markdown
+
+        report = _guarded(lambda: batch_inference(job))
     _print(report.model_dump(mode="json"), report_markdown(report), as_json)
     raise typer.Exit(EXIT_ROW_ERRORS if report.rows_error else 0)
 

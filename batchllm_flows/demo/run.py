@@ -24,6 +24,7 @@ from batchllm_flows.demo.model import smollm2_folder
 from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport
+from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, WORK_FOLDER, Manifest
 from batchllm_operators.store import Store
 
@@ -83,9 +84,11 @@ def run_demo(folder: Path, models: Path, *, fresh: bool = False) -> int:
         job_file = folder / "job.yaml"
         job_file.write_text(yaml.safe_dump(demo_job(model_folder), sort_keys=False), encoding="utf-8")
         console.print(f"[bold]4[/] running the Prefect flow on {job_file}")
-        from batchllm_flows.flows import batch_inference
+        job = BatchJob.from_file(job_file)
+        with engine_ahead(job.execution):
+            from batchllm_flows.flows import batch_inference
 
-        report = batch_inference(BatchJob.from_file(job_file))
+            report = batch_inference(job)
         summary = report.model_dump(mode="json")
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         show(console, report, sample_answers(Store(OUTPUT_URI.rstrip("/"))), buckets)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
+from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.execute.handle import BundleCallbacks
 from batchllm_operators.execute.isolation import EngineDiedError
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
@@ -385,3 +387,43 @@ def test_no_log_is_kept_where_the_run_succeeds(told_engine: Callable[..., str], 
         assert pool.run_bundle(work.write_bundle(), nothing).requests == 12
     assert pool.kept_logs == []
     assert work.store.names("logs") == []
+
+
+def test_an_engine_started_ahead_is_taken_by_the_first_pool_of_its_execution_part_and_ends_with_the_block(
+    told_engine: Callable[..., str], work: Any, tmp_path: Path, group_is_gone: Callable[[int], bool]
+) -> None:
+    submitted = tmp_path / "submitted"
+    python = told_engine(submitted=str(submitted))
+
+    def computed_by(pool: EnginePool, bundle: str) -> int:
+        with pool:
+            pool.run_bundle(work.write_bundle(bundle), nothing)
+        return int(submitted.read_text().split()[-2])
+
+    with engine_ahead(ExecutionSpec(engine_python=python)):
+        with engine_ahead(ExecutionSpec(engine_python=python, retries=7)):
+            other = computed_by(pool_on_told_engines(work, python), "other")
+        ahead = computed_by(pool_on_told_engines(work, python), "one")
+        next_one = computed_by(pool_on_told_engines(work, python), "two")
+    assert len({other, ahead, next_one}) == 3
+    assert all(group_is_gone(process) for process in (other, ahead, next_one))
+
+
+def test_the_log_of_an_engine_started_ahead_is_kept_too(told_engine: Callable[..., str], work: Any) -> None:
+    python = told_engine(load_fault="no luck", prints="before")
+    pool = pool_on_told_engines(work, python)
+    with engine_ahead(ExecutionSpec(engine_python=python)), pytest.raises(TerminalError, match="no luck"), pool:
+        pool.start()
+        pool.run_bundle(work.write_bundle(), nothing)
+    assert b"no luck" in work.store.read_bytes("logs/engine-0.log")
+
+
+def test_an_engine_that_cannot_be_started_ahead_is_told_where_there_is_something_to_load(work: Any) -> None:
+    with engine_ahead(ExecutionSpec(engine_python="/no/such/python")):
+        with pool_on_told_engines(work, "/no/such/python") as pool:
+            pool.start()
+        with (
+            pytest.raises(TerminalError, match="cannot start"),
+            pool_on_told_engines(work, "/no/such/python") as pool,
+        ):
+            pool.run_bundle(work.write_bundle(), nothing)

@@ -21,10 +21,15 @@ class EngineLogs:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
+        self._files: dict[int, Path] = {}
 
     def file(self, index: int) -> Path:
         """The log of the engine with this index, and of those that took its place."""
-        return Path(self._folder.name) / f"engine-{index}.log"
+        return self._files.setdefault(index, Path(self._folder.name) / f"engine-{index}.log")
+
+    def adopt(self, index: int, file: Path) -> None:
+        """Take the log of an engine that was started before, which is somebody else's to remove."""
+        self._files[index] = file
 
     def keep(self, work: Store) -> list[str]:
         """Write the end of each log to `logs/` of the work folder; returns the places.
@@ -32,8 +37,10 @@ class EngineLogs:
         A store that does not take them is warned of: the fault that made the run fail is what has to be told.
         """
         kept = []
-        for file in sorted(Path(self._folder.name).glob("*.log")):
-            name = f"{LOGS_FOLDER}/{file.name}"
+        for index, file in sorted(self._files.items()):
+            if not file.exists():
+                continue  # of an engine that was never started
+            name = f"{LOGS_FOLDER}/engine-{index}.log"
             try:
                 work.write_bytes(name, _end_of(file))
             except BatchLLMError as error:

@@ -106,7 +106,7 @@ class LocalEngineHandle:
         stall_timeout_s: seconds without a token computed, with bundles to compute, after which the engine counts as
             lost.
         close_grace_s: seconds the engine may take to write what is finished when it is closed.
-        on_status: told what the engine does until its first tokens.
+        on_status: see the attribute of this name.
 
     Errors of `load` and `run_bundle`: `TransientError` when the engine or the store failed for now, and of these
     `EngineDiedError` when it died or stalled over its bundles, with the exit code and the last lines of its log;
@@ -135,7 +135,8 @@ class LocalEngineHandle:
         self._load_timeout_s = load_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._close_grace_s = close_grace_s
-        self._on_status = on_status
+        self.on_status = on_status
+        """Told what the engine does until its first tokens."""
         self._loaded = False
         self._loading = False
         self._has_computed = False
@@ -160,6 +161,11 @@ class LocalEngineHandle:
         return self._process.pid
 
     @property
+    def log_file(self) -> Path:
+        """Where the output of the process goes."""
+        return self._process.log_file
+
+    @property
     def usable(self) -> bool:
         """Whether it takes commands: neither dead nor closed."""
         return not (self._broken or self._end or self._closing.is_set() or self._process.exited)
@@ -179,7 +185,7 @@ class LocalEngineHandle:
             self._loading = True
             try:
                 log = f"log: {self._process.log_file}"
-                self._on_status(self._name, Loading(phase=EnginePhase.ENVIRONMENT, detail=log))
+                self.on_status(self._name, Loading(phase=EnginePhase.ENVIRONMENT, detail=log))
                 self.start()
                 self._expect(Started, START_TIMEOUT_SECONDS, "starting")
                 self._send(command)
@@ -196,7 +202,7 @@ class LocalEngineHandle:
                 raise
             finally:
                 self._loading = False
-                self._on_status(self._name, None)
+                self.on_status(self._name, None)
         return loaded
 
     def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
@@ -206,12 +212,12 @@ class LocalEngineHandle:
         try:
             self._send(command)
             if not self._has_computed:
-                self._on_status(self._name, Loading(phase=EnginePhase.FIRST_TOKENS))
+                self.on_status(self._name, Loading(phase=EnginePhase.FIRST_TOKENS))
             while True:
                 event = events.get()
                 if not self._has_computed:
                     self._has_computed = True
-                    self._on_status(self._name, None)
+                    self.on_status(self._name, None)
                 if isinstance(event, Progress):
                     callbacks.on_progress(event.bundle, event.counts)
                 elif isinstance(event, PartWritten):
@@ -275,7 +281,7 @@ class LocalEngineHandle:
     def _expect(self, kind: type[_Event], timeout_s: float, doing: str) -> _Event:
         deadline = time.monotonic() + timeout_s
         while isinstance(event := self._next_event(lambda: deadline, timeout_s, doing), Loading):
-            self._on_status(self._name, event)
+            self.on_status(self._name, event)
         if isinstance(event, Failed):
             raise self._failure(event)
         if not isinstance(event, kind):

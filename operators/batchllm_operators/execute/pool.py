@@ -15,6 +15,7 @@ from types import TracebackType
 
 from batchllm_operators.errors import BatchLLMError, RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine import Completion
+from batchllm_operators.execute.engine_ahead import take_engine_ahead
 from batchllm_operators.execute.engine_logs import EngineLogs
 from batchllm_operators.execute.feeding import bundle_keys, known_results
 from batchllm_operators.execute.handle import (
@@ -25,7 +26,7 @@ from batchllm_operators.execute.handle import (
     no_status,
 )
 from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
-from batchllm_operators.execute.local_engines import local_handles
+from batchllm_operators.execute.local_engines import local_handle
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Run
 from batchllm_operators.execute.part_writer import part_name, part_table
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
@@ -124,7 +125,8 @@ class EnginePool:
         self._sampling = SamplingParameters(**sampling.model_dump(include=set(SamplingParameters.model_fields)))
         self._work = work
         self._logs = EngineLogs()
-        self._make_handle = make_handle or local_handles(execution, self._logs, on_status)
+        self._on_status = on_status
+        self._make_handle = make_handle or self._local_handle
         self._slots = [_Slot(index) for index in range(execution.engines)]
         self._changed = threading.Condition()
         self._waiting_alone = 0
@@ -414,6 +416,15 @@ class EnginePool:
                         _LOGGER.warning(setting.warning)
             self.settings = told.settings
             return handle
+
+    def _local_handle(self, index: int) -> EngineHandle:
+        handle = take_engine_ahead(self._execution) if index == 0 else None
+        if handle is None:
+            handle = local_handle(self._execution, index, self._logs.file(index))
+        else:
+            self._logs.adopt(index, handle.log_file)
+        handle.on_status = self._on_status
+        return handle
 
 
 def _nothing() -> None:
