@@ -19,7 +19,7 @@ the engine's other process, half of the machine on two cores, where our engine r
 The runs take turns, and a figure is the median of the rounds. Work seconds are without the start of the process and the
 loading of the model, as each program can tell them. Nothing is reported unless every run answered every row exactly
 once with some text. `--python` names an environment of a program's own; a program whose packages are missing is listed
-as not run.
+as not run. What a small job costs beside its model and its tokens is printed too, as `startup.py` measures it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.documents import TEMPLATE, distinct_tokens, questions
 from benchmarks.engine_arguments import BLOCK_SIZE, DEFAULT_BLOCK_SIZES, engine_arguments, models_folder
 from benchmarks.job_results import Run, WrongResultError, check_answers, equal_share, figures, table
+from benchmarks.startup import measure_startup
 
 PROGRAMS_FOLDER = Path(__file__).parent / "programs"
 REFERENCE = "llm"
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--cache-share", type=float, default=0.15, help="KV cache over distinct prompt tokens")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model: loads slower")
+    parser.add_argument("--startup-rounds", type=int, default=1, help="of benchmarks/startup.py; 0: without it")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one run at the most")
     given = parser.parse_args()
     if given.rows < 1 or given.rounds < 1:
@@ -306,7 +308,11 @@ def main() -> None:
             measured = benchmark(bench, list(dict.fromkeys(given.programs)), given.rounds)
         except WrongResultError as error:
             raise SystemExit(f"wrong result, nothing is reported: {error}") from error
+        startup = None
+        if given.startup_rounds:
+            startup = measure_startup(Path(folder) / "startup", setting.model, given.dtype, given.startup_rounds)
     result = measured | {
+        "startup": startup,
         "input": {"rows": given.rows, **sizes},
         "setting": asdict(setting) | {"model": Path(setting.model).name, "rounds": given.rounds},
         "machine": {

@@ -88,4 +88,6 @@ def table(result: dict[str, Any]) -> str:
         told = ("-" if one.get(key) is None else f"{one[key]:g}" for key in columns.values())
         lines.append(f"{name:<10}" + "".join(f"{text:>10}" for text in told))
     lines += [f"{name:<10}  not run: {reason}" for name, reason in result["not_run"].items()]
+    if result["startup"] is not None:
+        lines += ["", *(f"{name:<16}{seconds:>8.2f}" for name, seconds in result["startup"].items())]
     return "\n".join(lines)

@@ -31,7 +31,18 @@ pq.write_table(ids.append_column("answer", ids["id"]), Path(settings["output"]) 
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARK), "--json", "--rows", str(ROWS), "--rounds", "1", *options]
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--json",
+        "--rows",
+        str(ROWS),
+        "--rounds",
+        "1",
+        "--startup-rounds",
+        "0",
+        *options,
+    ]
     # vLLM loads faster in one process.
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
