@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 from typing import Any, cast
 
 from prefect import flow, get_run_logger, unmapped
@@ -173,6 +174,8 @@ def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool, status: Engine
     """
     if not planned.bundles:
         return ()
+    # Drawing the page loads matplotlib, which there is time for while engines work.
+    Thread(target=_load_page, name="report-page", daemon=True).start()
     board = ProgressBoard(planned.bundles)
     bundle_task = execute_bundle.with_options(retries=run.job.execution.retries)
     with (
@@ -235,6 +238,11 @@ def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) ->
         *markdown_image("Each bundle against its forecast", plots.bundles),
         *markdown_image("Steps of the engines", plots.engine_steps),
     ]
+
+
+def _load_page() -> None:
+
+    import batchllm_flows.html_report.page  # noqa: F401
 
 
 def _show_report(report: JobReport, images: Sequence[str] = ()) -> None:

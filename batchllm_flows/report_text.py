@@ -88,7 +88,7 @@ def _samples_markdown(samples: OutputSamples) -> list[str]:
     if samples.errors:
         lines += ["", "| error | row | message |", "|---|---|---|"]
         lines += [
-            f"| {code} | {markdown_text(one.row_id)} | {markdown_text(one.text)} |"
+            f"| {code} | {markdown_text(one.row_id)} | {markdown_text(one.message)} |"
             for code, kept in samples.errors.items()
             for one in kept
         ]

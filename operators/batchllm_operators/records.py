@@ -302,11 +302,12 @@ class EngineSetting(Record):
     """What to know of a choice of the job that is slow on this machine."""
 
 
-class SampleRow(Record):
-    """An answer, or why there is none, and the row it belongs to."""
+class SampleAnswer(Record):
+    """An answer and the row it belongs to."""
 
     row_id: str
     text: str
+    """Its begin, where it is long."""
 
 
 class OutputSamples(Record):
@@ -314,9 +315,9 @@ class OutputSamples(Record):
 
     truncated_rows: int
     """Rows whose answer ended at `max_tokens`."""
-    answers: tuple[SampleRow, ...]
-    errors: dict[str, tuple[SampleRow, ...]]
-    """By error code."""
+    answers: tuple[SampleAnswer, ...]
+    errors: dict[str, tuple[RowErrorExample, ...]]
+    """Rows without an answer, by kind of error."""
 
 
 class OutputFile(Record):

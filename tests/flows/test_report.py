@@ -13,7 +13,15 @@ from batchllm_flows.report import JobOutline, read_report, read_report_page
 from batchllm_flows.report_text import outline_rows, report_markdown
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, EngineSetting, Manifest, OutputSamples, SampleRow
+from batchllm_operators.records import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    EngineSetting,
+    Manifest,
+    OutputSamples,
+    RowErrorExample,
+    SampleAnswer,
+)
 from batchllm_operators.store import Store
 from tests.flows.jobs import job_values
 from tests.flows.reports import a_plan, a_report, executed
@@ -105,8 +113,8 @@ def test_a_manifest_of_another_version_and_a_missing_page_are_named(tmp_path: Pa
 def test_texts_of_rows_and_names_are_no_markdown_in_the_report() -> None:
     samples = OutputSamples(
         truncated_rows=2,
-        answers=(SampleRow(row_id="a|b", text="**bold** <script>alert(1)</script> | cell\nnext"),),
-        errors={"invalid_row": (SampleRow(row_id="r", text="[link](http://x) `code`"),)},
+        answers=(SampleAnswer(row_id="a|b", text="**bold** <script>alert(1)</script> | cell\nnext"),),
+        errors={"invalid_row": (RowErrorExample(row_id="r", message="[link](http://x) `code`"),)},
     )
     report = a_report(job_name="*stars* <b>", samples=samples, error_rows={"invalid_row": 1}, rows=1)
     page = MarkdownIt("js-default").render(report_markdown(report))

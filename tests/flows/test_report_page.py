@@ -17,7 +17,7 @@ from batchllm_flows.html_report.page import breakable, plan_page, report_page
 from batchllm_flows.html_report.plots import as_steps, report_plots
 from batchllm_flows.html_report.step_trace import StepTrace, read_step_trace
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport
-from batchllm_operators.records import TRACE_FOLDER, EngineSetting, OutputSamples, SampleRow
+from batchllm_operators.records import TRACE_FOLDER, EngineSetting, OutputSamples, RowErrorExample, SampleAnswer
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
 from tests.flows.reports import a_plan, a_report, executed, plan_of_groups, trace_table
@@ -155,8 +155,10 @@ def test_importing_the_flows_loads_no_plotting() -> None:
 def some_samples(**changes: Any) -> OutputSamples:
     values: dict[str, Any] = {
         "truncated_rows": 1,
-        "answers": (SampleRow(row_id="row-1", text="Paris is <b>the</b> capital | of France.\nTruly."),),
-        "errors": {"invalid_row": (SampleRow(row_id="row-9", text="no prompt: {{ <script>alert(1)</script> }}"),)},
+        "answers": (SampleAnswer(row_id="row-1", text="Paris is <b>the</b> capital | of France.\nTruly."),),
+        "errors": {
+            "invalid_row": (RowErrorExample(row_id="row-9", message="no prompt: {{ <script>alert(1)</script> }}"),)
+        },
     }
     return OutputSamples(**values | changes)
 
@@ -181,7 +183,7 @@ def test_a_report_names_model_input_prompt_and_sampling_and_shows_samples_as_tex
     for words in (
         "in/ , 1 object", "chat", "greedy, at most 64 tokens, stop at 'END'", "invalid_row 1 row",
         "1 answer ended at sampling.max_tokens (64)", "Paris is <b>the</b> capital | of France.",
-        "no prompt: {{ <script>alert(1)</script> }}",
+        "no {{ <script>alert(1)</script> }}",
     ):  # fmt: skip
         assert words in page.text
     assert {"b", "script"} & set(page.tags) == {"b"}, "the tiles' own"

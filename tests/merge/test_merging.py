@@ -224,4 +224,4 @@ def test_samples_of_the_output_stand_in_the_work_folder(tmp_path: Path) -> None:
         ("id-1", "answer a"), ("id-4", "answer c"), ("id-5", "answer a"),
     ]  # fmt: skip
     assert [one.row_id for one in samples.errors["engine_error"]] == ["id-2"]
-    assert [one.row_id for one in samples.errors["invalid_row"]] == ["id-0", "id-3", "id-7"]
+    assert samples.errors["invalid_row"] == job.stage.error_examples["invalid_row"]

@@ -86,7 +86,8 @@ def merge_results(
     chosen = choose_results(index, parts, work)
     _refuse_missing_results(index, chosen, stage, work)
     error_rows = Counter(stage.error_rows) + chosen.error_rows
-    refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, _error_examples(index, chosen, stage, work))
+    examples = _error_examples(index, chosen, stage, work)
+    refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
 
     claim_sink(sink, job_id)
     schema, seen = sink_schema(stage), SampleCollector()
@@ -103,8 +104,7 @@ def merge_results(
     written = sum(file.rows for file in files)
     if written != stage.rows:
         raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
-    names = _row_ids(np.array(seen.rows, np.int64), stage, work)
-    samples = seen.samples(dict(zip(seen.rows, names, strict=True)))
+    samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
     work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -1,16 +1,16 @@
-"""What an output looks like: a few answers, a few errors of each kind, and how many answers ended at `max_tokens`."""
+"""What an output looks like: a few answers, and how many answers ended at `max_tokens`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchllm_operators.records import OutputSamples, SampleRow
+from batchllm_operators.records import OutputSamples, RowErrorExample, SampleAnswer
 
-SAMPLES_OF_A_KIND = 3
+SAMPLE_ANSWERS = 3
 TEXT_CHARACTERS = 600
 
 _ENDED_BY_LENGTH = "length"
@@ -23,7 +23,6 @@ class SampleCollector:
         self._row = 0
         self._truncated = 0
         self._answers: list[tuple[int, str]] = []
-        self._errors: dict[str, list[tuple[int, str]]] = {}
 
     def watched(self, answers: Iterator[pa.Table]) -> Iterator[pa.Table]:
         """The same tables, of `OUTPUT_FIELDS` in row order, noted on the way."""
@@ -34,44 +33,28 @@ class SampleCollector:
 
     @property
     def rows(self) -> list[int]:
-        """Rows of the samples, ascending, each once."""
-        return sorted({row for row, _ in self._all()})
+        """Rows of the sample answers, ascending."""
+        return [row for row, _ in self._answers]
 
-    def samples(self, row_ids: dict[int, str]) -> OutputSamples:
+    def samples(self, row_ids: Sequence[str], errors: Mapping[str, tuple[RowErrorExample, ...]]) -> OutputSamples:
         """What was noted.
 
         Args:
-            row_ids: id of each row of `rows`.
+            row_ids: the id of each of `rows`.
+            errors: examples by kind.
         """
-
-        def named(kept: list[tuple[int, str]]) -> tuple[SampleRow, ...]:
-            return tuple(SampleRow(row_id=row_ids[row], text=text) for row, text in kept)
-
+        texts = (text for _, text in self._answers)
         return OutputSamples(
             truncated_rows=self._truncated,
-            answers=named(self._answers),
-            errors={code: named(kept) for code, kept in sorted(self._errors.items())},
+            answers=tuple(SampleAnswer(row_id=name, text=text) for name, text in zip(row_ids, texts, strict=True)),
+            errors=dict(errors),
         )
-
-    def _all(self) -> Iterator[tuple[int, str]]:
-        yield from self._answers
-        for kept in self._errors.values():
-            yield from kept
 
     def _note(self, table: pa.Table) -> None:
         self._truncated += pc.sum(pc.equal(table["finish_reason"], _ENDED_BY_LENGTH)).as_py() or 0
         answered = np.flatnonzero(pc.is_valid(table["completion"]).to_numpy())
-        for row in answered[: SAMPLES_OF_A_KIND - len(self._answers)].tolist():
+        for row in answered[: SAMPLE_ANSWERS - len(self._answers)].tolist():
             self._answers.append((self._row + row, _short(table["completion"][row].as_py())))
-        faulty = np.flatnonzero(pc.is_valid(table["error"]).to_numpy())
-        if not len(faulty):
-            return
-        codes = pc.struct_field(table["error"], "code").take(faulty)
-        for code in pc.unique(codes).to_pylist():
-            kept = self._errors.setdefault(code, [])
-            of_kind = faulty[pc.equal(codes, code).to_numpy()]
-            for row in of_kind[: SAMPLES_OF_A_KIND - len(kept)].tolist():
-                kept.append((self._row + row, _short(table["error"][row].as_py()["message"])))
 
 
 def _short(text: str) -> str:
