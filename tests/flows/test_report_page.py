@@ -183,7 +183,7 @@ def test_a_report_names_model_input_prompt_and_sampling_and_shows_samples_as_tex
     for words in (
         "in/ , 1 object", "chat", "greedy, at most 64 tokens, stop at 'END'", "invalid_row 1 row",
         "1 answer ended at sampling.max_tokens (64)", "Paris is <b>the</b> capital | of France.",
-        "no {{ <script>alert(1)</script> }}",
+        "no prompt: {{ <script>alert(1)</script> }}",
     ):  # fmt: skip
         assert words in page.text
     assert {"b", "script"} & set(page.tags) == {"b"}, "the tiles' own"
