@@ -131,16 +131,15 @@ def _plan_task(job: BatchJob) -> PlanCall:
 def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
     """The engines' rates as kept; else as an engine measures them now, where it has something to compute anyway.
 
-    Where it has, its model begins to load, so that this goes on beside the planning.
+    Where it has and need not measure, its model begins to load beside the planning.
     """
     job = run.job
     cache = kept_calibrations(run)
     kept = None if job.planning.cost is not None else cache.latest()
-    measure = job.planning.cost is None and kept is None and job.execution.calibrate
     if not has_requests_left(run.work, staged):
         return kept
-    pool.preload(calibrate=measure)
-    if not measure:
+    if kept is not None or job.planning.cost is not None or not job.execution.calibrate:
+        pool.preload()
         return kept
     return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache)
 

@@ -307,16 +307,15 @@ def test_a_model_that_loads_ahead_is_waited_for_by_the_bundle_that_needs_it_and_
     with make_pool([first, second], engines=2) as pool:
         pool.start()
         assert (first.started, first.loads) == (True, [])
-        pool.preload(calibrate=True)
+        pool.preload()
         threads = start(pool, work.write_bundle("one"))
         assert first.asked_to_load.wait(30)
         assert not first.entered.wait(0.1)
         first.may_load.set()
         for thread in threads:
             thread.join(30)
-        assert pool.calibrate() == CALIBRATION
         assert pool.load_seconds == 2.5
-    assert [load.calibrate for load in first.loads] == [True]
+    assert [load.calibrate for load in first.loads] == [False]
     assert (len(first.runs), second.loads) == (1, [])
 
 
@@ -326,7 +325,7 @@ def test_a_model_that_does_not_load_ahead_is_told_to_the_first_bundle(
     first, second = ToldHandle(), ToldHandle()
     first.load_fault = TerminalError("out of memory")
     with make_pool([first, second]) as pool:
-        pool.preload(calibrate=False)
+        pool.preload()
         with pytest.raises(TerminalError, match="out of memory"):
             pool.run_bundle(work.write_bundle(), nothing)
     assert (len(first.loads), second.loads) == (1, [])
@@ -338,7 +337,7 @@ def test_an_engine_that_dies_while_it_loads_ahead_is_replaced_for_the_first_bund
     first, second = ToldHandle(), ToldHandle()
     first.load_fault = TransientError("killed")
     with make_pool([first, second]) as pool:
-        pool.preload(calibrate=False)
+        pool.preload()
         assert first.asked_to_load.wait(30)
         bundle = work.write_bundle()
         try:

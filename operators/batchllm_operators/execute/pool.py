@@ -27,7 +27,7 @@ from batchllm_operators.execute.handle import (
 )
 from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
 from batchllm_operators.execute.local_engines import local_handle
-from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Run
+from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
 from batchllm_operators.execute.part_writer import part_name, part_table
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
@@ -80,8 +80,6 @@ class _Slot:
     """Those it computes."""
     load_seconds: float = 0.0
     """That a thread has waited for its model, and no lease has told yet."""
-    calibration: Calibration | None = None
-    """Measured, and asked for by nobody yet."""
     loading: threading.Lock = field(default_factory=threading.Lock)
     """Held by who makes the engine ready; the others wait for it."""
 
@@ -244,16 +242,15 @@ class EnginePool:
     def calibrate(self) -> Calibration | None:
         """Load an engine that measures its rates before it takes its first bundle; it stays warm.
 
-        None when its model gives nothing to measure, and when the engine was warm already and has nothing new to tell.
+        None when its model gives nothing to measure, and when the engine was warm already.
 
         Raises:
             TerminalError: the model does not load, or the pool is closed.
             TransientError: the engine died while loading.
         """
         with self._taken(alone=True) as slot:
-            self._warm(slot, calibrate=True)
-            measured, slot.calibration = slot.calibration, None
-            return measured
+            _, loaded = self._warm(slot, self._load.model_copy(update={"calibrate": True}))
+            return None if loaded is None else loaded.calibration
 
     def start(self) -> None:
         """Start the process of the first engine, which imports its packages; no model is loaded.
@@ -268,19 +265,16 @@ class EnginePool:
         with suppress(TerminalError):
             slot.handle.start()
 
-    def preload(self, *, calibrate: bool) -> None:
+    def preload(self) -> None:
         """Begin to load the model on the first engine, while the caller goes on; bundles that need it wait for it.
 
         A model that cannot be loaded is told to the first bundle; an engine that died is replaced for it.
-
-        Args:
-            calibrate: whether the engine is to measure its rates too, for `calibrate` to return.
         """
         slot = self._slots[0]
 
         def load() -> None:
             try:
-                self._ready(slot, calibrate=calibrate)
+                self._ready(slot, self._load)
             except BatchLLMError as error:
                 if not self._closed:
                     _LOGGER.warning("engine %d could not be loaded ahead of its first bundle: %s", slot.index, error)
@@ -299,7 +293,7 @@ class EnginePool:
             TransientError: the engine died while loading.
         """
         with self._taken(alone=alone) as slot:
-            handle = self._warm(slot)
+            handle, _ = self._warm(slot)
             load_seconds, slot.load_seconds = slot.load_seconds, 0.0
             yield Lease(handle, load_seconds, _nothing if alone else partial(self._open, slot))
 
@@ -378,23 +372,23 @@ class EnginePool:
         if self._load_failure is not None:
             raise self._load_failure
 
-    def _warm(self, slot: _Slot, *, calibrate: bool = False) -> EngineHandle:
-        """The slot's engine, with its model loaded; what that takes is the caller's to wait for."""
+    def _warm(self, slot: _Slot, load: Load | None = None) -> tuple[EngineHandle, Loaded | None]:
+        """The slot's engine, with its model loaded; and what its load gave, None when it was warm."""
         if slot.warm and slot.handle is not None:
-            return slot.handle
+            return slot.handle, None
         started = time.monotonic()
-        handle = self._ready(slot, calibrate=calibrate)
+        ready = self._ready(slot, load or self._load)
         slot.load_seconds += time.monotonic() - started
-        return handle
+        return ready
 
-    def _ready(self, slot: _Slot, *, calibrate: bool) -> EngineHandle:
-        """Load the model on a slot's engine, on a new one where it is dead, unless it is loaded."""
+    def _ready(self, slot: _Slot, load: Load) -> tuple[EngineHandle, Loaded | None]:
+        """Load the model on a slot's engine, on a new one where it is dead, unless another thread has just done so."""
         with slot.loading:
             with self._changed:
                 self._refuse_when_useless()
                 handle, loaded = slot.handle, slot.loaded
             if handle is not None and handle.usable and loaded:
-                return handle
+                return handle, None
             if handle is not None and not handle.usable:
                 handle.close()
                 handle = None
@@ -403,19 +397,19 @@ class EnginePool:
                 slot.loaded = False
                 handle = slot.handle = handle or self._make_handle(slot.index)
             try:
-                told = handle.load(self._load.model_copy(update={"calibrate": calibrate}))
+                told = handle.load(load)
             except BatchLLMError as error:
                 if isinstance(error, TerminalError) and not self._closed:
                     self._load_failure = error
                 raise
-            slot.loaded, slot.calibration = True, told.calibration
+            slot.loaded = True
             self.load_seconds += told.seconds
             if told.settings != self.settings:
                 for setting in told.settings:
                     if setting.warning:
                         _LOGGER.warning(setting.warning)
             self.settings = told.settings
-            return handle
+            return handle, told
 
     def _local_handle(self, index: int) -> EngineHandle:
         handle = take_engine_ahead(self._execution) if index == 0 else None
