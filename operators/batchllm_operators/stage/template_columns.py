@@ -65,18 +65,20 @@ def refuse_ambiguous(tree: nodes.Template, columns: Collection[str]) -> None:
         raise AmbiguousTemplateError(f"a prompt's template stands alone and includes no other (line {other.lineno})")
     if "self" in columns and any(name.name == "self" and name.ctx != "load" for name in tree.find_all(nodes.Name)):
         raise AmbiguousTemplateError("'self' is a column: expected the template to give its own value another name")
-    spellings = {"".join(name.split()): name for name in columns if not name.isidentifier()}
+    spellings: dict[str | None, str] = {
+        "".join(name.split()): name for name in columns if not name.isidentifier() and name.strip()
+    }
     for node in tree.find_all((nodes.BinExpr, nodes.Getattr, nodes.Getitem, nodes.Filter)):
-        name = spellings.get(_spelling(node) or "")
-        if name is not None:
+        name = spellings.get(_spelling(node))
+        if name:
             raise AmbiguousTemplateError(
                 f"{name!r} is a column, and here it is an expression: write {written(name, columns)} for the column"
                 f"{_operation(node, columns)} (line {node.lineno})"
             )
     for output in tree.find_all(nodes.Output):
         for child in output.nodes:
-            name = spellings.get(_spelling(child) or "") if isinstance(child, nodes.Const) else None
-            if name is not None:
+            name = spellings.get(_spelling(child)) if isinstance(child, nodes.Const) else None
+            if name:
                 raise AmbiguousTemplateError(
                     f"{name!r} is a column, and here a number: write {written(name, columns)} (line {child.lineno})"
                 )

@@ -171,4 +171,5 @@ def _joined(environment: RowEnvironment, value: Iterable[Any], d: str = "", attr
 def _formatted(value: Any, *args: Any, **kwargs: Any) -> str:
     if args and kwargs:
         raise TypeError("format: expected positional or named values, got both")
-    return value_text(value) % _only_data(kwargs or args)
+    _only_data([args, kwargs])
+    return value_text(value) % (kwargs or args)
