@@ -19,7 +19,7 @@ def rendered(source: str, row: dict[str, Any]) -> str:
 
 WORDS_OF_JINJA = [
     "range", "dict", "namespace", "joiner", "cycler", "lipsum", "self", "loop", "super", "caller", "varargs", "kwargs",
-    "if", "and", "or", "for", "in", "is", "else", "block", "set", "environment", "context", "name", "order", "items", "missing",
+    "if", "and", "or", "for", "in", "is", "else", "block", "set", "environment", "context", "name", "items",
 ]  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_a_field_wins_over_a_method_and_a_method_is_called(source: str, text: st
         "{{ tags | map('upper') }}", "{{ tags | map('upper') ~ '' }}", "{{ '%s' % (tags | map('upper')) }}",
         "{{ '%s' | format(cycler('a')) }}", "{{ '{}'.format(cycler('a')) }}", "{{ [cycler('a')] }}",
         "{{ [cycler('a')] | string }}", "{{ cycler('a') | upper }}", "{{ joiner() }}x", "{{ namespace(a=1) }}",
-        "{% for t in tags %}{{ loop }}{% endfor %}", "{% macro m() %}{% endmacro %}{{ m }}", 
+        "{% for t in tags %}{{ loop }}{% endfor %}", "{% macro m() %}{% endmacro %}{{ m }}",
         "{{ text | pprint }}{{ tags.pop }}",
         "{% set x = order.values %}{{ x }}", "{{ tags | groupby('x') }}", "{{ dict }}", "{{ [range] }}",
         "{{ self ~ '' }}",

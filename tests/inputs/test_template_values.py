@@ -149,6 +149,7 @@ def test_a_null_that_is_printed_is_the_fault_of_its_row(source: str, what: str) 
         ("{%- if v -%}\r\ny{% endif %}", "y"),
         ("{{ 'a\r\nb' }}", "a\r\nb"),
         ("{{ v\r\n | upper }}", "X"),
+        ("\r{{ '\\x1c\\u2028\\r' }}", "\r\x1c\u2028\r"),
         ("{# note\r\n #}\ta\x1c\x85 b\u2028 \n", "\ta\x1c\x85 b\u2028 \n"),
         ("{% raw %}{{ v }}\r\n{% endraw %}", "{{ v }}\r\n"),
         ("{% set y %}\r\n{% endset %}[{{ y }}]", "[\r\n]"),

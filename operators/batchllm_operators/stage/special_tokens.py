@@ -14,8 +14,9 @@ from typing import Any
 
 from batchllm_operators.stage.faults import invalid_row
 
-# Private-use characters and digits only: no letters that a filter could change, no white space that it could trim.
-_OWN, _HIDDEN, _END = "\ue000", "\ue002", "\ue001"
+# Unicode's characters for the use within a program, which no text holds, and digits: no letters that a filter could
+# change, no white space that it could trim.
+_OWN, _HIDDEN, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 class SpecialTokens:
@@ -72,15 +73,17 @@ class SpecialTokens:
         return self._hidden.sub(self._text_of, text)
 
     def plain(self, text: str) -> str:
-        """The text without markers.
+        """The text without markers."""
+        return self._marker.sub(self._text_of, text) if self.marked_in(text) else text
+
+    def whole(self, text: str) -> str:
+        """The text that a template made of one with markers.
 
         Raises:
-            RowFaultError: a template cut a marker in two.
+            RowFaultError: it cut a marker in two.
         """
-        if not self.marked_in(text):
-            return text
-        text = self._marker.sub(self._text_of, text)
-        if self.marked_in(text):
+        rest = self._marker.sub("", text)
+        if _OWN in rest or _END in rest:
             raise invalid_row("the template cuts a special token in two on this row: set prompt.special_tokens: allow")
         return text
 

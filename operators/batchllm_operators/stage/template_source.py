@@ -63,11 +63,9 @@ def parse_template(
     Raises:
         TerminalError: it is no template, or means something else than the column of that name.
     """
-    stand_in = next((one for one in _STAND_INS if one not in source), None)
-    if stand_in is None:
-        raise TerminalError(f"{field_name}: expected a template without all of Unicode's rare white space characters")
-    readable = source.replace("\r", stand_in)
     try:
+        stand_in = _stand_in(environment, source)
+        readable = source.replace("\r", stand_in)
         refuse_constants(environment.lex(readable), columns)
         tree = environment.parse(readable)
         refuse_ambiguous(tree, columns)
@@ -93,6 +91,18 @@ def parse_template(
         names -= {ROW}
     _change_texts(tree, lambda text, writes: _written(text.replace(stand_in, "\r"), mark, writes), writes=True)
     return ParsedTemplate(tree, frozenset(names), fields, whole_row)
+
+
+def _stand_in(environment: RowEnvironment, source: str) -> str:
+    """A character that stands for a carriage return in the source and occurs in no text of the template."""
+    if "\r" not in source:
+        return "\r"
+    constants = environment.parse(source).find_all(nodes.Const)
+    texts = source + "".join(one.value for one in constants if isinstance(one.value, str))
+    found = next((one for one in _STAND_INS if one not in texts), None)
+    if found is None:
+        raise AmbiguousTemplateError("expected a template without all of Unicode's rare white space characters")
+    return found
 
 
 class _Meanings(NodeTransformer):

@@ -47,6 +47,7 @@ class RowTemplate:
         known = columns or ()
         special = special_tokens or SpecialTokens()
         parsed = parse_template(environment, source, field_name, known, special.mark)
+        self._whole = special.whole if special.found_in(source) else str
         try:
             code = environment.compile(parsed.tree)
         except Exception as error:
@@ -71,7 +72,7 @@ class RowTemplate:
             if self._whole_row or self._fields:
                 names = self._fields if not self._whole_row else self.columns | record.keys()
                 values[ROW] = Fields({name: template_value(name, record.get(name)) for name in names})
-            return self._template.render(values)
+            return self._whole(self._template.render(values))
         except RowFaultError:
             raise
         except NullValueError as error:

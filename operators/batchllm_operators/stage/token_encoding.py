@@ -77,13 +77,14 @@ class TokenEncoder:
         Raises:
             RowFaultError: it cannot be tokenised.
         """
+        text = encodable(text)
         begins = self._bos is not None and text.startswith((self._bos, self.special_tokens.mark(self._bos)))
         if self._bos is not None and text.startswith(self._bos):
             # The prompt begins so in any case: whoever wrote it there asks for nothing more.
             text = self.special_tokens.mark(self._bos) + text[len(self._bos) :]
         if self.special_tokens.found_in(text):
             return self.marked(text, adds_special_tokens=True, begins_with_bos=begins)
-        return FinalText(_encodable(self.special_tokens.plain(text)), False, True, begins)
+        return FinalText(self.special_tokens.plain(text), False, True, begins)
 
     def marked(self, text: str, *, adds_special_tokens: bool, begins_with_bos: bool = False) -> FinalText:
         """A text with markers for the special tokens of the job, and with text of rows that looks like others.
@@ -96,16 +97,7 @@ class TokenEncoder:
                 "the row's text holds what looks like a special token, and the model's tokenizer, which has no fast"
                 " version, cannot take it for text: set prompt.special_tokens: allow"
             )
-        self.special_tokens.plain(text)  # raises where a marker is damaged
-        return FinalText(_encodable(text), True, adds_special_tokens, begins_with_bos)
-
-    def rendered(self, text: str) -> FinalText:
-        """A text that the chat template wrote, with all its special tokens.
-
-        Raises:
-            RowFaultError: it cannot be tokenised.
-        """
-        return FinalText(_encodable(text))
+        return FinalText(text, True, adds_special_tokens, begins_with_bos)
 
     def encode(self, texts: list[FinalText]) -> list[TokenIds]:
         """Token ids of each text, int32."""
@@ -186,8 +178,12 @@ def _batch_ids(backend: Any, texts: list[str], adds_special_tokens: bool) -> lis
     return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
 
-def _encodable(text: str) -> str:
-    """The text; half of a surrogate pair, which JSON can write and no text can hold, is a fault of the row."""
+def encodable(text: str) -> str:
+    """The text.
+
+    Raises:
+        RowFaultError: it holds half of a surrogate pair, which JSON can write and no tokenizer can read.
+    """
     if not text.isascii():
         try:
             text.encode()

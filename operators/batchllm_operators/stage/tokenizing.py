@@ -11,7 +11,7 @@ from batchllm_operators.records import Record
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, TokenPrompt
 from batchllm_operators.stage.special_tokens import mapped_texts, texts_within
-from batchllm_operators.stage.token_encoding import FinalText, TokenEncoder, TokenIds
+from batchllm_operators.stage.token_encoding import FinalText, TokenEncoder, TokenIds, encodable
 
 # What model families call the length they were trained for; the same names as vLLM looks for.
 _LENGTH_FIELDS = (
@@ -122,7 +122,7 @@ class PromptTokenizer:
     def _chat_text(self, conversation: Conversation) -> FinalText:
         """The text of the chat template, with markers for its special tokens where text of the row looks like some."""
         special, messages = self.special_tokens, conversation.messages
-        texts = list(texts_within(messages))
+        texts = list(map(encodable, texts_within(messages)))
         looks_special = any(map(special.found_in, texts))
         if any(map(special.marked_in, texts)):
             plain = Conversation(mapped_texts(messages, special.plain), conversation.continues)
@@ -130,7 +130,7 @@ class PromptTokenizer:
             plain = conversation
         rendered = self._applied(plain)
         if not looks_special:
-            return self._encoder.rendered(rendered)
+            return FinalText(rendered)
         # What looks special once that of the row is hidden from the template is the template's own.
         hidden = self._applied(Conversation(mapped_texts(messages, special.hide), conversation.continues))
         marked = special.show(special.mark(hidden))
