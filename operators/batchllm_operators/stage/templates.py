@@ -44,7 +44,7 @@ class RowTemplate:
         special_tokens: SpecialTokens | None = None,
     ) -> None:
         environment = RowEnvironment()
-        known = columns or ()
+        known = tuple(columns or ())
         special = special_tokens or SpecialTokens()
         parsed = parse_template(environment, source, field_name, known, special.mark)
         self._whole = special.whole if special.found_in(source) else str
@@ -54,6 +54,7 @@ class RowTemplate:
             # What is constant is printed while Jinja compiles, so that this is what a row would have raised.
             raise TerminalError(f"{field_name}: not a valid template: {error}") from error
         self._template = environment.template_class.from_code(environment, code, environment.functions)
+        self._known = known
         self._names = parsed.names
         self._fields = parsed.fields
         self._whole_row = parsed.whole_row
@@ -70,7 +71,8 @@ class RowTemplate:
         try:
             values = {name: template_value(name, record.get(name)) for name in self._names}
             if self._whole_row or self._fields:
-                names = self._fields if not self._whole_row else self.columns | record.keys()
+                # In the order of the input's columns, so that equal rows give equal texts.
+                names = dict.fromkeys([*self._known, *record]) if self._whole_row else self._fields
                 values[ROW] = Fields({name: template_value(name, record.get(name)) for name in names})
             return self._whole(self._template.render(values))
         except RowFaultError:
