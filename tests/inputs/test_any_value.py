@@ -20,7 +20,7 @@ from batchllm_operators.stage.tokenizing import PromptTokenizer
 
 PROMPT: TypeAdapter[PromptSpec] = TypeAdapter(PromptSpec)
 NO_DATA = ("<built-in", "object at 0x", "b'", "<generator", "<function", "<class", "dict_", "Undefined", "<bound")
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 
 # No quote: a text of the row may hold b' itself.
 TEXT = st.text(st.characters(exclude_characters="'", codec=None), max_size=6)

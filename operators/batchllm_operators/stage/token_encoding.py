@@ -61,10 +61,11 @@ class TokenEncoder:
             # Some models' tokenizer files cut or pad; a prompt is neither cut in silence nor padded.
             self._backend.no_truncation()
             self._backend.no_padding()
+        named = set(tokenizer.all_special_tokens)
         self._added = [
             token
             for token in tokenizer.added_tokens_decoder.values()
-            if token.special or _LIKE_A_CONTROL_TOKEN.fullmatch(token.content)
+            if token.special or token.content in named or _LIKE_A_CONTROL_TOKEN.fullmatch(token.content)
         ]
         self.special_tokens = self._special_tokens() if choice == "as_text" else SpecialTokens()
         self._marker_encoder: _MarkerEncoder | None = None

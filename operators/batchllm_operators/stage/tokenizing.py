@@ -80,9 +80,9 @@ class PromptTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=_trusts_remote_code(model)
             )
+            self._encoder = TokenEncoder(self._tokenizer, special_tokens)
         except _LOAD_ERRORS as error:
             raise _not_loaded("tokenizer", name, error) from error
-        self._encoder = TokenEncoder(self._tokenizer, special_tokens)
         self.special_tokens = self._encoder.special_tokens
         self._name = name
 
