@@ -75,6 +75,23 @@ def test_the_id_follows_what_decides_the_answers_and_nothing_else() -> None:
     assert base.job_id(objects) != base.job_id([InputObject(path="a", size=1, version="w")])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "change"),
+    [
+        ({"kind": "chat", "user": "{{ text }}"}, {"special_tokens": "allow"}),
+        ({"kind": "messages", "column": "chat"}, {"special_tokens": "allow"}),
+        ({"kind": "messages", "column": "chat"}, {"continue_final_message": True}),
+    ],
+)
+def test_what_becomes_of_special_tokens_and_of_a_last_message_counts(
+    prompt: dict[str, Any], change: dict[str, Any]
+) -> None:
+    objects = [InputObject(path="a", size=1, version="v")]
+    one = BatchJob.model_validate(values(prompt=prompt))
+    other = BatchJob.model_validate(values(prompt=prompt | change))
+    assert one.job_id(objects) != other.job_id(objects)
+
+
 def test_the_order_of_the_fields_counts_where_the_prompt_has_fields_and_no_other_planning_does() -> None:
     objects = [InputObject(path="a", size=1, version="v")]
     fields = {"kind": "fields", "question": "So?", "columns": ["a", "b"]}

@@ -94,12 +94,12 @@ def test_a_row_without_any_value_is_an_invalid_row(stage: Stage) -> None:
     assert bad == ("invalid_row", "prompt.columns: expected a value in at least one column, but all are null")
 
 
-def test_a_value_without_json_is_an_invalid_row(stage: Stage) -> None:
+def test_bytes_that_are_no_text_are_an_invalid_row(stage: Stage) -> None:
     good, bad = stage([{"a": "x", "b": None}, {"a": "x", "b": b"\xff"}], fields("a", "b")).errors
     assert good is None
     assert bad is not None
     assert bad[0] == "invalid_row"
-    assert bad[1].startswith("column 'b': expected a value that JSON can write, got bytes")
+    assert bad[1].startswith("column 'b': expected text in UTF-8, got byte 0xff at position 0")
 
 
 def test_a_line_that_is_no_json_stays_a_row_error(stage: Stage, tokenizer: Any) -> None:

@@ -29,7 +29,7 @@ def test_a_chat_prompt_goes_through_the_models_chat_template(stage: Stage, token
 
 def test_a_template_prompt_is_tokenised_as_it_is(stage: Stage, tokenizer: Any) -> None:
     (row,) = stage([{"text": "one", "n": 2}], template("{{ text | upper }} {{ n + 1 }}\n")).rows
-    assert row["prompt_token_ids"] == tokenizer("ONE 3")["input_ids"]
+    assert row["prompt_token_ids"] == tokenizer("ONE 3\n")["input_ids"]
 
 
 def test_a_messages_column_may_hold_structs_or_json(stage: Stage, tokenizer: Any) -> None:
@@ -104,10 +104,10 @@ def test_a_template_that_fails_on_a_row_is_a_template_error(stage: Stage) -> Non
     assert bad == ("template_error", "prompt.template: ZeroDivisionError: division by zero")
 
 
-def test_a_json_row_without_the_column_is_a_template_error(stage: Stage) -> None:
+def test_a_column_that_a_json_row_lacks_is_null_there(stage: Stage) -> None:
     good, bad = stage(json_lines({"a": "x", "b": "y"}, {"a": "x"}), template("{{ a }} {{ b }}")).errors
     assert good is None
-    assert bad == ("template_error", "prompt.template: UndefinedError: 'b' is undefined")
+    assert bad == ("invalid_row", "prompt.template: expected a value to print, but column 'b' is null")
 
 
 def test_a_template_cannot_leave_the_sandbox(stage: Stage) -> None:
@@ -189,6 +189,117 @@ def test_bad_token_ids_are_invalid_rows(stage: Stage, value: Any, message: str) 
     assert error is not None
     assert error[0] == "invalid_row"
     assert message in error[1]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_columns_whose_names_are_no_identifiers_are_fields_of_the_row(
+    stage: Stage, tokenizer: Any, as_json: bool
+) -> None:
+    row = {"Review Text": "Good.", "product-id": 5, "true": "yes", "range": 3}
+    given: Any = json_lines(row) if as_json else [row]
+    prompt = template('{{ row["Review Text"] }} {{ row["product-id"] }} {{ row["true"] }} {{ range }}')
+    assert stage(given, prompt).rows[0]["prompt_token_ids"] == tokenizer("Good. 5 yes 3")["input_ids"]
+    whole = template("{% for name, value in row.items() %}{{ name }}={{ value }} {% endfor %}")
+    expected = tokenizer("Review Text=Good. product-id=5 true=yes range=3 ")["input_ids"]
+    assert stage(given, whole, work="whole").rows[0]["prompt_token_ids"] == expected
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_expression_that_could_mean_a_column_is_refused_before_any_work(
+    stage: Stage, tmp_path: Path, as_json: bool
+) -> None:
+    row = {"product-id": "x", "product": 1, "id": 2}
+    with pytest.raises(TerminalError, match=r'prompt\.user: .* write row\["product-id"\] for the column'):
+        stage(json_lines(row) if as_json else [row], {"kind": "chat", "user": "{{ product-id }}"})
+    with pytest.raises(TerminalError, match=r"prompt\.user: no such column: Review; columns: product-id, product, id"):
+        stage(json_lines(row) if as_json else [row], {"kind": "chat", "user": '{{ row["Review"] }}'})
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_prompt_without_any_column_is_the_prompt_of_every_row(stage: Stage, as_json: bool) -> None:
+    rows = [{"n": number} for number in range(3)]
+    given: Any = json_lines(*rows) if as_json else rows
+    for prompt in (template("Tell a joke."), {"kind": "chat", "user": "Tell a joke."}):
+        staged = stage(given, prompt, work=prompt["kind"])
+        assert (staged.summary.rows, staged.summary.requests) == (3, 3)
+        assert len({row["request_key"] for row in staged.rows}) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"kind": "column", "column": "text"},
+        template("{{ text }}"),
+        {"kind": "fields", "question": "So?", "columns": ["text", "other"]},
+        {"kind": "messages", "column": "chat"},
+    ],
+    ids=lambda prompt: prompt["kind"],
+)
+def test_binary_values_are_text_in_utf_8_or_an_error_of_their_row(
+    stage: Stage, tokenizer: Any, prompt: dict[str, Any]
+) -> None:
+    rows = [
+        {"text": text, "other": {"raw": [text]}, "chat": [{"role": "user", "content": text}]}
+        for text in ("café".encode(), b"caf\xe9")
+    ]
+    good, bad = stage(rows, prompt).rows
+    assert "café" in tokenizer.decode(good["prompt_token_ids"])
+    assert bad["error"]["code"] == "invalid_row"
+    assert "UTF-8" in bad["error"]["message"]
+
+
+def test_tool_calls_have_the_arguments_of_their_own_row(stage: Stage, tiny_llama: str, tmp_path: Path) -> None:
+    """Structs of Parquet have the keys of all rows, and null where a row has none."""
+    source = (
+        "{% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{% endfor %}"
+    )
+    model = {"id": copied_model(tiny_llama, tmp_path / "model", source)}
+    rows = [
+        {
+            "chat": [
+                {"role": "user", "content": "x", "tool_calls": None},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+                },
+                {"role": "tool", "content": "y", "tool_calls": None},
+            ]
+        }
+        for arguments in ({"city": "Rome"}, {"query": "rain", "days": 2})
+    ]
+    prompt = {"kind": "messages", "column": "chat"}
+    parquet = stage(rows, prompt, model=model).rows
+    jsonl = stage(json_lines(*rows), prompt, model=model, work="jsonl").rows
+    assert [row["error"] for row in parquet] == [None, None]
+    assert [row["prompt_token_ids"] for row in parquet] == [row["prompt_token_ids"] for row in jsonl]
+
+
+def test_a_last_message_of_the_assistant_is_continued_or_an_error(stage: Stage, tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure, "}]
+    prompt = {"kind": "messages", "column": "chat"}
+    (error,) = stage([{"chat": chat}], prompt).errors
+    assert error is not None
+    assert error[0] == "invalid_row"
+    assert "prompt.continue_final_message: true" in error[1]
+    (row,) = stage([{"chat": chat}], prompt | {"continue_final_message": True}, work="continued").rows
+    assert tokenizer.decode(row["prompt_token_ids"]).endswith("<|im_start|>assistant\nSure, ")
+
+
+def test_special_tokens_of_a_row_are_text_in_any_number_of_processes(stage: Stage, tokenizer: Any) -> None:
+    rows = [{"text": f"{number}<|im_end|>\n<|im_start|>system" if number % 3 else "x"} for number in range(1100)]
+    prompt = {"kind": "chat", "user": "<|im_start|>{{ text }}"}
+    one, two = stage(rows, prompt, work="one"), stage(rows, prompt, work="two", processes=2)
+    for part in one.summary.parts:
+        assert one.work.read_bytes(part.name) == two.work.read_bytes(part.name)
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert {row["prompt_token_ids"].count(start) for row in one.rows} == {4}
+
+
+def test_a_name_of_a_row_that_is_no_text_is_a_text(stage: Stage) -> None:
+    rows = [{"text": "x", "id": b"caf\xc3\xa9"}, {"text": "x", "id": b"\xff"}]
+    assert stage(rows[:1], id_column="id").rows[0]["row_id"] == "café"
 
 
 def copied_model(folder: str, target: Path, chat_template: str | None) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from decimal import Decimal
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
-import orjson
-
 from batchllm_operators.stage.faults import invalid_row
+from batchllm_operators.stage.value_text import NotDataError, decoded, json_text, value_text
 
 Field: TypeAlias = tuple[str, Any]
 """Name and value."""
@@ -18,32 +16,32 @@ def fields_text(form: Literal["json", "lines"], fields: Iterable[Field]) -> str:
     """The fields in the given order, as one JSON object or as `name: value` lines.
 
     Raises:
-        RowFaultError: JSON has nothing for a value (bytes); names the column.
+        RowFaultError: a value has no text (bytes that are not UTF-8); names the column.
     """
     if form == "json":
-        return "{" + ", ".join(f"{_json('', name)}: {_json(name, value)}" for name, value in fields) + "}"
+        return "{" + ", ".join(f"{_json(name, name)}: {_json(name, value)}" for name, value in fields) + "}"
     return "\n".join(f"{name}: {plain_text(name, value) or ''}".rstrip(" ") for name, value in fields)
 
 
 def plain_text(name: str, value: Any) -> str | None:
-    """A text as it is, any other value as JSON; None is None.
+    """A text as it is, any other value as a template would print it, but booleans as in JSON; None is None.
 
     Raises:
-        RowFaultError: JSON has nothing for the value; names the column.
+        RowFaultError: the value has no text; names the column.
     """
-    return value if value is None or isinstance(value, str) else _json(name, value)
+    if value is None or isinstance(value, str):
+        return value
+    return _json(name, value) if isinstance(value, bool) else _told(name, value, value_text)
 
 
 def _json(name: str, value: Any) -> str:
+    return _told(name, value, json_text)
+
+
+def _told(name: str, value: Any, text_of: Callable[[Any], str]) -> str:
     try:
-        return orjson.dumps(value, default=_exact_decimal, option=orjson.OPT_NON_STR_KEYS).decode()
-    except orjson.JSONEncodeError as error:
+        return text_of(decoded(f"column {name!r}", value))
+    except (NotDataError, RecursionError) as error:
         raise invalid_row(
             f"column {name!r}: expected a value that JSON can write, got {type(value).__name__}: {error}"
         ) from error
-
-
-def _exact_decimal(value: object) -> str:
-    if isinstance(value, Decimal):
-        return str(value)
-    raise TypeError(f"no JSON for {type(value).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,14 @@ from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import RequestKeys
 from batchllm_operators.records import ESTIMATE_FIELD, STAGED_SCHEMA, Record
-from batchllm_operators.stage.faults import RowFaultError
+from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.readers import RowBatch
-from batchllm_operators.stage.rendering import Prompt, prompt_renderer
+from batchllm_operators.stage.rendering import Prompt, PromptRenderer, prompt_renderer
 from batchllm_operators.stage.sampling import RowSampling, SampledRow
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec
+from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, TokensPrompt
+from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
+from batchllm_operators.stage.value_text import NotDataError, value_text
 
 
 class StagerSettings(Record):
@@ -29,15 +31,33 @@ class StagerSettings(Record):
     model: ModelSpec
     limits: ModelLimits
     id_column: str | None
+    source_columns: tuple[str, ...] | None = None
+    """Columns of the input; None where they are not known (JSONL without a readable row)."""
+    unites_keys: bool = False
+    """Whether structs of the input have the keys of all rows, null where a row has none (Parquet)."""
 
     def columns(self) -> dict[str, frozenset[str]]:
         """Field of the job -> input columns that it needs."""
-        needed = dict(prompt_renderer(self.prompt, self.limits.vocab_size).columns)
+        needed = dict(self.renderer().columns)
         if self.id_column is not None:
             needed["source.id_column"] = frozenset([self.id_column])
         if self.sampling.override_column is not None:
             needed["sampling.override_column"] = frozenset([self.sampling.override_column])
         return needed
+
+    def renderer(self, special_tokens: SpecialTokens | None = None) -> PromptRenderer:
+        """The renderer of the job's prompts.
+
+        Raises:
+            TerminalError: a template does not parse, or could mean a column and does not.
+        """
+        return prompt_renderer(
+            self.prompt,
+            self.limits.vocab_size,
+            columns=self.source_columns,
+            unites_keys=self.unites_keys,
+            special_tokens=special_tokens,
+        )
 
 
 class RowStager:
@@ -49,9 +69,9 @@ class RowStager:
 
     def __init__(self, settings: StagerSettings) -> None:
         self._settings = settings
-        self._renderer = prompt_renderer(settings.prompt, settings.limits.vocab_size)
+        self._tokenizer = PromptTokenizer(settings.model, _special_tokens_of(settings.prompt))
+        self._renderer = settings.renderer(self._tokenizer.special_tokens)
         self._sampling = RowSampling(settings.sampling)
-        self._tokenizer = PromptTokenizer(settings.model)
         self._keys = RequestKeys(settings.model.id, settings.model.revision)
         self._schema = STAGED_SCHEMA
         if settings.sampling.override_column is not None:
@@ -76,6 +96,8 @@ class RowStager:
                 prompts[offset] = self._renderer.render(record, batch.field_order_of(offset))
             except RowFaultError as fault:
                 errors[offset] = fault.error
+            except RecursionError:
+                errors[offset] = invalid_row("a value is nested too deeply").error
         rows = [self._row_id(batch, offset, record) for offset, record in enumerate(records)]
         for (offset, _), tokens in zip(prompts.items(), self._tokenizer.tokenize(list(prompts.values())), strict=True):
             error = tokens.error if isinstance(tokens, RowFaultError) else self._too_long(len(tokens))
@@ -84,7 +106,7 @@ class RowStager:
             elif not isinstance(tokens, RowFaultError):
                 rows[offset] |= self._request(tokens, sampling[offset], batch.first_row + offset)
         for offset, error in errors.items():
-            rows[offset]["error"] = {"code": error.code.value, "message": error.message}
+            rows[offset]["error"] = {"code": error.code.value, "message": _writable(error.message)}
         return pa.table(
             [pa.array([row.get(field.name) for row in rows], field.type) for field in self._schema],
             schema=self._schema,
@@ -93,7 +115,7 @@ class RowStager:
     def _row_id(self, batch: RowBatch, offset: int, record: dict[str, Any]) -> dict[str, Any]:
         row_index = batch.first_row + offset
         name = record.get(self._settings.id_column) if self._settings.id_column is not None else None
-        return {"row_index": row_index, "row_id": str(row_index) if name is None else str(name)}
+        return {"row_index": row_index, "row_id": str(row_index) if name is None else _row_name(name)}
 
     def _too_long(self, prompt_tokens: int) -> RowError | None:
         limit = self._settings.limits.max_model_len
@@ -115,3 +137,22 @@ class RowStager:
             "sampling": None if wanted == self._sampling.base else orjson.dumps(values).decode(),
             ESTIMATE_FIELD.name: None if estimate is None else min(estimate, effective.max_tokens),
         }
+
+
+def _special_tokens_of(prompt: PromptSpec) -> Literal["as_text", "allow"]:
+    return "as_text" if isinstance(prompt, TokensPrompt) else prompt.special_tokens
+
+
+def _row_name(value: object) -> str:
+    """A value as the name of its row; it need not be readable to tell one row from another."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    try:
+        return _writable(value_text(value))
+    except (NotDataError, RowFaultError, RecursionError):
+        return ascii(value)
+
+
+def _writable(text: str) -> str:
+    """The text with escapes for halves of surrogate pairs, which no file can hold."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

@@ -22,12 +22,22 @@ class SourceSpec(SpecModel):
     storage: StorageOptions = StorageOptions()
 
 
+SpecialTokensChoice = Annotated[
+    Literal["as_text", "allow"],
+    Field(
+        description="what looks like a special token (`<|im_end|>`) in the text of a row: `as_text` keeps it text;"
+        " `allow` makes it the control token. The job's own templates and texts always keep theirs"
+    ),
+]
+
+
 class ChatPrompt(SpecModel):
     """A system and a user message, rendered through the model's chat template."""
 
     kind: Literal["chat"]
     system: str | None = Field(default=None, description="Jinja template over the row's columns")
     user: str = Field(min_length=1, description="Jinja template over the row's columns")
+    special_tokens: SpecialTokensChoice = "as_text"
 
 
 class TemplatePrompt(SpecModel):
@@ -35,27 +45,35 @@ class TemplatePrompt(SpecModel):
 
     kind: Literal["template"]
     template: str = Field(min_length=1, description="Jinja template over the row's columns")
+    special_tokens: SpecialTokensChoice = "as_text"
 
 
 class ColumnPrompt(SpecModel):
     """A column that holds the finished prompt text."""
 
     kind: Literal["column"]
-    column: str
+    column: str = Field(min_length=1, description="column of the prompt's text")
+    special_tokens: SpecialTokensChoice = "as_text"
 
 
 class MessagesPrompt(SpecModel):
     """A column of chat messages (list of {role, content}, or the same as JSON text), for multi-turn chats."""
 
     kind: Literal["messages"]
-    column: str
+    column: str = Field(min_length=1, description="column of the messages")
+    continue_final_message: bool = Field(
+        default=False,
+        description="the last message is the assistant's, and the completion goes on where it ends; without this, a"
+        " last message of the assistant makes the row an error",
+    )
+    special_tokens: SpecialTokensChoice = "as_text"
 
 
 class TokensPrompt(SpecModel):
     """A column of token ids (list of integers), taken as they are."""
 
     kind: Literal["tokens"]
-    column: str
+    column: str = Field(min_length=1, description="column of the token ids")
 
 
 class FieldsPrompt(SpecModel):
@@ -75,6 +93,7 @@ class FieldsPrompt(SpecModel):
     format: Literal["json", "lines"] = Field(
         default="json", description="fields as one JSON object (null: `null`), or as `name: value` lines (null: empty)"
     )
+    special_tokens: SpecialTokensChoice = "as_text"
 
     @field_validator("columns")
     @classmethod

@@ -72,14 +72,22 @@ def stage_rows(
         return done
     started = time.monotonic()
     settings = StagerSettings(
-        prompt=prompt, sampling=sampling, model=model, limits=model_limits(model), id_column=source.spec.id_column
+        prompt=prompt,
+        sampling=sampling,
+        model=model,
+        limits=model_limits(model),
+        id_column=source.spec.id_column,
+        source_columns=tuple(source.columns) if source.has_columns else None,
+        unites_keys=source.spec.format == "parquet",
     )
     needed = settings.columns()
     for field_name, columns in needed.items():
         source.require_columns(columns, field_name)
     schema = _SinkSchema(source.schema)
     writer = _PartWriter(work)
-    batches: Iterator[RowBatch] = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
+    # Where no prompt needs a column, one is read all the same: rows without columns could not be counted.
+    wanted = frozenset[str]().union(*needed.values()) or frozenset(source.columns[:1])
+    batches: Iterator[RowBatch] = map(schema.seen, source.batches(wanted))
     sharing = None
     if isinstance(prompt, FieldsPrompt) and field_order == "optimise":
         order = scan_fields(source, prompt.columns, partial(progress, StageStep.SCAN_FIELDS))

@@ -2,89 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NoReturn
-
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, UndefinedError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from batchllm_operators.errors import RowErrorCode, TerminalError
-from batchllm_operators.stage.faults import RowFaultError
-
-
-class _NullColumnError(UndefinedError):
-    """A template prints, or computes with, a null."""
-
-
-class _Null(Undefined):
-    """A null column: may be tested and given a default, but not printed, since nobody wants "None" in a prompt."""
-
-    __slots__ = ()
-    __str__ = __iter__ = __len__ = Undefined._fail_with_undefined_error
-
-    def __eq__(self, other: object) -> bool:
-        return other is None or isinstance(other, _Null)
-
-    def __hash__(self) -> int:
-        return hash(None)
+from batchllm_operators.stage.faults import RowFaultError, invalid_row
+from batchllm_operators.stage.special_tokens import SpecialTokens
+from batchllm_operators.stage.template_columns import ROW
+from batchllm_operators.stage.template_environment import Fields, RowEnvironment, template_value
+from batchllm_operators.stage.template_source import parse_template
+from batchllm_operators.stage.value_text import NullValueError
 
 
 class RowTemplate:
     """One template of the prompt.
 
-    A null column may be tested (`{% if notes %}`) and given a default (`{{ notes or "" }}`); a template that prints
-    one makes the row an error.
+    A name is a column, whatever Jinja would have made of it; `row` is the whole row, for columns whose names are no
+    identifiers (`{{ row["Review Text"] }}`), unless a column is named `row`. A null column may be tested
+    (`{% if notes %}`) and given a default (`{{ notes or "" }}`); a template that prints one makes the row an error. So
+    does one that prints what is no data, such as a method that is not called.
 
     Args:
-        source: the template's text.
+        source: the template's text; what it writes stays to the byte.
         field_name: where it stands in the job, for messages.
+        columns: of the input; None where they are not known.
+        special_tokens: those of the tokenizer, which the template's text keeps.
+
+    Attributes:
+        field_name: where it stands in the job.
+        columns: those that it needs.
 
     Raises:
-        TerminalError: the text is not a template.
+        TerminalError: the text is not a template, or could mean a column and is something else to Jinja.
     """
 
-    def __init__(self, source: str, field_name: str) -> None:
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_refuse_none)
-        environment.tests["none"] = lambda value: value is None or isinstance(value, _Null)
+    def __init__(
+        self,
+        source: str,
+        field_name: str,
+        columns: Collection[str] | None = None,
+        special_tokens: SpecialTokens | None = None,
+    ) -> None:
+        environment = RowEnvironment()
+        known = tuple(columns or ())
+        special = special_tokens or SpecialTokens()
+        parsed = parse_template(environment, source, field_name, known, special.mark)
+        self._whole = special.whole if special.found_in(source) else str
         try:
-            self._template = environment.from_string(source)
-            names = meta.find_undeclared_variables(environment.parse(source))
-        except TemplateSyntaxError as error:
-            raise TerminalError(f"{field_name}: not a valid template: {error.message} (line {error.lineno})") from error
+            code = environment.compile(parsed.tree)
+        except Exception as error:
+            # What is constant is printed while Jinja compiles, so that this is what a row would have raised.
+            raise TerminalError(f"{field_name}: not a valid template: {error}") from error
+        self._template = environment.template_class.from_code(environment, code, environment.functions)
+        self._known = known
+        self._names = parsed.names
+        self._fields = parsed.fields
+        self._whole_row = parsed.whole_row
         self.field_name = field_name
-        self.columns = frozenset(names - environment.globals.keys())
+        self.columns = parsed.names | parsed.fields | (frozenset(known) if parsed.whole_row else frozenset())
 
     def render(self, record: Mapping[str, Any]) -> str:
-        """The text for one row.
+        """The text for one row; a column that it lacks is null.
 
         Raises:
-            RowFaultError: a null column is printed (invalid_row), or the template fails on this row (template_error).
+            RowFaultError: a null is printed or bytes are not UTF-8 (invalid_row), or the template fails on this row
+                (template_error).
         """
-        values = {
-            name: _Null(name=name, exc=_NullColumnError) if record[name] is None else record[name]
-            for name in self.columns
-            if name in record
-        }
         try:
-            return self._template.render(values)
-        except _NullColumnError:
-            nulls = sorted(name for name, value in values.items() if isinstance(value, Undefined))
-            which = f"column {', '.join(map(repr, nulls))} is null" if nulls else "a value within a column is null"
-            raise RowFaultError(
-                RowErrorCode.INVALID_ROW, f"{self.field_name}: expected a value to print, but {which}"
-            ) from None
+            values = {name: template_value(name, record.get(name)) for name in self._names}
+            if self._whole_row or self._fields:
+                # In the order of the input's columns, so that equal rows give equal texts.
+                names = dict.fromkeys([*self._known, *record]) if self._whole_row else self._fields
+                values[ROW] = Fields({name: template_value(name, record.get(name)) for name in names})
+            return self._whole(self._template.render(values))
+        except RowFaultError:
+            raise
+        except NullValueError as error:
+            raise invalid_row(f"{self.field_name}: expected a value to print, but {error}") from None
         except Exception as error:
             # Expressions of a template can raise anything on the values of a row.
             raise RowFaultError(
                 RowErrorCode.TEMPLATE_ERROR, f"{self.field_name}: {type(error).__name__}: {error}"
             ) from error
-
-
-def _refuse_none(value: object) -> object:
-    if value is None:
-        _raise_null()
-    return value
-
-
-def _raise_null() -> NoReturn:
-    raise _NullColumnError("the template prints a null")

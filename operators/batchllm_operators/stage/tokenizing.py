@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import Record
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, TokenPrompt
+from batchllm_operators.stage.special_tokens import mapped_texts, texts_within
+from batchllm_operators.stage.token_encoding import FinalText, TokenEncoder, TokenIds, encodable
 
 # What model families call the length they were trained for; the same names as vLLM looks for.
 _LENGTH_FIELDS = (
@@ -58,16 +57,20 @@ def model_limits(model: ModelSpec) -> ModelLimits:
 
 
 class PromptTokenizer:
-    """Makes token ids of prompts as vLLM would.
+    """Makes token ids of prompts as vLLM would, but for text of rows that looks like special tokens.
 
     Args:
         model: whose tokenizer to load; `engine_args.tokenizer` names another one, as for vLLM.
+        special_tokens: what becomes of text of rows that looks like a special token.
+
+    Attributes:
+        special_tokens: the special tokens that prompts mark as their own.
 
     Raises:
         TerminalError: no such model, or it has no tokenizer.
     """
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, special_tokens: Literal["as_text", "allow"] = "as_text") -> None:
         name = str(model.engine_args.get("tokenizer", model.id))
         revision = model.engine_args.get("tokenizer_revision", model.revision)
         _refuse_missing_folder(name)
@@ -77,12 +80,10 @@ class PromptTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=_trusts_remote_code(model)
             )
+            self._encoder = TokenEncoder(self._tokenizer, special_tokens)
         except _LOAD_ERRORS as error:
             raise _not_loaded("tokenizer", name, error) from error
-        if self._tokenizer.is_fast:
-            # Some models' tokenizer files cut or pad; a prompt is neither cut in silence nor padded.
-            self._tokenizer.backend_tokenizer.no_truncation()
-            self._tokenizer.backend_tokenizer.no_padding()
+        self.special_tokens = self._encoder.special_tokens
         self._name = name
 
     def require_chat_template(self) -> None:
@@ -97,54 +98,65 @@ class PromptTokenizer:
                 " use kind template or column"
             )
 
-    def tokenize(self, prompts: list[Prompt]) -> list[npt.NDArray[np.int32] | RowFaultError]:
+    def tokenize(self, prompts: list[Prompt]) -> list[TokenIds | RowFaultError]:
         """Token ids of each prompt, int32, or its fault (a conversation that the chat template refuses)."""
-        results: list[npt.NDArray[np.int32] | RowFaultError | None] = [None] * len(prompts)
-        plain: dict[int, str] = {}
-        rendered: dict[int, str] = {}
+        results: list[TokenIds | RowFaultError | None] = [None] * len(prompts)
+        texts: dict[int, FinalText] = {}
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, TokenPrompt):
                 results[index] = prompt.token_ids
-            elif isinstance(prompt, TextPrompt):
-                plain[index] = prompt.text
-            else:
-                try:
-                    rendered[index] = self._chat_text(prompt)
-                except RowFaultError as fault:
-                    results[index] = fault
-        for texts, add_special_tokens in ((plain, True), (rendered, False)):
-            encoded = self._encode(list(texts.values()), add_special_tokens=add_special_tokens)
-            for index, token_ids in zip(texts, encoded, strict=True):
-                results[index] = token_ids
+                continue
+            try:
+                texts[index] = (
+                    self._encoder.text(prompt.text) if isinstance(prompt, TextPrompt) else self._chat_text(prompt)
+                )
+            except RowFaultError as fault:
+                results[index] = fault
+        for index, token_ids in zip(texts, self._encoder.encode(list(texts.values())), strict=True):
+            results[index] = token_ids
         return [
             invalid_row("the prompt has no tokens") if result is None or _is_empty(result) else result
             for result in results
         ]
 
-    def _chat_text(self, conversation: Conversation) -> str:
+    def _chat_text(self, conversation: Conversation) -> FinalText:
+        """The text of the chat template, with markers for its special tokens where text of the row looks like some."""
+        special, messages = self.special_tokens, conversation.messages
+        texts = list(map(encodable, texts_within(messages)))
+        looks_special = any(map(special.found_in, texts))
+        if any(map(special.marked_in, texts)):
+            plain = Conversation(mapped_texts(messages, special.plain), conversation.continues)
+        else:
+            plain = conversation
+        rendered = self._applied(plain)
+        if not looks_special:
+            return FinalText(rendered)
+        # What looks special once that of the row is hidden from the template is the template's own.
+        hidden = self._applied(Conversation(mapped_texts(messages, special.hide), conversation.continues))
+        marked = special.show(special.mark(hidden))
+        if special.plain(marked) != rendered:
+            raise invalid_row(
+                "the model's chat template acts on special tokens within the messages, which are text here: set"
+                " prompt.special_tokens: allow"
+            )
+        return self._encoder.marked(marked, adds_special_tokens=False)
+
+    def _applied(self, conversation: Conversation) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                conversation.messages, tokenize=False, add_generation_prompt=True
+                conversation.messages,
+                tokenize=False,
+                add_generation_prompt=not conversation.continues,
+                continue_final_message=conversation.continues,
             )
         except Exception as error:
             # The model's own template refuses, for example, two user messages in a row, by any kind of exception.
-            raise invalid_row(f"the model's chat template refuses the messages: {error}") from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise invalid_row(f"the model's chat template refuses the messages: {reason}") from error
         return text
 
-    def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[npt.NDArray[np.int32]]:
-        if not texts:
-            return []
-        if self._tokenizer.is_fast:
-            # Without offsets and word ids this is 1.6 times as fast as calling the tokenizer itself.
-            encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(
-                texts, add_special_tokens=add_special_tokens
-            )
-            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        rows = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-        return [np.array(row, dtype=np.int32) for row in rows]
 
-
-def _is_empty(result: npt.NDArray[np.int32] | RowFaultError) -> bool:
+def _is_empty(result: TokenIds | RowFaultError) -> bool:
     return not isinstance(result, RowFaultError) and not len(result)
 
 
