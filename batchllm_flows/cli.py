@@ -110,6 +110,22 @@ def demo(
     raise typer.Exit(_guarded(lambda: run_demo(folder, models, fresh=fresh)))
 
 
+@app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(help="folder of a job's output", show_default=False)],
+    endpoint_url: Annotated[str | None, typer.Option(help="S3 endpoint, where it is not AWS")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a job's output and work folder and check every byte. Exit code 0: whole, 1: damaged."""
+    from batchllm_flows.verify import verification_markdown, verify_output
+    from batchllm_operators.merge.spec import SinkSpec
+    from batchllm_operators.spec import StorageOptions
+
+    found = _guarded(lambda: verify_output(SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url))))
+    _print(found.model_dump(mode="json"), verification_markdown(found), as_json)
+    raise typer.Exit(EXIT_FAILED if found.faults else 0)
+
+
 def main() -> None:
     """Entry point of the command."""
     app()

@@ -37,6 +37,7 @@ from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
 from batchllm_operators.records import (
+    QUARANTINE_FOLDER,
     REPORT_FILE,
     REPORT_PAGE,
     BundleResult,
@@ -107,6 +108,7 @@ def batch_inference(job: BatchJob) -> JobReport:
             engine_settings=pool.settings,
             outline=JobOutline.of(job, len(run.objects)),
             samples=read_samples(run.work),
+            set_aside=run.work.names(QUARANTINE_FOLDER),
         )
         run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
         with only_shown(logger.warning):

@@ -9,11 +9,12 @@ import yaml
 from pydantic import Field, ValidationError
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.model_files import model_versions
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.keys import job_id
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import WORK_FOLDER, InputObject
+from batchllm_operators.records import FORMAT_VERSION, WORK_FOLDER, InputObject
 from batchllm_operators.spec import SpecModel
 from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.store import Store
@@ -67,18 +68,21 @@ class BatchJob(SpecModel):
     def job_id(self, fingerprint: list[InputObject]) -> str:
         """Id of this job on this input: what decides the answers counts; sink, execution and planning do not.
 
-        Of planning, the order of the fields does where it is part of the prompt.
+        The files of the model count, see `model_versions`, and so does the format of the work folder. Of planning, the
+        order of the fields does where it is part of the prompt.
         """
         spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
         del spec["source"]["storage"]
+        spec["model_versions"] = model_versions(self.model)
+        spec["format_version"] = FORMAT_VERSION
         if isinstance(self.prompt, FieldsPrompt):
             spec["field_order"] = self.planning.field_order
         return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])
 
     def work_store(self, identity: str) -> Store:
         """The work folder of the job with this id."""
-        uri = self.execution.work_uri or f"{self.sink.uri.rstrip('/')}/{WORK_FOLDER}/{identity}"
-        return Store(uri, self.sink.storage)
+        place = self.execution.work_uri or f"{self.sink.uri.rstrip('/')}/{WORK_FOLDER}"
+        return Store(f"{place.rstrip('/')}/{identity}", self.sink.storage)
 
     def sink_store(self) -> Store:
         """The folder of the output."""

@@ -71,6 +71,7 @@ def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
         job.sink.storage,
         field_order=job.planning.field_order,
         tokenizer_processes=job.execution.tokenizer_processes,
+        fingerprint=run.objects,
     )
     refuse_too_many_errors(staged.error_rows, staged.rows, job.execution.max_error_fraction, staged.error_examples)
     return staged

@@ -147,6 +147,8 @@ class JobReport(Record):
     engine_wait_seconds: float = 0.0
     """That bundles waited for engines to load, summed over them: a part of the execute step."""
     engine_settings: tuple[EngineSetting, ...] = ()
+    set_aside: tuple[str, ...] = ()
+    """Objects of the work folder that were damaged and stand in its `quarantine/`; what they held was made again."""
     seconds: StepSeconds
     output_uri: str
     work_uri: str
@@ -192,6 +194,7 @@ def build_report(
     engine_settings: Sequence[EngineSetting] = (),
     outline: JobOutline | None = None,
     samples: OutputSamples | None = None,
+    set_aside: Sequence[str] = (),
 ) -> JobReport:
     """Put together what the steps returned.
 
@@ -208,6 +211,7 @@ def build_report(
         engine_settings: what was chosen for the engines, and why.
         outline: what was asked.
         samples: some of the output.
+        set_aside: damaged objects, as they stand in the work folder now.
     """
     plan = executed[-1].plan
     results = [result for one in executed for result in one.results]
@@ -253,6 +257,7 @@ def build_report(
         engine_load_seconds=engine_load_seconds,
         engine_wait_seconds=wait_seconds,
         engine_settings=tuple(engine_settings),
+        set_aside=tuple(set_aside),
         seconds=seconds,
         output_uri=output_uri,
         work_uri=work_uri,

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
+
+import orjson
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
+from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.merge.sink import check_sink, refuse_input_in_sink
+from batchllm_operators.merge.sink import check_sink, refuse_overlap
+from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, InputObject
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.store import Store
@@ -32,17 +37,19 @@ class JobRun:
 
 
 def open_run(job: BatchJob) -> JobRun:
-    """Look at the source and the sink; write `job.json`.
+    """Look at the source, the sink and the work folder; write `job.json`.
 
     Raises:
         TerminalError: an engine argument that vLLM does not know, no input, no access, a sink that holds another job's
-            output in mode `error`, or a complete output whose report this version does not read.
+            output in mode `error`, a sink or work folder where the source looks for input, a work folder of another
+            job, or a complete output whose report this version does not read.
     """
     check_engine_arguments(job.model)
     source = open_source(job.source)
     identity = job.job_id(source.objects)
     work, sink = job.work_store(identity), job.sink_store()
-    refuse_input_in_sink(source, sink)
+    refuse_overlap(source, sink, work)
+    _refuse_work_of_another(work, identity)
     manifest = check_sink(sink, job.sink.mode, identity)
     complete = None
     if manifest is not None and work.exists(REPORT_FILE):
@@ -56,6 +63,23 @@ def open_run(job: BatchJob) -> JobRun:
         }
         work.write_bytes(JOB_FILE, canonical_json(content))
     return JobRun(job, identity, tuple(source.objects), work, sink, complete)
+
+
+def _refuse_work_of_another(work: Store, identity: str) -> None:
+    """A damaged `job.json` is written again: the folder has the job's id as its name."""
+    if not work.exists(JOB_FILE):
+        return
+    try:
+        content: Any = orjson.loads(work.read_bytes(JOB_FILE))
+        owner = str(content["job_id"])
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        set_aside(work, JOB_FILE, f"not the file of a job: {type(error).__name__}: {error}")
+        return
+    if owner != identity:
+        raise TerminalError(
+            f"execution.work_uri: the work folder holds job {owner}, this is job {identity}; choose another place",
+            uri=work.uri,
+        )
 
 
 @dataclass

@@ -51,6 +51,10 @@ class TerminalError(BatchLLMError):
     """No further attempt can pass: a bad spec, a missing object, a model that does not load."""
 
 
+class DamagedObjectError(TerminalError):
+    """An object is there, and is not what was written: cut off, of other bytes, or somebody else's."""
+
+
 class RowErrorCode(StrEnum):
     """Kinds of row errors; the value is what stands in the sink."""
 

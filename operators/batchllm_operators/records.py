@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
+of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
 
 JOB_FILE = "job.json"
 STAGED_FOLDER = "staged"
@@ -19,6 +21,7 @@ PLAN_FOLDER = "plan"
 PLAN_SUMMARY = "plan/summary.json"
 PLAN_PAGE = "plan/plan.html"
 RESULTS_FOLDER = "results"
+QUARANTINE_FOLDER = "quarantine"
 TRACE_FOLDER = "trace"
 ATTENTION_TRACE_FOLDER = "attention_trace"
 LOGS_FOLDER = "logs"
@@ -123,6 +126,8 @@ class StagedPart(Record):
     name: str
     first_row: int
     rows: int
+    digest: str = ""
+    """Of the file; a part without one is never taken up by a later run."""
 
 
 class FieldSharing(Record):
@@ -156,6 +161,10 @@ class StageSummary(Record):
     """Rows that make a request (rows without an error)."""
     source_schema: str
     """Schema of the input columns that go to the sink: Arrow IPC bytes, base64."""
+    input_digest: str = ""
+    """Over path, size and version of every object that was read."""
+    settings_digest: str = ""
+    """Over all settings that decide what a row becomes."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
     seconds: float
@@ -178,6 +187,8 @@ class BundleInfo(Record):
     expected_computed_prompt_tokens: int
     expected_output_tokens: int
     expected_seconds: float
+    digest: str = ""
+    """Of the file."""
 
 
 class GroupInfo(Record):
@@ -326,6 +337,7 @@ class OutputFile(Record):
     name: str
     rows: int
     bytes: int
+    digest: str
 
 
 class Manifest(Record):

@@ -1,4 +1,5 @@
-"""Objects in a folder, on an object store or on a local disk. The only module that knows fsspec.
+"""Objects in a folder, on an object store or on a local disk. With `filesystems` and
+`store_errors` the only module that knows fsspec.
 
 An object becomes visible whole or not at all: it is written to a local temporary file first and then uploaded by one
 PUT or a completed multipart upload, or renamed into place. Leaving a writer by an exception commits nothing.
@@ -12,13 +13,11 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs
@@ -27,11 +26,15 @@ from botocore import exceptions as boto
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
+from batchllm_operators.digests import DigestedFile, digest_of
+from batchllm_operators.errors import BatchLLMError, TerminalError
+from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
 
 PARQUET_COMPRESSION = "zstd"
+_CHECKED = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 PARTIAL_PREFIX = ".partial-"
 _LOCAL_SCHEMES = ("", "file", "local")
 _SEQUENTIAL_BYTES = 4 << 20
@@ -55,12 +58,13 @@ class Store:
         self._options = options or StorageOptions()
         scheme = urlsplit(uri).scheme
         self._local = scheme in _LOCAL_SCHEMES
+        self._is_s3 = scheme in S3_SCHEMES
         if self._local:
             self.uri = str(Path(uri.removeprefix("file://").removeprefix("local://")).absolute())
             self._fs = LocalFileSystem()
         else:
             self.uri = uri.rstrip("/")
-            self._fs = _remote_filesystem(scheme, self._options)
+            self._fs = remote_filesystem(scheme, self._options)
         self._root = self._fs._strip_protocol(self.uri).rstrip("/")
 
     def __repr__(self) -> str:
@@ -81,6 +85,19 @@ class Store:
     def uri_of(self, name: str) -> str:
         """URI of an object of this folder."""
         return f"{self.uri}/{name}"
+
+    def path_from(self, folder: Store) -> str | None:
+        """Where this folder stands in another, "" where it is the same; None where it stands elsewhere.
+
+        On a local disk symbolic links are followed.
+        """
+        if (type(self._fs), self._where()) != (type(folder._fs), folder._where()):
+            return None
+        own, other = (os.path.realpath(one._root or "/") if one._local else one._root for one in (self, folder))
+        if own == other:
+            return ""
+        inside = f"{other.rstrip('/')}/"
+        return own.removeprefix(inside) if own.startswith(inside) else None
 
     def names(self, folder: str = "") -> list[str]:
         """Names of all objects at and below a folder, sorted; empty when there is none."""
@@ -126,41 +143,122 @@ class Store:
             file.write(content)
 
     @contextmanager
-    def writer(self, name: str) -> Iterator[IO[bytes]]:
+    def writer(self, name: str) -> Iterator[DigestedFile]:
         """A binary file that becomes the object when the block ends without an exception."""
         path = self._path(name)
+        with self._temporary(name) as (file, temporary):
+            yield file
+            with self._errors(name):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                if self._local:
+                    temporary.replace(path)
+                    sync_folder(temporary.parent)
+                else:
+                    self._fs.put_file(str(temporary), path)
+
+    def write_if(self, name: str, content: bytes, expected: InputObject | None) -> bool:
+        """Write a small object whole, but only in the place of the one that is expected there.
+
+        Where the store honours conditional writes, and on a local disk, of several writers at once just one succeeds.
+        Elsewhere the object is looked at before, and read back: two that write at the same moment can both be told that
+        they succeeded, so that what hangs on it has to be looked at again later.
+
+        Args:
+            name: of the object.
+            content: no other writer writes the same.
+            expected: what `object` said; None: that there is none.
+
+        Returns:
+            Whether the object is now this content.
+        """
+        if _version(self.object(name)) != _version(expected):
+            return False
         if self._local:
-            temporary = Path(path).parent / f"{PARTIAL_PREFIX}{uuid4().hex}"
-        else:
-            temporary = Path(tempfile.gettempdir()) / f"batchllm-{uuid4().hex}"
-        with self._errors(name):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            file = temporary.open("xb")
-        try:
-            with file:
-                yield file
+            with self._temporary(name) as (file, temporary):
+                file.write(content)
                 with self._errors(name):
                     file.flush()
                     os.fsync(file.fileno())
-            with self._errors(name):
-                if self._local:
-                    temporary.replace(path)
-                    _sync_folder(temporary.parent)
-                else:
-                    self._fs.put_file(str(temporary), path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                    file.close()
+                    return self._put_in_place(temporary, name, expected)
+        with self._errors(name):
+            condition = {"mode": "create"} if expected is None else {"IfMatch": f'"{expected.version}"'}
+            try:
+                self._fs.pipe_file(self._path(name), content, **(condition if self._is_s3 else {}))
+            except OSError as error:
+                if has_no_conditions(error):
+                    self._fs.pipe_file(self._path(name), content)
+                elif not is_conflict(error):
+                    raise
+        # After a conflict too: a request that was sent twice, because its answer was lost, conflicts with itself.
+        return self.exists(name) and self.read_bytes(name) == content
 
-    def write_table(self, name: str, table: pa.Table) -> None:
-        """Write a table as one Parquet object."""
+    def _put_in_place(self, temporary: Path, name: str, expected: InputObject | None) -> bool:
+        path = Path(self._path(name))
+        if expected is None:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        else:
+            with locked_folder(path.parent):
+                if _version(self.object(name)) != _version(expected):
+                    return False
+                temporary.replace(path)
+        sync_folder(path.parent)
+        return True
+
+    @contextmanager
+    def _temporary(self, name: str) -> Iterator[tuple[DigestedFile, Path]]:
+        """A file that is gone after the block, beside the object on a local disk; else in the temporary folder."""
+        if self._local:
+            path = Path(self._path(name)).parent / f"{PARTIAL_PREFIX}{uuid4().hex}"
+        else:
+            path = Path(tempfile.gettempdir()) / f"batchllm-{uuid4().hex}"
+
+        def fault(error: OSError) -> Exception:
+            return self._translated(error, name) or error
+
+        with self._errors(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = DigestedFile(path, fault)
+        try:
+            yield file, path
+        finally:
+            file.discard()
+            path.unlink(missing_ok=True)
+
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Write a table as one Parquet object; returns its digest."""
         with self.writer(name) as file:
-            pq.write_table(table, file, compression=PARQUET_COMPRESSION)
+            with parquet_writer(file, table.schema) as writer:
+                writer.write_table(table)
+            return file.digest()
+
+    def digest(self, name: str) -> str:
+        """The digest of an object's content, 32 hex digits."""
+        with self.reader(name) as source:
+            return digest_of(source)
+
+    def move(self, name: str, to: str) -> None:
+        """Give an object another name; one that is gone already is no error."""
+        with self._errors(name):
+            try:
+                if self._local:
+                    Path(self._path(to)).parent.mkdir(parents=True, exist_ok=True)
+                    Path(self._path(name)).replace(self._path(to))
+                else:
+                    self._fs.mv(self._path(name), self._path(to))
+            except FileNotFoundError:
+                return
 
     @contextmanager
     def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """An object opened as Parquet; a damaged one raises `TerminalError` with its name."""
+        """An object opened as Parquet; a damaged one raises `DamagedObjectError` with its name."""
         with self._errors(name), self._parquet_content(name) as source:
-            yield pq.ParquetFile(source)
+            yield pq.ParquetFile(source, page_checksum_verification=True)
 
     def parquet_schema(self, name: str) -> tuple[pa.Schema, int]:
         """Schema and number of rows of a Parquet object, from its footer."""
@@ -183,7 +281,9 @@ class Store:
 
     def _row_group_batches(self, name: str, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
         filesystem = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(self._fs))
-        fragment = ds.ParquetFileFormat().make_fragment(self._path(name), filesystem=filesystem)
+        fragment = ds.ParquetFileFormat(default_fragment_scan_options=_CHECKED).make_fragment(
+            self._path(name), filesystem=filesystem
+        )
         # A scan keeps all bytes it has read until its end (measured: 490 MB for 320 MB of text): scan by pieces.
         for row_groups in _pieces(fragment.row_groups):
             piece = fragment.subset(row_group_ids=row_groups)
@@ -265,29 +365,8 @@ class Store:
             raise translated from error
 
     def _translated(self, error: Exception, name: str) -> BatchLLMError | None:
-        """The error in the words of a user; None for a fault of our own."""
-        uri = self.uri_of(name) if name else self.uri
-        where = self._where()
-        if isinstance(error, (pa.ArrowException, EOFError)) or _is_damage(error):
-            return TerminalError(f"not a readable Parquet object: {error}", uri=uri)
-        if isinstance(error, boto.NoCredentialsError):
-            return TerminalError(f"no credentials found for {where}", uri=uri)
-        if isinstance(error, FileNotFoundError):
-            missing = "bucket does not exist: " if self._bucket_is_missing() else "no such object on "
-            return TerminalError(f"{missing}{where}", uri=uri)
-        if isinstance(error, PermissionError):
-            hint = "" if self._local else ": check the credentials of the default chain and the bucket's policy"
-            return TerminalError(f"access denied by {where}{hint}", uri=uri)
-        if self._local:
-            return TerminalError(f"{where}: {error.strerror}", uri=uri) if isinstance(error, OSError) else None
-        if _is_transient(error):
-            return TransientError(f"no answer from {where}: {type(error).__name__}", uri=uri)
-        if isinstance(error, boto.BotoCoreError):
-            return TerminalError(f"{where}: {error}", uri=uri)
-        if isinstance(error, OSError):
-            kind = TerminalError if _is_refusal(error) else TransientError
-            return kind(f"{where} failed: {error}", uri=uri)
-        return None
+        place = Place(self.uri_of(name) if name else self.uri, self._where(), self._local, self._bucket_is_missing)
+        return translated(error, place)
 
     def _bucket_is_missing(self) -> bool:
         try:
@@ -310,6 +389,17 @@ class Store:
         return f"endpoint {endpoint.rpartition('@')[2]}, bucket {self._root.split('/')[0]!r}"
 
 
+def parquet_writer(file: IO[bytes], schema: pa.Schema, **encodings: Any) -> pq.ParquetWriter:
+    """A writer of Parquet objects as all of ours are: compressed, and with a checksum on every page.
+
+    Args:
+        file: takes the bytes.
+        schema: of the tables.
+        encodings: further options of pyarrow's writer.
+    """
+    return pq.ParquetWriter(file, schema, compression=PARQUET_COMPRESSION, write_page_checksum=True, **encodings)
+
+
 def _pieces(row_groups: list[Any]) -> Iterator[list[int]]:
     """Ids of consecutive row groups that are read together: large ones alone, small ones with their neighbours."""
     piece: list[int] = []
@@ -322,6 +412,10 @@ def _pieces(row_groups: list[Any]) -> Iterator[list[int]]:
         size += row_group.total_byte_size
     if piece:
         yield piece
+
+
+def _version(one: InputObject | None) -> str | None:
+    return None if one is None else one.version
 
 
 def _input_object(name: str, info: dict[str, Any]) -> InputObject:
@@ -337,56 +431,3 @@ def _modified(info: dict[str, Any]) -> float:
     if time is None:
         raise TerminalError(f"this store tells no modification time of its objects: {info['name']}")
     return time.timestamp() if isinstance(time, datetime) else float(time)
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether it is Arrow's plain OSError for bytes that do not decode: one of the system has an errno."""
-    return type(error) is OSError and error.errno is None and error.__cause__ is None
-
-
-def _is_transient(error: Exception) -> bool:
-    from s3fs.core import S3_RETRYABLE_ERRORS
-
-    return isinstance(
-        error, (boto.ConnectionError, boto.HTTPClientError, TimeoutError, ConnectionError, *S3_RETRYABLE_ERRORS)
-    )
-
-
-def _is_refusal(error: OSError) -> bool:
-    """Whether the store answered that the request itself is wrong; a conflict (409) or throttling (429) may pass."""
-    cause = error.__cause__
-    if not isinstance(cause, boto.ClientError):
-        return False
-    status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return 400 <= status < 500 and status not in (408, 409, 429)
-
-
-def _remote_filesystem(scheme: str, options: StorageOptions) -> Any:
-    if scheme not in ("s3", "s3a"):
-        return fsspec.filesystem(scheme)
-    environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    return _s3_filesystem(options, environment, os.getpid())
-
-
-@lru_cache(maxsize=16)
-def _s3_filesystem(options: StorageOptions, environment: tuple[tuple[str, str], ...], process: int) -> Any:
-    """One client for equal options, environment and process: fsspec's own cache overlooks the last two."""
-    del environment, process  # only tell one cache entry from another
-    return fsspec.filesystem(
-        "s3",
-        anon=options.anonymous,
-        profile=options.profile,
-        endpoint_url=options.endpoint_url,
-        use_listings_cache=False,
-        # Arrow asks for just the bytes it needs: the default, 50 MB of read-ahead, made scans 7 times slower.
-        default_cache_type="none",
-        skip_instance_cache=True,
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,8 +97,8 @@ class Job:
         for first in range(0, len(staged), self.part_rows):
             rows = staged[first : first + self.part_rows]
             name = f"staged/part-{len(parts):05d}.parquet"
-            self.work.write_table(name, pa.Table.from_pylist(rows, STAGED_SCHEMA))
-            parts.append(StagedPart(name=name, first_row=first, rows=len(rows)))
+            digest = self.work.write_table(name, pa.Table.from_pylist(rows, STAGED_SCHEMA))
+            parts.append(StagedPart(name=name, first_row=first, rows=len(rows), digest=digest))
         good = sum(name is not None for name in self.requests)
         examples = tuple(
             RowErrorExample(row_id=f"id-{row}", message="blank")
@@ -159,6 +160,11 @@ class Job:
             row | {column: (blank if name is None else results[name]).get(column) for column in columns}
             for row, name in zip(self.rows, self.requests, strict=True)
         ]
+
+
+def plain(name: str) -> str:
+    """The name of an output file without the ids of job and run."""
+    return re.sub(r"^(part-\d+)-.*-[0-9a-f]{8}\.", r"\1.", name)
 
 
 def error_counts(rows: list[dict[str, Any]]) -> dict[str, int]:

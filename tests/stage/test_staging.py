@@ -44,10 +44,10 @@ def test_staged_rows_follow_each_other_over_parts(stage: Stage) -> None:
             assert file.read(["row_index"])["row_index"][0].as_py() == part.first_row
 
 
-def test_what_is_staged_is_not_staged_again(stage: Stage) -> None:
+def test_what_is_staged_is_not_staged_again(stage: Stage, tmp_path: Path) -> None:
     first = stage([{"text": "x"}])
     before = {one.path: one.version for one in first.work.objects()}
-    assert stage([{"text": "x"}]).summary == first.summary
+    assert stage(tmp_path / "input.parquet").summary == first.summary
     assert {one.path: one.version for one in first.work.objects()} == before
 
 
@@ -59,10 +59,10 @@ def test_staging_that_did_not_come_to_its_end_is_done_again(stage: Stage, lost: 
     assert stage([{"text": "x"}]).rows == rows
 
 
-def test_the_number_of_processes_does_not_change_a_byte(stage: Stage) -> None:
+def test_the_number_of_processes_does_not_change_a_byte(stage: Stage, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"text": f"row {n % 100}" if n % 9 else None} for n in range(5000)]
     one = stage(rows, work="one")
-    three = stage(rows, work="three", processes=3)
+    three = stage(tmp_path / "input.parquet", work="three", processes=3)
     assert len(one.summary.parts) == len(three.summary.parts)
     for part in one.summary.parts:
         assert one.work.read_bytes(part.name) == three.work.read_bytes(part.name)

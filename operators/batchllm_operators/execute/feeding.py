@@ -14,6 +14,7 @@ from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
+from batchllm_operators.result_parts import read_result_part
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
 
@@ -76,19 +77,17 @@ def bundle_keys(store: Store, bundle: str) -> list[bytes]:
 def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], BundleCounts]:
     """Request keys of result parts, and what these parts add up to.
 
-    A key counts once, also when two parts hold it.
+    A key counts once, also when two parts hold it. What a damaged part held counts as not done.
     """
     done: set[bytes] = set()
     counts = BundleCounts()
-    columns = ["request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error"]
+    columns = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
     for name in parts:
-        with store.parquet(name) as file:
-            for row in file.read(columns=columns).to_pylist():
-                if row["request_key"] not in done:
-                    done.add(row["request_key"])
-                    counts += _counts(
-                        row["error"], row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"]
-                    )
+        table = read_result_part(store, name, columns)
+        for row in [] if table is None else table.to_pylist():
+            if row["request_key"] not in done:
+                done.add(row["request_key"])
+                counts += _counts(row["error"], row["prompt_tokens"], row["cached_tokens"], row["completion_tokens"])
     return done, counts
 
 

@@ -122,10 +122,12 @@ class PartWriter:
     def _write_patiently(self, name: str, table: pa.Table) -> None:
         for pause in RETRY_PAUSES_SECONDS:
             try:
-                return self._store.write_table(name, table)
+                self._store.write_table(name, table)
             except TransientError:
                 self._sleep(pause)
-        return self._store.write_table(name, table)
+            else:
+                return
+        self._store.write_table(name, table)
 
 
 def part_name() -> str:

@@ -51,4 +51,6 @@ class ExecutionSpec(SpecModel):
     tokenizer_processes: int = Field(
         default=1, ge=1, description="processes that render and tokenise; more pay from about 100,000 rows on"
     )
-    work_uri: str | None = Field(default=None, description="work folder; default: {sink}/_batchllm/{job_id}/")
+    work_uri: str | None = Field(
+        default=None, description="where the work folders {job_id}/ of all jobs stand; default: {sink}/_batchllm/"
+    )

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
+from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
     ChosenResults,
     Int64s,
@@ -21,7 +23,7 @@ from batchllm_operators.merge.requests import (
     index_requests,
 )
 from batchllm_operators.merge.samples import SampleCollector
-from batchllm_operators.merge.sink import check_sink, claim_sink, complete_sink, refuse_input_in_sink
+from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.merge.writers import write_output
 from batchllm_operators.records import (
@@ -35,6 +37,7 @@ from batchllm_operators.records import (
     StageSummary,
 )
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
+from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import sink_schema
 from batchllm_operators.store import Store
@@ -57,8 +60,9 @@ def merge_results(
 ) -> Manifest:
     """Join the results to the input rows, write the output files, and the manifest last.
 
-    Nothing is written where this job's output is complete already. Memory does not grow with the length of texts: rows
-    are joined by spill files in the local temporary folder.
+    An old output stays as it is, with its manifest, until the new one is complete. Nothing is written where this job's
+    output is complete already. Memory does not grow with the length of texts: rows are joined by spill files in the
+    local temporary folder.
 
     Args:
         source: the input, opened anew: it is read again, and must be what was staged.
@@ -72,15 +76,16 @@ def merge_results(
         max_error_fraction: share of rows without an answer above which there is no output.
 
     Raises:
-        TerminalError: the sink is another job's, the input changed, requests have no result, or too many rows have
-            errors; the output is not marked complete then.
+        TerminalError: the sink is another job's, the input changed, requests have no result, too many rows have errors,
+            or a disk is full; the sink is as it was then.
+        LostClaimError: another run has claimed the sink meanwhile.
         TransientError: the store does not answer.
     """
-    refuse_input_in_sink(source, sink)
+    refuse_overlap(source, sink, work)
     complete = check_sink(sink, sink_spec.mode, job_id)
     if complete is not None:
         return complete
-    _refuse_changed_input(source, fingerprint)
+    refuse_changed_input(source, source.objects, fingerprint)
     index = index_requests(stage, work)
     parts = work.names(RESULTS_FOLDER)
     chosen = choose_results(index, parts, work)
@@ -89,37 +94,44 @@ def merge_results(
     examples = _error_examples(index, chosen, stage, work)
     refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
 
-    claim_sink(sink, job_id)
     schema, seen = sink_schema(stage), SampleCollector()
-    with (
-        tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
-        AnswerSpill(Path(folder), stage.rows) as spill,
-    ):
-        spill_staged_errors(stage, work, spill)
-        spill_results(index, chosen, parts, work, spill)
-        answers = seen.watched(spill.in_row_order())
-        rows = _joined(source.tables(schema), answers, pa.schema([*schema, *OUTPUT_FIELDS]), source)
-        with closing(rows):
-            files = write_output(rows, pa.schema([*schema, *OUTPUT_FIELDS]), sink, sink_spec)
-    written = sum(file.rows for file in files)
-    if written != stage.rows:
-        raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
-    samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
-    work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        job_id=job_id,
-        job_name=job_name,
-        work_uri=work.uri,
-        rows=written,
-        error_rows=dict(sorted(error_rows.items())),
-        files=tuple(files),
-        prompt_tokens=stage.prompt_tokens,
-        cached_tokens=chosen.cached_tokens,
-        computed_prompt_tokens=chosen.prompt_tokens - chosen.cached_tokens,
-        completion_tokens=chosen.completion_tokens,
-    )
-    complete_sink(sink, manifest)
+    output_schema = pa.schema([*schema, *OUTPUT_FIELDS])
+    with SinkClaim(sink, job_id, sink_spec.mode) as claim:
+        complete = check_sink(sink, sink_spec.mode, job_id)  # again: another run may have completed it just before
+        if complete is not None:
+            claim.release()
+            return complete
+        with (
+            full_disk_told("merge"),
+            tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
+            AnswerSpill(Path(folder), stage.rows) as spill,
+        ):
+            spill_staged_errors(stage, work, spill)
+            spill_results(index, chosen, parts, work, spill)
+            answers = seen.watched(spill.in_row_order())
+            rows = _joined(source.tables(schema), answers, output_schema, source)
+            with closing(rows):
+                files = write_output(rows, output_schema, sink, sink_spec, claim)
+        written = sum(file.rows for file in files)
+        if written != stage.rows:
+            raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
+        refuse_changed_input(source, source.look_again(), fingerprint)
+        samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
+        work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            job_id=job_id,
+            job_name=job_name,
+            work_uri=work.uri,
+            rows=written,
+            error_rows=dict(sorted(error_rows.items())),
+            files=tuple(files),
+            prompt_tokens=stage.prompt_tokens,
+            cached_tokens=chosen.cached_tokens,
+            computed_prompt_tokens=chosen.prompt_tokens - chosen.cached_tokens,
+            completion_tokens=chosen.completion_tokens,
+        )
+        claim.complete(manifest)
     return manifest
 
 
@@ -144,21 +156,6 @@ def _joined(
 
 def _changed_while_merging(source: Source) -> TerminalError:
     return TerminalError("source: has not the rows that were staged: it changed while it was read", uri=source.spec.uri)
-
-
-def _refuse_changed_input(source: Source, fingerprint: Sequence[InputObject]) -> None:
-    before = {one.path: one for one in fingerprint}
-    now = {one.path: one for one in source.objects}
-    changes = [f"{path} is gone" for path in before if path not in now]
-    changes += [f"{path} is new" for path in now if path not in before]
-    changes += [f"{path} was replaced" for path in now if path in before and now[path] != before[path]]
-    if changes:
-        more = f" and {len(changes) - _EXAMPLES} more" if len(changes) > _EXAMPLES else ""
-        raise TerminalError(
-            f"source: the input changed since the job began: {', '.join(changes[:_EXAMPLES])}{more};"
-            " run the job again on what is there now",
-            uri=source.spec.uri,
-        )
 
 
 def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store) -> None:

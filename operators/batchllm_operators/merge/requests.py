@@ -5,7 +5,6 @@ All in numpy: 24 bytes a row, and about 45 a distinct request.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,16 +13,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchllm_operators.errors import TerminalError
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
+from batchllm_operators.result_parts import read_result_part
 from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
 from batchllm_operators.store import Store
 
 Int64s = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 _KEY_DTYPE: np.dtype[np.bytes_] = np.dtype(f"S{REQUEST_KEY_BYTES}")
-_log = logging.getLogger(__name__)
+_COUNTED = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
 _NO_PART = -1
 
 
@@ -129,12 +128,9 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
         np.full(len(index), _NO_PART, np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
     )
     for part, name in enumerate(parts):
-        try:
-            table = _read_narrow(name, work)
-        except TerminalError as error:
-            # What it held counts as not computed; if no other part has it, the merge says so and fails.
-            _log.warning("result part left out: %s", error)
-            continue
+        table = read_result_part(work, name, _COUNTED)
+        if table is None:
+            continue  # where no other part has what it held, the merge says so and fails
         numbers, known = index.numbers(as_keys(table["request_key"]))
         failed = pc.is_valid(table["error"]).to_numpy()
         # Answers before errors; np.unique then finds the first of each request.
@@ -148,7 +144,8 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
             chosen.row[fresh[better]] = rows[first[better]]
             chosen.failed[fresh[better]] = wanted_failed
     for part in chosen.parts:
-        table = _read_narrow(parts[part], work)
+        with work.parquet(parts[part]) as file:
+            table = file.read(list(_COUNTED))
         numbers, known = index.numbers(as_keys(table["request_key"]))
         rows = chosen.taken_from(part, numbers, known)
         _count(chosen, table.take(rows), numbers[rows], index)
@@ -162,11 +159,6 @@ def as_keys(column: pa.ChunkedArray) -> Keys:
         return np.zeros(0, _KEY_DTYPE)
     buffer = array.buffers()[1]
     return np.frombuffer(buffer, _KEY_DTYPE, count=len(array), offset=array.offset * REQUEST_KEY_BYTES)
-
-
-def _read_narrow(name: str, work: Store) -> pa.Table:
-    with work.parquet(name) as file:
-        return file.read(["request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error"])
 
 
 def _count(chosen: ChosenResults, table: pa.Table, numbers: Int64s, index: RequestIndex) -> None:

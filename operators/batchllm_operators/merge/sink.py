@@ -1,25 +1,28 @@
-"""The folder of the output: whose it is, and whether it is complete.
+"""The folder of the output: whose it is, whether it is complete, and where it must not be.
 
-`_manifest.json` says that the output is complete and of which job. `_in_progress.json` is there while a merge writes,
-so that the files of an interrupted merge are known as this job's when it is tried again.
+`_manifest.json` says that the output is complete, of which job it is, and which files it is made of.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.keys import canonical_json
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.merge.claim import (
+    ADVICE,
+    IN_PROGRESS_FILE,
+    claimed_by,
+    data_files,
+    job_of_file,
+    refuse_claim_of_another,
+)
+from batchllm_operators.records import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.store import Store
-
-IN_PROGRESS_FILE = "_in_progress.json"
-_DATA_FILE = re.compile(r"part-[^/]*")
 
 
 def check_sink(sink: Store, mode: Literal["error", "overwrite"], job_id: str) -> Manifest | None:
@@ -31,83 +34,103 @@ def check_sink(sink: Store, mode: Literal["error", "overwrite"], job_id: str) ->
         job_id: of this job.
 
     Returns:
-        The manifest of this job's complete output, or None where there is something to write.
+        The manifest of this job's complete output, or None where there is something to write: also where one of its
+        files is gone, or has another size than was written.
 
     Raises:
         TerminalError: the folder holds another job's output, or files of unknown origin, and mode is `error`.
     """
     try:
-        manifest = _read_manifest(sink)
-    except ValidationError as error:
-        if mode == "error":
-            raise TerminalError(
-                f"sink: the manifest there is not one of ours; {_ADVICE}", job_id=job_id, uri=sink.uri_of(MANIFEST_FILE)
-            ) from error
-        return None
-    files = set(data_files(sink))
+        manifest = read_manifest(sink)
+    except TerminalError:
+        if mode == "overwrite":
+            return None
+        raise
     if manifest is not None and manifest.job_id == job_id:
-        return manifest if files.issuperset(file.name for file in manifest.files) else None
+        return None if changed_files(sink, manifest) else manifest
     if mode == "overwrite":
         return None
     if manifest is not None:
         raise TerminalError(
-            f"sink: holds the output of job {manifest.job_id} ({manifest.job_name!r}), this is job {job_id}; {_ADVICE}",
+            f"sink: holds the output of job {manifest.job_id} ({manifest.job_name!r}), this is job {job_id}; {ADVICE}",
             uri=sink.uri,
         )
-    if not files:
-        return None
-    owner = _job_in_progress(sink)
-    if owner != job_id:
+    files = data_files(sink)
+    if files and claimed_by(sink) is None and sink.exists(IN_PROGRESS_FILE):
+        raise TerminalError(
+            f"sink: the {IN_PROGRESS_FILE} there is not one of ours; {ADVICE}", uri=sink.uri_of(IN_PROGRESS_FILE)
+        )
+    foreign = {job_of_file(name) for name in files} - {job_id}
+    if foreign:
+        owner = min(filter(None, foreign), default=None)
         whose = f"unfinished output of job {owner}" if owner else "part files without a manifest"
-        raise TerminalError(f"sink: holds {whose}, this is job {job_id}; {_ADVICE}", uri=sink.uri)
+        raise TerminalError(f"sink: holds {whose}, this is job {job_id}; {ADVICE}", uri=sink.uri)
+    refuse_claim_of_another(sink, job_id)
     return None
 
 
-_ADVICE = "choose another sink.uri, or set sink.mode to overwrite"
-
-
-def claim_sink(sink: Store, job_id: str) -> None:
-    """Make the folder ready for this job's files: what is there no longer looks complete, then goes."""
-    sink.delete([MANIFEST_FILE])
-    sink.write_bytes(IN_PROGRESS_FILE, canonical_json({"job_id": job_id}))
-    sink.delete(data_files(sink))
-
-
-def complete_sink(sink: Store, manifest: Manifest) -> None:
-    """Say that the output is complete."""
-    sink.write_bytes(MANIFEST_FILE, manifest.model_dump_json(indent=2).encode())
-    sink.delete([IN_PROGRESS_FILE])
-
-
-def data_files(sink: Store) -> list[str]:
-    """Names of the output files that lie in the folder."""
-    return [one.path for one in sink.objects("*") if _DATA_FILE.fullmatch(one.path)]
-
-
-def refuse_input_in_sink(source: Source, sink: Store) -> None:
-    """Refuse a sink that is the folder of the input: files there could be taken for output and replaced.
+def read_manifest(sink: Store) -> Manifest | None:
+    """The manifest of the folder; None where there is none.
 
     Raises:
-        TerminalError: names an input object in the folder of the sink.
+        TerminalError: it is damaged, or somebody else's, or was written by another version of this package.
     """
-    for uri in source.object_uris():
-        if uri.rpartition("/")[0] == sink.uri:
-            raise TerminalError("sink.uri: the folder holds input of this job; choose another", uri=uri)
-
-
-def _read_manifest(sink: Store) -> Manifest | None:
     if not sink.exists(MANIFEST_FILE):
         return None
-    return Manifest.model_validate_json(sink.read_bytes(MANIFEST_FILE))
-
-
-def _job_in_progress(sink: Store) -> str | None:
-    if not sink.exists(IN_PROGRESS_FILE):
-        return None
+    content = sink.read_bytes(MANIFEST_FILE)
     try:
-        claim: Any = orjson.loads(sink.read_bytes(IN_PROGRESS_FILE))
-        return str(claim["job_id"])
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
         raise TerminalError(
-            f"sink: the {IN_PROGRESS_FILE} there is not one of ours; {_ADVICE}", uri=sink.uri_of(IN_PROGRESS_FILE)
+            f"sink: the manifest there is {_kind_of_manifest(content)}; {ADVICE}", uri=sink.uri_of(MANIFEST_FILE)
         ) from error
+
+
+def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
+    """The output files that are gone or have another size than the manifest says, and what is wrong with each."""
+    sizes = {one.path: one.size for one in sink.objects("*")}
+    faults = {}
+    for file in manifest.files:
+        if file.name not in sizes:
+            faults[file.name] = "it is missing"
+        elif sizes[file.name] != file.bytes:
+            faults[file.name] = f"expected {file.bytes} bytes, found {sizes[file.name]}"
+    return faults
+
+
+def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
+    """Refuse places where output could be taken for input, or input for output.
+
+    Args:
+        source: the input.
+        sink: the folder of the output.
+        work: the work folder.
+
+    Raises:
+        TerminalError: the sink or the work folder is where the source's URI looks for input, or input lies at or below
+            the sink. Names that begin with `_` or `.` do not count: they are never input, nor output.
+    """
+    spec = source.spec
+    for uri in source.object_uris():
+        inside = Store(uri, spec.storage).path_from(sink)
+        if inside is not None and not is_hidden(inside):
+            where = "the folder holds" if "/" not in inside else "a folder below it holds"
+            raise TerminalError(f"sink.uri: {where} input of this job; choose another", uri=uri)
+    for field, folder in (("sink.uri", sink), ("execution.work_uri", work)):
+        if takes_objects_of(spec.uri, spec.storage, folder):
+            raise TerminalError(
+                f"{field}: what is written there would be input of the next run, by source.uri {spec.uri!r};"
+                " choose a folder elsewhere",
+                uri=folder.uri,
+            )
+
+
+def _kind_of_manifest(content: bytes) -> str:
+    try:
+        values: Any = orjson.loads(content)
+        version, job_id = values["format_version"], values["job_id"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return "not one of ours"
+    if version == FORMAT_VERSION:
+        return "not one of ours"
+    return f"of job {job_id}, written by another version (its format is {version}, this one's {FORMAT_VERSION})"

@@ -9,12 +9,12 @@ from typing import IO, Any
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchllm_operators.errors import TransientError
+from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import OutputFile
-from batchllm_operators.store import PARQUET_COMPRESSION, Store
+from batchllm_operators.store import Store, parquet_writer
 
 _ROW_GROUP_ROWS = 16_384
 _ROW_GROUP_BYTES = 64 << 20
@@ -22,27 +22,31 @@ _ROW_GROUP_BYTES = 64 << 20
 FileWriter = Callable[[IO[bytes], pa.Schema, Iterator[pa.Table]], int]
 
 
-def write_output(tables: Iterator[pa.Table], schema: pa.Schema, sink: Store, spec: SinkSpec) -> list[OutputFile]:
-    """Write `part-00000`, `part-00001`... of at most `rows_per_file` rows each; without rows, one empty file.
+def write_output(
+    tables: Iterator[pa.Table], schema: pa.Schema, sink: Store, spec: SinkSpec, claim: SinkClaim
+) -> list[OutputFile]:
+    """Write files of at most `rows_per_file` rows each; without rows, one empty file.
 
     Args:
         tables: the output rows in order, all of one schema.
         schema: that schema.
         sink: the folder.
         spec: format and rows of a file.
+        claim: names the files; it is looked at before each.
 
     Raises:
+        LostClaimError: another run has claimed the sink.
         TransientError: the store holds another size or number of rows than was written.
     """
     write_file = _write_parquet if spec.format == "parquet" else _write_jsonl
     stream = _TableStream(tables)
     files: list[OutputFile] = []
     while not files or stream.has_more():
-        name = f"part-{len(files):05d}.{spec.format}"
+        claim.require()
+        name = claim.file_name(len(files), spec.format)
         with sink.writer(name) as file:
             rows = write_file(file, schema, stream.take(spec.rows_per_file))
-            size = file.tell()
-        files.append(OutputFile(name=name, rows=rows, bytes=size))
+            files.append(OutputFile(name=name, rows=rows, bytes=file.tell(), digest=file.digest()))
         _verify(files[-1], sink)
     return files
 
@@ -83,7 +87,7 @@ class _TableStream:
 def _write_parquet(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
     rows = waiting_rows = waiting_bytes = 0
     waiting: list[pa.Table] = []
-    with pq.ParquetWriter(file, schema, compression=PARQUET_COMPRESSION) as writer:
+    with parquet_writer(file, schema) as writer:
         for table in tables:
             rows += len(table)
             waiting.append(table)

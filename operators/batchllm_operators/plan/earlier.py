@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from batchllm_operators.records import JOB_FILE, WORK_FOLDER
+from batchllm_operators.records import JOB_FILE
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 
@@ -17,10 +17,10 @@ MOST_RUNS = 3
 def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
     """Work folders of other runs of the job of the same name, beside this one; the newest `MOST_RUNS`, newest first.
 
-    Only looks where the work folder stands in its usual place, below `_batchllm/` of the sink.
+    A folder counts that is named by the id of its job: others may stand beside anything.
     """
     root_uri, _, folder = work_uri.rstrip("/").rpartition("/")
-    if root_uri.rpartition("/")[2] != WORK_FOLDER:
+    if not root_uri:
         return []
     root = Store(root_uri, storage)
     own = _job_name(root, folder)
@@ -38,6 +38,6 @@ def _job_name(root: Store, folder: str) -> str | None:
         return None
     try:
         content: Any = orjson.loads(root.read_bytes(name))
-        return str(content["job"]["name"])
+        return str(content["job"]["name"]) if content["job_id"] == folder else None
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None  # not a job of ours

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
@@ -52,17 +53,20 @@ def plan_requests(
     """
     started = time.monotonic()
     cost = planning.cost or (calibrated.rates if calibrated else default_cost_model())
-    with TokenSpool() as tokens, DiskArray(np.uint64) as disk:
+    with full_disk_told("plan"), TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
-        plan = form_plan(
-            requests, read_results([work]), read_results(earlier), planning, cost, workers=workers, pilot=pilot
-        )
+        done, known = read_results([work]), read_results(earlier, others=True)
+        plan = form_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
-        write_bundles(work, plan, requests, tokens)
+        digests = write_bundles(work, plan, requests, tokens)
     summary = summarise(plan, requests, planning, cost, workers=workers, usd_per_worker_hour=usd_per_worker_hour)
     summary = summary.model_copy(
         update={
+            "bundles": tuple(
+                bundle.model_copy(update={"digest": digest})
+                for bundle, digest in zip(summary.bundles, digests, strict=True)
+            ),
             "rows": stage.rows,
             "error_rows": stage.error_rows,
             "error_examples": stage.error_examples,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from batchllm_operators.errors import TerminalError
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.plan.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
-from batchllm_operators.records import ESTIMATE_FIELD, RESULTS_FOLDER, StageSummary
+from batchllm_operators.records import ESTIMATE_FIELD, StageSummary
+from batchllm_operators.result_parts import read_result_parts
 from batchllm_operators.store import Store
 
 READ_ROWS = 1024
@@ -24,7 +23,6 @@ QUEUED_BATCHES = 2
 
 _COLUMNS = ("row_index", "request_key", "prompt_token_ids", "max_tokens", "sampling")
 _RESULT_COLUMNS = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +134,19 @@ def read_requests(
     return reading.columns()
 
 
-def read_results(works: Sequence[Store]) -> ResultColumns:
-    """Read what is answered in some work folders.
+def read_results(works: Sequence[Store], *, others: bool = False) -> ResultColumns:
+    """Read what is answered in some work folders, see `read_result_parts`.
 
-    A damaged result part counts for nothing, with a warning: what it held is computed again.
+    Args:
+        works: the folders.
+        others: they are of other jobs.
     """
     keys = [np.zeros((0, 2), dtype=np.uint64)]
     computed = [np.zeros(0, dtype=np.int64)]
     completion = [np.zeros(0, dtype=np.int32)]
-    for work, name in ((one, name) for one in works for name in one.names(RESULTS_FOLDER)):
-        table = _readable_result(work, name)
-        if table is None:
-            continue
-        table = table.filter(table["error"].is_null())
-        for batch in table.to_batches():
+    for table in (table for work in works for _, table in read_result_parts(work, _RESULT_COLUMNS, others=others)):
+        answered = table.filter(table["error"].is_null())
+        for batch in answered.to_batches():
             keys.append(_key_words(batch.column("request_key")))
             prompt, cached = _integers(batch.column("prompt_tokens")), _integers(batch.column("cached_tokens"))
             computed.append((prompt - cached).astype(np.int64))
@@ -271,18 +268,3 @@ def _key_words(keys: pa.Array) -> UInt64s:
 def _integers(values: pa.Array, missing: int = 0) -> Int32s:
     integers: Int32s = values.fill_null(missing).to_numpy(zero_copy_only=False).astype(np.int32)
     return integers
-
-
-def _readable_result(work: Store, name: str) -> pa.Table | None:
-    try:
-        with work.parquet(name) as file:
-            missing = set(_RESULT_COLUMNS) - set(file.schema_arrow.names)
-            if not missing:
-                return file.read(columns=list(_RESULT_COLUMNS))
-            fault = f"it has no column {', '.join(sorted(missing))}"
-    except TerminalError as error:
-        if not isinstance(error.__cause__, pa.ArrowInvalid):
-            raise
-        fault = str(error)
-    _LOGGER.warning("result part %s is damaged; its requests count as not done: %s", name, fault)
-    return None

@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchllm_operators.plan.disk_array import TokenSpool
 from batchllm_operators.plan.forming import Plan
 from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.records import BUNDLE_SCHEMA, KEY_TYPE, PLAN_FOLDER, PLAN_SUMMARY, PlanSummary
-from batchllm_operators.store import PARQUET_COMPRESSION, Store
+from batchllm_operators.store import Store, parquet_writer
 
 ROW_GROUP_TOKENS = 1_000_000
 WRITERS = 8
@@ -30,14 +29,13 @@ def bundle_name(number: int) -> str:
     return f"{PLAN_FOLDER}/bundle-{number:05d}.parquet"
 
 
-def write_bundles(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool) -> None:
-    """Write every bundle; a few at a time, each in row groups, so that memory stays small."""
+def write_bundles(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool) -> list[str]:
+    """Write every bundle; a few at a time, each in row groups, so that memory stays small. Returns their digests."""
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan-write") as writers:
         written = [
             writers.submit(_write_bundle, work, plan, requests, tokens, number) for number in range(len(plan.worker))
         ]
-        for bundle in written:
-            bundle.result()
+        return [bundle.result() for bundle in written]
 
 
 def write_summary(work: Store, summary: PlanSummary) -> None:
@@ -45,25 +43,23 @@ def write_summary(work: Store, summary: PlanSummary) -> None:
     work.write_bytes(PLAN_SUMMARY, summary.model_dump_json(indent=2).encode())
 
 
-def _write_bundle(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool, number: int) -> None:
+def _write_bundle(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool, number: int) -> str:
     low, high = int(plan.offsets[number]), int(plan.offsets[number + 1])
     lengths = requests.prompt_tokens[plan.request[low:high]].astype(np.int64)
     row_group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
     starts = low + np.flatnonzero(np.diff(row_group, prepend=-1))
-    with (
-        work.writer(bundle_name(number)) as file,
-        pq.ParquetWriter(
+    with work.writer(bundle_name(number)) as file:
+        with parquet_writer(
             file,
             BUNDLE_SCHEMA,
-            compression=PARQUET_COMPRESSION,
             use_dictionary=["sampling"],
             # Token ids are small numbers: their high bytes are all alike.
             column_encoding={"prompt_token_ids.list.element": "BYTE_STREAM_SPLIT"},
-        ) as parquet,
-    ):
-        for begin, end in zip(starts, [*starts[1:], high], strict=True):
-            rows = slice(int(begin), int(end))
-            parquet.write_table(_table(plan, requests, tokens, rows), row_group_size=rows.stop - rows.start)
+        ) as parquet:
+            for begin, end in zip(starts, [*starts[1:], high], strict=True):
+                rows = slice(int(begin), int(end))
+                parquet.write_table(_table(plan, requests, tokens, rows), row_group_size=rows.stop - rows.start)
+        return file.digest()
 
 
 def _table(plan: Plan, requests: RequestColumns, tokens: TokenSpool, rows: slice) -> pa.Table:

@@ -79,6 +79,10 @@ class Source(ABC):
         self.store = store
         self.objects = objects
 
+    def look_again(self) -> list[InputObject]:
+        """What `objects` would be if the source were opened now."""
+        return find_input(self.spec.uri, self.spec.storage, _SUFFIXES[self.spec.format])[1]
+
     def object_uris(self) -> list[str]:
         """URIs of the input objects."""
         return [self.store.uri_of(one.path) for one in self.objects]

@@ -5,25 +5,31 @@ from __future__ import annotations
 import base64
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.model_files import model_versions
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.keys import canonical_json
 from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import (
     OUTPUT_FIELDS,
     STAGED_FOLDER,
     STAGED_SUMMARY,
     FieldSharing,
+    InputObject,
     StagedPart,
     StageSummary,
 )
 from batchllm_operators.row_errors import ErrorExamples
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
+from batchllm_operators.stage.finished import finished_staging
+from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.json_schema import unified, writable
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import RowBatch, Source
@@ -44,13 +50,14 @@ def stage_rows(
     model: ModelSpec,
     work: Store,
     *,
+    fingerprint: Sequence[InputObject] | None = None,
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
     progress: Callable[[StageStep, int], None] = lambda _step, _rows: None,
 ) -> StageSummary:
     """Render, tokenise and validate all rows, and write them to `staged/` of the work folder.
 
-    What is staged already is not staged again: a work folder belongs to one job on one input.
+    What is staged already, undamaged, from these very objects and by these settings, is not staged again.
 
     Args:
         source: the input.
@@ -58,16 +65,32 @@ def stage_rows(
         sampling: of the job; single rows may differ.
         model: whose tokenizer and limits count.
         work: the work folder.
+        fingerprint: the input objects as they were when the job began; default: as the source found them.
         field_order: of a prompt of kind `fields`; to optimise it, the input is read once more before.
         tokenizer_processes: processes that render and tokenise; the result is the same for any number.
         progress: called with the number of rows that a step has done so far.
 
     Raises:
         TerminalError: a column that does not exist, a bad template, a model that cannot be loaded; all before any row
-            is read.
+            is read. Or the input is not what it was when the job began, before it was read or after.
         TransientError: a tokenizer process died, or the store does not answer.
     """
-    done = finished_staging(work)
+    fingerprint = source.objects if fingerprint is None else fingerprint
+    refuse_changed_input(source, source.objects, fingerprint)
+    input_digest = digest_of_bytes(canonical_json([one.model_dump() for one in fingerprint]))
+    settings_digest = digest_of_bytes(
+        canonical_json(
+            {
+                "source": source.spec.model_dump(mode="json", exclude={"uri", "storage"}),
+                "prompt": prompt.model_dump(mode="json"),
+                "sampling": sampling.model_dump(mode="json"),
+                "model": model.model_dump(mode="json"),
+                "model_versions": model_versions(model),
+                "field_order": field_order,
+            }
+        )
+    )
+    done = finished_staging(work, input_digest, settings_digest)
     if done is not None:
         return done
     started = time.monotonic()
@@ -101,6 +124,7 @@ def stage_rows(
         writer.add(table)
         progress(StageStep.STAGE, writer.rows)
     writer.flush()
+    refuse_changed_input(source, source.look_again(), fingerprint)
     summary = StageSummary(
         parts=tuple(writer.parts),
         rows=writer.rows,
@@ -109,20 +133,13 @@ def stage_rows(
         prompt_tokens=writer.prompt_tokens,
         requests=writer.rows - writer.error_rows.total(),
         source_schema=base64.b64encode(writable(schema.schema).serialize().to_pybytes()).decode(),
+        input_digest=input_digest,
+        settings_digest=settings_digest,
         field_sharing=sharing,
         seconds=round(time.monotonic() - started, 3),
     )
     work.write_bytes(STAGED_SUMMARY, summary.model_dump_json(indent=2).encode())
     return summary
-
-
-def finished_staging(work: Store) -> StageSummary | None:
-    """The summary of what is staged already, if staging came to its end and all its parts are there."""
-    if not work.exists(STAGED_SUMMARY):
-        return None
-    summary = StageSummary.model_validate_json(work.read_bytes(STAGED_SUMMARY))
-    there = set(work.names(STAGED_FOLDER))
-    return summary if all(part.name in there for part in summary.parts) else None
 
 
 def sink_schema(summary: StageSummary) -> pa.Schema:
@@ -189,6 +206,7 @@ class _PartWriter:
         if not self._tables:
             return
         name = f"{STAGED_FOLDER}/part-{len(self.parts):05d}.parquet"
-        self._work.write_table(name, pa.concat_tables(self._tables).combine_chunks())
-        self.parts.append(StagedPart(name=name, first_row=self.rows - self._waiting_rows, rows=self._waiting_rows))
+        digest = self._work.write_table(name, pa.concat_tables(self._tables).combine_chunks())
+        first_row = self.rows - self._waiting_rows
+        self.parts.append(StagedPart(name=name, first_row=first_row, rows=self._waiting_rows, digest=digest))
         self._tables, self._waiting_rows, self._waiting_tokens = [], 0, 0

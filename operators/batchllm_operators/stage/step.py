@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.spec import FieldOrderChoice
-from batchllm_operators.records import StageSummary
+from batchllm_operators.records import InputObject, StageSummary
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.progress import StageProgress
 from batchllm_operators.stage.readers import open_source
@@ -29,6 +29,7 @@ def stage_source(
     storage: StorageOptions,
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
+    fingerprint: Sequence[InputObject] | None = None,
     *,
     log: Callable[[str], None] = _LOGGER.info,
 ) -> StageSummary:
@@ -43,6 +44,7 @@ def stage_source(
         storage: how to reach the work folder.
         field_order: of a prompt of kind `fields`.
         tokenizer_processes: processes that render and tokenise.
+        fingerprint: the input objects as they were when the job began; default: as they are now.
         log: takes a line on how far it is, where there is no terminal, and one at the end.
 
     Raises:
@@ -57,6 +59,7 @@ def stage_source(
             sampling,
             model,
             Store(work_uri, storage),
+            fingerprint=fingerprint,
             field_order=field_order,
             tokenizer_processes=tokenizer_processes,
             progress=progress.update,

@@ -1,13 +1,15 @@
 """The stage step as a Prefect task."""
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
+from collections.abc import Sequence
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.spec import FieldOrderChoice
-from batchllm_operators.records import StageSummary
+from batchllm_operators.records import InputObject, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
@@ -29,6 +31,7 @@ def stage(
     storage: StorageOptions,
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
+    fingerprint: Sequence[InputObject] | None = None,
 ) -> StageSummary:
     """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
 
@@ -41,6 +44,7 @@ def stage(
         storage: how to reach the work folder.
         field_order: of a prompt of kind `fields`.
         tokenizer_processes: processes that render and tokenise.
+        fingerprint: the input objects as they were when the job began; default: as they are now.
 
     Raises:
         TerminalError: see `stage_rows`.
@@ -55,5 +59,6 @@ def stage(
         storage,
         field_order=field_order,
         tokenizer_processes=tokenizer_processes,
+        fingerprint=fingerprint,
         log=get_run_logger().info,
     )

@@ -1,0 +1,233 @@
+"""Whether a job's output and work folder are what was written: everything is read, and compared with what it should be.
+
+A run looks at names and sizes of its output, and at what it takes up again. This looks at every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from batchllm_flows.report import JobReport
+from batchllm_operators.errors import DamagedObjectError, TerminalError
+from batchllm_operators.merge.claim import data_files
+from batchllm_operators.merge.sink import changed_files, read_manifest
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.records import (
+    ATTENTION_TRACE_FOLDER,
+    JOB_FILE,
+    MANIFEST_FILE,
+    PLAN_FOLDER,
+    PLAN_SUMMARY,
+    QUARANTINE_FOLDER,
+    REPORT_FILE,
+    RESULTS_FOLDER,
+    STAGED_FOLDER,
+    STAGED_SUMMARY,
+    TRACE_FOLDER,
+    Manifest,
+    OutputFile,
+    PlanSummary,
+    Record,
+    StageSummary,
+)
+from batchllm_operators.result_parts import checked_result_part
+from batchllm_operators.store import Store
+
+READERS = 8
+"""Objects read at a time: reading mostly waits for the disk or the network."""
+
+_READ_ROWS = 65_536
+_LINE_CHUNK_BYTES = 4 << 20
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+class Fault(Record):
+    """One object that is not what it should be."""
+
+    uri: str
+    what: str
+
+
+class Verification(Record):
+    """What reading a job's output and work folder has shown."""
+
+    output_uri: str
+    work_uri: str
+    objects: int
+    """That were read and compared."""
+    rows: int
+    """Of the output."""
+    faults: tuple[Fault, ...]
+    set_aside: tuple[str, ...]
+    """Damaged objects that earlier runs had found, moved to `quarantine/` and made again; no faults now."""
+
+
+def verify_output(sink: SinkSpec) -> Verification:
+    """Recompute the digests and row counts of all that the manifest lists, and check the work folder.
+
+    A work folder that was removed is no fault: the output does not need it.
+
+    Args:
+        sink: the folder of the output, and how to reach it.
+
+    Raises:
+        TerminalError: there is no complete output, or its manifest is damaged or of another version.
+        TransientError: the store does not answer.
+    """
+    output = Store(sink.uri, sink.storage)
+    manifest = read_manifest(output)
+    if manifest is None:
+        raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=output.uri)
+    work = Store(manifest.work_uri, sink.storage)
+    checks = [*_output_checks(output, manifest), *_work_checks(work, manifest)]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers:
+        found = list(readers.map(lambda check: check(), checks))
+    return Verification(
+        output_uri=output.uri,
+        work_uri=work.uri,
+        objects=len(checks),
+        rows=manifest.rows,
+        faults=tuple(fault for faults in found for fault in faults),
+        set_aside=tuple(work.names(QUARANTINE_FOLDER)),
+    )
+
+
+def verification_markdown(found: Verification) -> str:
+    """What `verify_output` found, to be read."""
+    if not found.faults:
+        lines = [f"{found.output_uri}: whole. {found.objects:,} objects read, {found.rows:,} rows."]
+    else:
+        lines = [f"{found.output_uri}: {len(found.faults):,} of {found.objects:,} checks failed.", ""]
+        lines += [f"- `{fault.uri}`: {fault.what}" for fault in found.faults]
+        lines += [
+            "",
+            "Delete what is damaged and run the job again: it writes the output anew from the kept answers, and",
+        ]
+        lines += ["computes again only those that are lost."]
+    if found.set_aside:
+        lines += ["", f"Damaged objects that earlier runs have set aside: {', '.join(found.set_aside)}"]
+    return "\n".join(lines) + "\n"
+
+
+Check = Callable[[], list[Fault]]
+
+
+def _output_checks(output: Store, manifest: Manifest) -> Iterator[Check]:
+    changed = changed_files(output, manifest)
+    for file in manifest.files:
+        yield partial(_output_file, output, file, changed.get(file.name))
+    yield partial(_output_as_a_whole, output, manifest)
+
+
+def _output_file(output: Store, file: OutputFile, known: str | None) -> list[Fault]:
+    if known is not None:
+        return [_fault(output, file.name, known)]
+    digest = output.digest(file.name)
+    if digest != file.digest:
+        return [_fault(output, file.name, f"expected digest {file.digest}, found {digest}")]
+    rows = _rows_of(output, file.name)
+    return [] if rows == file.rows else [_fault(output, file.name, f"expected {file.rows} rows, found {rows}")]
+
+
+def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
+    listed = {file.name for file in manifest.files}
+    faults = [
+        _fault(output, name, "the manifest does not list it: another run writes it now, or was stopped")
+        for name in data_files(output)
+        if name not in listed
+    ]
+    rows = sum(file.rows for file in manifest.files)
+    if rows != manifest.rows:
+        faults.append(_fault(output, MANIFEST_FILE, f"expected {manifest.rows} rows in all files, it lists {rows}"))
+    return faults
+
+
+def _rows_of(store: Store, name: str) -> int:
+    if name.endswith(".parquet"):
+        return store.parquet_schema(name)[1]
+    with store.reader(name) as lines:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(_LINE_CHUNK_BYTES), b""))
+
+
+def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
+    names = set(work.names())
+    if not names:
+        return
+    yield partial(_job_file, work, manifest)
+    if any(name.startswith(f"{STAGED_FOLDER}/") for name in names):
+        staged, faults = _summary(work, STAGED_SUMMARY, StageSummary)
+        yield lambda: faults
+        yield from _digest_checks(work, [] if staged is None else [(part.name, part.digest) for part in staged.parts])
+    if PLAN_SUMMARY in names:
+        plan, plan_faults = _summary(work, PLAN_SUMMARY, PlanSummary)
+        yield lambda: plan_faults
+        yield from _digest_checks(work, [] if plan is None else [(one.name, one.digest) for one in plan.bundles])
+    elif any(name.startswith(f"{PLAN_FOLDER}/bundle-") for name in names):
+        yield lambda: [_fault(work, PLAN_SUMMARY, "it is missing")]
+    if REPORT_FILE in names:
+        yield lambda: _summary(work, REPORT_FILE, JobReport)[1]
+    for name in sorted(names):
+        folder = name.partition("/")[0]
+        if folder == RESULTS_FOLDER:
+            yield partial(_readable, work, name, lambda name: checked_result_part(work, name))
+        elif folder in (TRACE_FOLDER, ATTENTION_TRACE_FOLDER):
+            yield partial(_readable, work, name, lambda name: _scan(work, name))
+
+
+def _job_file(work: Store, manifest: Manifest) -> list[Fault]:
+    if not work.exists(JOB_FILE):
+        return [_fault(work, JOB_FILE, "it is missing")]
+    try:
+        content: Any = orjson.loads(work.read_bytes(JOB_FILE))
+        owner = str(content["job_id"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return [_fault(work, JOB_FILE, "it is not the file of a job")]
+    return (
+        [] if owner == manifest.job_id else [_fault(work, JOB_FILE, f"expected job {manifest.job_id}, found {owner}")]
+    )
+
+
+def _summary(work: Store, name: str, kind: type[Kind]) -> tuple[Kind | None, list[Fault]]:
+    if not work.exists(name):
+        return None, [_fault(work, name, "it is missing")]
+    try:
+        return kind.model_validate_json(work.read_bytes(name)), []
+    except ValidationError as error:
+        return None, [_fault(work, name, f"not as it is written: {error.errors(include_url=False)[0]['msg']}")]
+
+
+def _digest_checks(work: Store, objects: Iterable[tuple[str, str]]) -> Iterator[Check]:
+    for name, digest in objects:
+        yield partial(_digest, work, name, digest)
+
+
+def _digest(work: Store, name: str, expected: str) -> list[Fault]:
+    if not work.exists(name):
+        return [_fault(work, name, "it is missing")]
+    found = work.digest(name)
+    return [] if found == expected else [_fault(work, name, f"expected digest {expected}, found {found}")]
+
+
+def _readable(work: Store, name: str, read: Callable[[str], object]) -> list[Fault]:
+    try:
+        read(name)
+    except DamagedObjectError as error:
+        return [_fault(work, name, error.message)]
+    return []
+
+
+def _scan(work: Store, name: str) -> None:
+    schema, _ = work.parquet_schema(name)
+    for _ in work.scan_parquet(name, schema.names, _READ_ROWS):
+        pass
+
+
+def _fault(store: Store, name: str, what: str) -> Fault:
+    return Fault(uri=store.uri_of(name), what=what)
