@@ -11,7 +11,9 @@ import pytest
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
 from batchllm_flows.demo.s3_server import S3Server, serve_s3
+from batchllm_operators.spec import StorageOptions
 
+PLACES = ("disk", "rclone", "moto")
 REPOSITORY = Path(__file__).parent.parent
 MODELS = Path(os.environ.get("BATCHLLM_MODELS", REPOSITORY / ".models"))
 
@@ -53,6 +55,34 @@ def bucket(s3_server: S3Server) -> str:
     name = f"bucket-{uuid4().hex[:12]}"
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """A second S3 server, of other habits than rclone; it accepts any key."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, StorageOptions]:
+    """URI of an empty folder, and how to reach it."""
+    if request.param == "disk":
+        return str(tmp_path / "folder"), StorageOptions()
+    if request.param == "rclone":
+        return f"{request.getfixturevalue('bucket')}/folder", StorageOptions()
+    import s3fs
+
+    request.getfixturevalue("s3_server")  # any key will do, but there must be one
+    endpoint = request.getfixturevalue("moto_endpoint")
+    name = f"bucket-{uuid4().hex[:12]}"
+    s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True).mkdir(name)
+    return f"s3://{name}/folder", StorageOptions(endpoint_url=endpoint)
 
 
 @pytest.fixture(scope="session")

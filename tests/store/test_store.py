@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from batchllm_operators.errors import TerminalError, TransientError
+from batchllm_operators.errors import DamagedObjectError, TerminalError, TransientError
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 
@@ -140,6 +143,92 @@ def test_a_table_is_read_back_as_parquet(store: Store) -> None:
     batches = list(store.scan_parquet("table.parquet", ["number"], 1000))
     assert max(len(batch) for batch in batches) <= 1000
     assert pa.Table.from_batches(batches) == table.select(["number"])
+
+
+def test_a_write_with_a_condition_replaces_only_what_is_expected(store: Store) -> None:
+    assert store.write_if("one", b"first", None)
+    assert not store.write_if("one", b"second", None)
+    first = store.object("one")
+    assert store.write_if("one", b"other content", first)
+    assert not store.write_if("one", b"and yet another", first)
+    assert not store.write_if("two", b"where nothing is", first)
+    assert store.read_bytes("one") == b"other content"
+    assert store.names() == ["one"]
+
+
+def test_of_many_writers_at_once_one_makes_the_object(store: Store) -> None:
+    with ThreadPoolExecutor(8) as writers:
+        made = list(writers.map(lambda number: store.write_if("one", b"%d" % number, None), range(8)))
+    winner = int(store.read_bytes("one"))
+    assert made[winner]
+    if not store.uri.startswith("s3://") or store.options.endpoint_url is not None:
+        assert sum(made) == 1, "the disk and moto honour conditions; rclone does not"
+
+
+def test_an_object_is_moved(written: Written) -> None:
+    store = written("a/one", "two")
+    store.move("a/one", "deep/er/one")
+    store.move("nothing", "deep/nothing")
+    assert store.names() == ["deep/er/one", "two"]
+    assert store.read_bytes("deep/er/one") == b"a/one"
+
+
+def test_the_digest_of_what_was_written_is_that_of_what_is_read(store: Store) -> None:
+    digest = store.write_table("one.parquet", pa.table({"number": list(range(5000))}))
+    assert store.digest("one.parquet") == digest
+    with store.writer("two") as file:
+        file.write(b"content")
+        told = file.digest()
+    assert store.digest("two") == told != digest
+
+
+def test_a_folder_knows_where_it_stands_in_another(store: Store, bucket: str) -> None:
+    inner = store.folder("a/b")
+    assert inner.path_from(store) == "a/b"
+    assert store.path_from(store) == ""
+    assert store.path_from(inner) is None
+    assert store.folder("ab").path_from(store.folder("a")) is None
+    assert Store(bucket).path_from(Store("/")) is None
+
+
+def test_a_folder_on_disk_is_found_through_symbolic_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Store(str(tmp_path / "link" / "a")).path_from(Store(str(tmp_path / "real"))) == "a"
+
+
+def test_a_flipped_bit_of_a_page_is_named_and_never_read(store: Store) -> None:
+    table = pa.table({"text": [f"answer {number}" for number in range(1000)], "n": list(range(1000))})
+    store.write_table("one.parquet", table)
+    with store.parquet("one.parquet") as file:
+        pages = file.metadata.row_group(0).column(0)
+    content = bytearray(store.read_bytes("one.parquet"))
+    content[pages.data_page_offset + pages.total_compressed_size // 3] ^= 1
+    store.write_bytes("one.parquet", bytes(content))
+    with pytest.raises(DamagedObjectError, match="not a readable Parquet object"), store.parquet("one.parquet") as file:
+        file.read()
+    with pytest.raises(DamagedObjectError, match="not a readable Parquet object"):
+        list(store.scan_parquet("one.parquet", ["text"], 100))
+
+
+@pytest.mark.parametrize("form", ["writer", "write_if"])
+def test_a_full_disk_is_said_and_leaves_the_old_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    store = Store(str(tmp_path / "folder"))
+    store.write_bytes("one", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TerminalError, match="no space left on the local disk"):
+        if form == "writer":
+            store.write_bytes("one", b"new")
+        else:
+            store.write_if("one", b"new", store.object("one"))
+    assert store.read_bytes("one") == b"old"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["one"]
 
 
 def test_an_object_that_is_not_parquet_is_named(store: Store) -> None:

@@ -11,6 +11,10 @@ from batchllm_operators.spec import SpecModel
 FieldOrderChoice: TypeAlias = Literal["optimise", "as_given"]
 
 
+SLOWEST, FASTEST = 1e-3, 1e15
+"""Tokens a second that an engine can have measured: beyond them a rate is damage, and a forecast from it overflows."""
+
+
 class CostModel(SpecModel):
     """Rates of one engine, as measured on its model and device.
 
@@ -18,12 +22,16 @@ class CostModel(SpecModel):
     its generating requests read, the inverse of the rate.
     """
 
-    step_seconds: float = Field(ge=0, description="seconds of a step that does nothing: reading the weights")
-    prefill_tokens_per_second: float = Field(gt=0, description="prompt tokens, beyond the step")
-    decode_tokens_per_second: float = Field(gt=0, description="generated tokens, beyond the step and reading KV")
-    kv_tokens_per_second: float = Field(gt=0, description="KV tokens that attention reads while generating")
-    kv_capacity_tokens: int = Field(ge=1, description="tokens that the KV cache holds")
-    max_running_requests: int = Field(ge=1, description="most requests in a step")
+    step_seconds: float = Field(ge=0, le=3_600, description="seconds of a step that does nothing: reading the weights")
+    prefill_tokens_per_second: float = Field(ge=SLOWEST, le=FASTEST, description="prompt tokens, beyond the step")
+    decode_tokens_per_second: float = Field(
+        ge=SLOWEST, le=FASTEST, description="generated tokens, beyond the step and reading KV"
+    )
+    kv_tokens_per_second: float = Field(
+        ge=SLOWEST, le=FASTEST, description="KV tokens that attention reads while generating"
+    )
+    kv_capacity_tokens: int = Field(ge=1, le=10**12, description="tokens that the KV cache holds")
+    max_running_requests: int = Field(ge=1, le=10**9, description="most requests in a step")
 
 
 LARGEST_BLOCK = 1024
