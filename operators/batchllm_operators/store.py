@@ -419,7 +419,8 @@ def _version(one: InputObject | None) -> str | None:
 
 
 def _input_object(name: str, info: dict[str, Any]) -> InputObject:
-    version = info.get("ETag") or info.get("mtime") or info.get("LastModified")
+    told = (info.get(name) for name in ("ETag", "mtime", "LastModified"))
+    version = next((one for one in told if one not in (None, "")), None)  # a time may be 0
     if version is None:
         raise TerminalError(f"this store tells neither ETag nor modification time of its objects: {info['name']}")
     return InputObject(path=name, size=int(info["size"]), version=str(version).strip('"'))
