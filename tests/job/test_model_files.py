@@ -1,0 +1,116 @@
+"""A model whose files were replaced is another model, and its job another job."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchllm_flows.job import BatchJob
+from batchllm_operators.execute.model_files import SMALL_FILE_BYTES, model_versions
+from batchllm_operators.execute.spec import ModelSpec
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "chat_templates").mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "merges.txt"):
+        (folder / name).write_text("{}")
+    (folder / "chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (folder / "model.safetensors").write_bytes(bytes(SMALL_FILE_BYTES + 1))
+    return folder
+
+
+def job_id(model: Path, **engine_args: Any) -> str:
+    job = BatchJob.model_validate(
+        {
+            "source": {"uri": "in", "format": "parquet"},
+            "prompt": {"kind": "template", "template": "{{ text }}"},
+            "model": {"id": str(model), "engine_args": engine_args},
+            "sink": {"uri": "out"},
+        }
+    )
+    return job.job_id([])
+
+
+def rewrite(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text("{ }")
+
+
+def same_size(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\1" * (SMALL_FILE_BYTES + 1))
+    os.utime(folder / "model.safetensors", (2, 2))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "weights of the same size": same_size,
+    "weights of another size": lambda folder: (folder / "model.safetensors").write_bytes(bytes(SMALL_FILE_BYTES + 2)),
+    "chat template": rewrite("chat_template.jinja"),
+    "chat template in a folder": rewrite("chat_templates/tool_use.jinja"),
+    "generation settings": rewrite("generation_config.json"),
+    "configuration": rewrite("config.json"),
+    "tokenizer": rewrite("tokenizer.json"),
+    "a file more": rewrite("adapter_config.json"),
+    "a file less": lambda folder: (folder / "merges.txt").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_job_on_a_changed_model_folder_is_another_job(model: Path, change: Callable[[Path], object]) -> None:
+    before = job_id(model)
+    assert job_id(model) == before
+    change(model)
+    assert job_id(model) != before
+
+
+def test_what_does_not_decide_answers_does_not_count(model: Path) -> None:
+    before = job_id(model)
+    (model / "README.md").write_text("a model")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "lock").write_text("x")
+    os.utime(model / "chat_template.jinja", (1, 1))
+    assert job_id(model) == before
+
+
+def test_a_copy_that_keeps_times_is_the_same_model_and_one_that_does_not_is_another(model: Path) -> None:
+    before = model_versions(ModelSpec(id=str(model)))
+    for keep, name in ((shutil.copy2, "kept"), (shutil.copy, "new")):
+        copy = model.parent / name
+        shutil.copytree(model, copy, copy_function=keep)
+        os.utime(copy / "merges.txt")
+        assert (model_versions(ModelSpec(id=str(copy))) == before) == (name == "kept")
+
+
+def test_a_tokenizer_folder_of_its_own_counts(model: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    before = job_id(model, tokenizer=str(tokenizer))
+    rewrite("tokenizer.json")(tokenizer)
+    assert job_id(model, tokenizer=str(tokenizer)) != before
+    draft = {"speculative_config": {"model": str(tokenizer)}}
+    before = job_id(model, **draft)
+    rewrite("config.json")(tokenizer)
+    assert job_id(model, **draft) != before
+
+
+def test_a_hub_id_is_the_commit_that_the_cache_has_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    spec = ModelSpec(id="owner/model")
+    assert model_versions(spec) == {}
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        assert model_versions(spec) == {"model": commit}
+    assert model_versions(ModelSpec(id="owner/model", revision="a" * 40)) == {"model": "a" * 40}
