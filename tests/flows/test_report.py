@@ -77,6 +77,12 @@ def test_the_markdown_shows_forecast_fact_and_settings() -> None:
     assert "| `block_size` | 32 | shares more |" in text
 
 
+def test_the_report_names_the_damaged_objects_that_were_set_aside() -> None:
+    assert "quarantine" not in report_markdown(a_report())
+    text = report_markdown(a_report(set_aside=["quarantine/results/part-1.parquet"]))
+    assert "set aside and made again:\n\n- `quarantine/results/part-1.parquet`" in text
+
+
 def complete_output(folder: Path) -> Store:
     """A complete output whose work folder holds no report."""
     work = Store(str(folder / "work"))
