@@ -22,9 +22,8 @@ def test_the_local_job_answers_every_review(
     changes = {"model.id": smollm2, "model.engine_args.enforce_eager": True, "sink.uri": str(tmp_path / "out")}
     report = batch_inference(BatchJob.from_file("examples/jobs/local.yaml", changes))
     assert (report.rows_out, report.rows_error, report.duplicate_rows) == (8, 0, 1)
-    answers = [
-        orjson.loads(line) for line in next((tmp_path / "out").glob("part-00000-*.jsonl")).read_bytes().splitlines()
-    ]
+    (output,) = (tmp_path / "out").glob("part-*.jsonl")
+    answers = [orjson.loads(line) for line in output.read_bytes().splitlines()]
     assert [answer["id"] for answer in answers] == [f"r{number:02d}" for number in range(1, 9)]
     assert all(answer["completion"].strip() for answer in answers)
 
