@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,12 @@ class DigestedFile(io.BufferedWriter):
     def digest(self) -> str:
         """Of all bytes written so far, 32 hex digits."""
         return self._written.hexdigest()
+
+    def finish(self) -> None:
+        """Make sure that all bytes are on the disk, and close the file."""
+        self.flush()
+        os.fsync(self.fileno())
+        self.close()
 
     def discard(self) -> None:
         """Close the file, whatever becomes of bytes that are not on the disk yet; no error where it is closed."""

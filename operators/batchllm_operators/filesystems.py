@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ def _s3_filesystem(options: StorageOptions, environment: tuple[tuple[str, str], 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for it, on this machine, from replacing an object there."""
+    """Keeps other processes that ask for it from replacing an object there, where the filesystem has such locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # NFS and some others lock no folders: there a writer must read back what it wrote, as on an object store.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

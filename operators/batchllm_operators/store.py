@@ -137,6 +137,16 @@ class Store:
             content: bytes = self._fs.cat_file(self._path(name))
             return content
 
+    def content(self, name: str) -> bytes | None:
+        """Content of an object; None when there is no object of this name."""
+        with self._errors(name):
+            try:
+                content: bytes = self._fs.cat_file(self._path(name))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                self._refuse_missing_bucket()
+                return None
+        return content
+
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write an object whole, replacing one of the same name."""
         with self.writer(name) as file:
@@ -149,9 +159,7 @@ class Store:
         with self._temporary(name) as (file, temporary):
             yield file
             with self._errors(name):
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+                file.finish()
                 if self._local:
                     temporary.replace(path)
                     sync_folder(temporary.parent)
@@ -161,9 +169,9 @@ class Store:
     def write_if(self, name: str, content: bytes, expected: InputObject | None) -> bool:
         """Write a small object whole, but only in the place of the one that is expected there.
 
-        Where the store honours conditional writes, and on a local disk, of several writers at once just one succeeds.
-        Elsewhere the object is looked at before, and read back: two that write at the same moment can both be told that
-        they succeeded, so that what hangs on it has to be looked at again later.
+        Where the store honours conditional writes, and on a local disk with locks, of several writers at once just one
+        succeeds. Elsewhere the object is looked at before, and read back: two that write at the same moment can both be
+        told that they succeeded, so that what hangs on it has to be looked at again later.
 
         Args:
             name: of the object.
@@ -176,15 +184,15 @@ class Store:
         if _version(self.object(name)) != _version(expected):
             return False
         if self._local:
-            with self._temporary(name) as (file, temporary):
-                file.write(content)
-                with self._errors(name):
-                    file.flush()
-                    os.fsync(file.fileno())
-                    file.close()
-                    return self._put_in_place(temporary, name, expected)
+            self._replace_if(name, content, expected)
+        else:
+            self._put_if(name, content, expected)
+        # After a conflict too: a request that was sent twice, because its answer was lost, conflicts with itself.
+        return self.content(name) == content
+
+    def _put_if(self, name: str, content: bytes, expected: InputObject | None) -> None:
+        condition = {"mode": "create"} if expected is None else {"IfMatch": f'"{expected.version}"'}
         with self._errors(name):
-            condition = {"mode": "create"} if expected is None else {"IfMatch": f'"{expected.version}"'}
             try:
                 self._fs.pipe_file(self._path(name), content, **(condition if self._is_s3 else {}))
             except OSError as error:
@@ -192,23 +200,16 @@ class Store:
                     self._fs.pipe_file(self._path(name), content)
                 elif not is_conflict(error):
                     raise
-        # After a conflict too: a request that was sent twice, because its answer was lost, conflicts with itself.
-        return self.exists(name) and self.read_bytes(name) == content
 
-    def _put_in_place(self, temporary: Path, name: str, expected: InputObject | None) -> bool:
-        path = Path(self._path(name))
-        if expected is None:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-        else:
-            with locked_folder(path.parent):
-                if _version(self.object(name)) != _version(expected):
-                    return False
-                temporary.replace(path)
-        sync_folder(path.parent)
-        return True
+    def _replace_if(self, name: str, content: bytes, expected: InputObject | None) -> None:
+        with self._temporary(name) as (file, temporary):
+            file.write(content)
+            with self._errors(name):
+                file.finish()
+                with locked_folder(temporary.parent):
+                    if _version(self.object(name)) == _version(expected):
+                        temporary.replace(self._path(name))
+                sync_folder(temporary.parent)
 
     @contextmanager
     def _temporary(self, name: str) -> Iterator[tuple[DigestedFile, Path]]:

@@ -165,6 +165,12 @@ def test_of_many_writers_at_once_one_makes_the_object(store: Store) -> None:
         assert sum(made) == 1, "the disk and moto honour conditions; rclone does not"
 
 
+def test_what_is_not_there_has_no_content(written: Written) -> None:
+    store = written("a/one")
+    assert store.content("a/one") == b"a/one"
+    assert [store.content(name) for name in ("a", "a/two", "a/one/more")] == [None, None, None]
+
+
 def test_an_object_is_moved(written: Written) -> None:
     store = written("a/one", "two")
     store.move("a/one", "deep/er/one")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm_operators.digests import digest_of_bytes
+from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.spec import ModelSpec
 
 SMALL_FILE_BYTES = 1 << 20
@@ -28,6 +29,9 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     copy of a folder is another model unless the copy keeps the times (`cp -p`, `rsync -a`). Of a hub id: the commit
     that it means now, as the hub says or, without a network, the local cache; where neither knows, nothing beyond the
     id and revision of the job. A tokenizer, configuration or draft model named in `engine_args` counts likewise.
+
+    Raises:
+        TerminalError: a file cannot be read.
     """
     arguments = model.engine_args
     draft = arguments.get("speculative_config")
@@ -44,10 +48,13 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
 
 def _version(name: str, revision: object) -> Any:
     path = Path(name).expanduser()
-    if path.is_dir():
-        return {str(file.relative_to(path)): _file_version(file) for file in _files(path)}
-    if path.is_file():
-        return _file_version(path)
+    try:
+        if path.is_dir():
+            return {str(file.relative_to(path)): _file_version(file) for file in _files(path)}
+        if path.is_file():
+            return _file_version(path)
+    except OSError as error:
+        raise TerminalError(f"model.id: cannot read {error.filename}: {error.strerror}", uri=name) from error
     return _commit(name, revision if isinstance(revision, str) else None)
 
 
@@ -55,7 +62,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith((".", "__pycache__")) or entry.suffix in _WITHOUT_INFLUENCE:
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():  # a link may lead back here
             yield from _files(entry)
         elif entry.is_file():
             yield entry

@@ -120,7 +120,7 @@ class SinkClaim:
             self.require()
         except LostClaimError:
             # It was lost between the look and the write: whoever has it finds the sink as it was.
-            if self._sink.read_bytes(MANIFEST_FILE) == content:
+            if self._sink.content(MANIFEST_FILE) == content:
                 self._sink.delete([MANIFEST_FILE])
             raise
         kept = {file.name for file in manifest.files}
@@ -141,7 +141,7 @@ class SinkClaim:
         self.release()
 
     def _is_own(self) -> bool:
-        return self._sink.exists(IN_PROGRESS_FILE) and self._sink.read_bytes(IN_PROGRESS_FILE) == self._content
+        return self._sink.content(IN_PROGRESS_FILE) == self._content
 
 
 def refuse_claim_of_another(sink: Store, job_id: str) -> None:
@@ -160,10 +160,11 @@ def refuse_claim_of_another(sink: Store, job_id: str) -> None:
 
 def claimed_by(sink: Store) -> str | None:
     """Id of the job whose claim is there; None where there is none, or what is there is no claim of ours."""
-    if not sink.exists(IN_PROGRESS_FILE):
+    content = sink.content(IN_PROGRESS_FILE)
+    if content is None:
         return None
     try:
-        claim: Any = orjson.loads(sink.read_bytes(IN_PROGRESS_FILE))
+        claim: Any = orjson.loads(content)
         return str(claim["job_id"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None

@@ -75,9 +75,9 @@ def read_manifest(sink: Store) -> Manifest | None:
     Raises:
         TerminalError: it is damaged, or somebody else's, or was written by another version of this package.
     """
-    if not sink.exists(MANIFEST_FILE):
+    content = sink.content(MANIFEST_FILE)
+    if content is None:
         return None
-    content = sink.read_bytes(MANIFEST_FILE)
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:

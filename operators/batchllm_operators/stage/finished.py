@@ -18,7 +18,7 @@ READERS = 8
 def finished_staging(work: Store, input_digest: str, settings_digest: str) -> StageSummary | None:
     """The summary of what is staged, if it is of this input and these settings, and whole.
 
-    Otherwise `staged/` is empty afterwards: what is damaged is set aside, and the rest is deleted.
+    Otherwise nothing counts as staged afterwards, and what is damaged is set aside.
 
     Args:
         work: the work folder.
@@ -34,8 +34,8 @@ def finished_staging(work: Store, input_digest: str, settings_digest: str) -> St
                 return summary
             for name in damaged.keys() & set(names):
                 set_aside(work, name, damaged[name])
-    # The summary first: without it nothing is staged.
-    work.delete(sorted(names, key=lambda name: name != STAGED_SUMMARY))
+    # The parts stay: without the summary they mean nothing, and another run of the job may be writing them.
+    work.delete([STAGED_SUMMARY])
     return None
 
 
