@@ -54,7 +54,7 @@ def open_run(job: BatchJob) -> JobRun:
     complete = None
     if manifest is not None and work.exists(REPORT_FILE):
         complete = load_report(work).model_copy(update={"already_complete": True, "computed_requests": 0})
-    else:
+    if complete is None or not work.exists(JOB_FILE):
         content = {
             "format_version": FORMAT_VERSION,
             "job_id": identity,
