@@ -52,6 +52,9 @@ def report_markdown(report: JobReport) -> str:
     ]
     if report.samples is not None:
         lines += _samples_markdown(report.samples)
+    if report.set_aside:
+        lines += ["", "Damaged objects of the work folder, set aside and made again:", ""]
+        lines += [f"- `{name}`" for name in report.set_aside]
     if report.engine_settings:
         lines += ["", "| engine setting | value | why |", "|---|---|---|"]
         lines += [
