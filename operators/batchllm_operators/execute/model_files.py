@@ -18,7 +18,9 @@ SMALL_FILE_BYTES = 1 << 20
 """Up to this size the content of a file counts, and not its time."""
 
 _WITHOUT_INFLUENCE = (".md", ".png", ".jpg", ".svg", ".lock", ".log")
-_SMALLEST_OF_ALL_MODELS = "config.json"
+_IN_EVERY_MODEL = "config.json"
+_ON_HUB = ("model", "tokenizer", "hf_config_path")
+"""What is looked up on the hub where it is no path: a `generation_config` may be a word of vLLM's, `auto`."""
 
 
 def model_versions(model: ModelSpec) -> dict[str, Any]:
@@ -27,11 +29,11 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     Of a local folder: the digest of each small file (configuration, chat template, generation settings, vocabulary),
     and size and modification time of each large one (weights), by name. Reading the weights would take minutes, so a
     copy of a folder is another model unless the copy keeps the times (`cp -p`, `rsync -a`). Of a hub id: the commit
-    that it means now, as the hub says or, without a network, the local cache; where neither knows, nothing beyond the
-    id and revision of the job. A tokenizer, configuration or draft model named in `engine_args` counts likewise.
+    that the local cache has for it, after its configuration is fetched where it is not there. A tokenizer,
+    configuration or draft model named in `engine_args` counts likewise.
 
     Raises:
-        TerminalError: a file cannot be read.
+        TerminalError: a file cannot be read, or a model is not in the cache and the hub does not answer.
     """
     arguments = model.engine_args
     draft = arguments.get("speculative_config")
@@ -42,11 +44,15 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
         "generation_config": (arguments.get("generation_config"), None),
         "draft": (draft.get("model"), draft.get("revision")) if isinstance(draft, dict) else (None, None),
     }
-    found = {use: _version(name, revision) for use, (name, revision) in named.items() if isinstance(name, str) and name}
+    found = {
+        use: _version(name, revision if isinstance(revision, str) else None, on_hub=use in _ON_HUB)
+        for use, (name, revision) in named.items()
+        if isinstance(name, str) and name
+    }
     return {use: version for use, version in found.items() if version is not None}
 
 
-def _version(name: str, revision: object) -> Any:
+def _version(name: str, revision: str | None, *, on_hub: bool) -> Any:
     path = Path(name).expanduser()
     try:
         if path.is_dir():
@@ -55,7 +61,7 @@ def _version(name: str, revision: object) -> Any:
             return _file_version(path)
     except OSError as error:
         raise TerminalError(f"model.id: cannot read {error.filename}: {error.strerror}", uri=name) from error
-    return _commit(name, revision if isinstance(revision, str) else None)
+    return _commit(name, revision) if on_hub else None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -76,13 +82,22 @@ def _file_version(file: Path) -> list[str | int]:
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit of a hub id; None where it cannot be known, and then the model cannot be loaded either."""
-    from huggingface_hub import hf_hub_download
+    """The commit of a hub id; None where there is none, and then staging says why the model cannot be loaded."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Staging needs this file in any case; its path in the cache names the commit.
-        cached = hf_hub_download(name, _SMALLEST_OF_ALL_MODELS, revision=revision)
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        cached = try_to_load_from_cache(name, _IN_EVERY_MODEL, revision=revision)
+        if not isinstance(cached, str):
+            # Fetched here, though staging would do it too: the id of the first run is that of all later ones.
+            cached = hf_hub_download(name, _IN_EVERY_MODEL, revision=revision)
+    except LocalEntryNotFoundError as error:
+        if constants.is_offline_mode():
+            return None
+        raise TerminalError(
+            f"model.id: {name!r} is not in the local cache, and the Hugging Face hub does not answer; check the"
+            " network, or name a local folder"
+        ) from error
+    except (HFValidationError, HfHubHTTPError):
         return None
     return Path(cached).parent.name
