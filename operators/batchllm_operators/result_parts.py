@@ -35,13 +35,21 @@ def read_result_part(work: Store, name: str, columns: Sequence[str], *, others: 
     All of it is read, whatever the columns, so that a part that one step counts is a part that every step can read.
     """
     try:
-        return checked_result_part(work, name).select(list(columns))
+        return _read_twice(work, name).select(list(columns))
     except DamagedObjectError as error:
         if others:
             _LOGGER.warning("result part left out: %s", error)
         else:
             set_aside(work, name, error)
         return None
+
+
+def _read_twice(work: Store, name: str) -> pa.Table:
+    try:
+        return checked_result_part(work, name)
+    except DamagedObjectError:
+        # A connection that breaks off can look like damage: only what looks so twice is set aside.
+        return checked_result_part(work, name)
 
 
 def checked_result_part(work: Store, name: str) -> pa.Table:

@@ -26,7 +26,7 @@ from batchllm_operators.records import (
     STAGED_SUMMARY,
     Manifest,
 )
-from batchllm_operators.result_parts import checked_result_part
+from batchllm_operators.result_parts import checked_result_part, read_result_part
 from batchllm_operators.store import Store
 from tests.faults.damage import (
     Damage,
@@ -175,6 +175,26 @@ def test_no_flipped_bit_of_a_result_part_is_ever_read_as_an_answer(unmerged: Tol
         except DamagedObjectError:
             refused += 1
     assert refused > len(whole) / 3 / 2
+
+
+def test_a_part_that_could_not_be_read_just_once_is_not_set_aside(
+    unmerged: ToldJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = unmerged.work()
+    name, whole = first_part(work), checked_result_part(work, first_part(work))
+    parquet_of, broken = Store.parquet, [True]
+
+    def breaks_off(self: Store, name: str) -> object:
+        if broken:
+            broken.pop()
+            raise DamagedObjectError("not a readable Parquet object: unexpected end of stream", uri=self.uri_of(name))
+        return parquet_of(self, name)
+
+    monkeypatch.setattr(Store, "parquet", breaks_off)
+    table = read_result_part(work, name, ["completion"])
+    assert table is not None
+    assert table.equals(whole.select(["completion"]))
+    assert work.exists(name)
 
 
 OUTPUT_FAULTS: dict[str, Callable[[Store, Manifest], None]] = {

@@ -19,6 +19,8 @@ from batchllm_operators.records import JOB_FILE, MANIFEST_FILE, STAGED_SUMMARY
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.staging import stage_rows
+from batchllm_operators.store import Store
+from tests.faults.damage import damage, truncate
 from tests.faults.told_jobs import ToldJob, texts, told_answer
 
 OTHER_JOBS: dict[str, dict[str, Any]] = {
@@ -150,6 +152,30 @@ def test_what_another_prompt_has_staged_is_not_taken_by_who_uses_the_step_alone(
     other = told.spec(prompt__template="{{ text }} again")
     second = stage_rows(open_source(other.source), other.prompt, other.sampling, other.model, work)
     assert second.prompt_tokens == first.prompt_tokens + 24
+
+
+def test_a_work_folder_of_an_older_format_is_neither_used_nor_changed(
+    told: ToldJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("batchllm_flows.job.FORMAT_VERSION", 1)
+        first = told.run().manifest
+    before = Store(first.work_uri).objects()
+    second = told.run(sink__mode="overwrite")
+    assert (second.computed, second.manifest.work_uri == first.work_uri) == (20, False)
+    assert Store(first.work_uri).objects() == before
+
+
+def test_damaged_results_of_an_earlier_job_are_left_where_they_are(told: ToldJob) -> None:
+    first = told.run().manifest
+    earlier = Store(first.work_uri)
+    for name in earlier.names("results"):
+        damage(earlier, name, truncate)
+    before = earlier.objects()
+    second = told.run(sampling__max_tokens=7, sink__mode="overwrite")
+    assert [work.uri for work in earlier_runs(second.manifest.work_uri, StorageOptions())] == [earlier.uri]
+    assert earlier.objects() == before
+    assert right(told, told.output(second.manifest))
 
 
 def test_a_file_that_was_only_touched_is_another_version_of_the_input(told: ToldJob) -> None:
