@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE, LostClaimError, SinkClaim, data_files
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.merge.spec import SinkSpec
@@ -160,6 +160,20 @@ def test_an_overwrite_that_fails_leaves_the_old_output_and_nothing_else(
     with pytest.raises(RuntimeError, match="lost"):
         second.merge("overwrite", fail)
     assert only_output(sink) == "first"
+
+
+def test_a_store_that_fails_after_the_manifest_is_written_costs_no_output(
+    sink: Store, first: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Store, names: list[str]) -> None:
+        raise TransientError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", fail)
+        with pytest.raises(TransientError, match="no answer"):
+            first.merge("overwrite")
+    assert whose_output(sink) == "first"
+    assert first.merge("overwrite").job_id == "first"
 
 
 def test_of_many_that_claim_at_once_only_one_still_holds_the_claim(sink: Store) -> None:

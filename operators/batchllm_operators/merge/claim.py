@@ -49,6 +49,7 @@ class SinkClaim:
         self._token = uuid4().hex[:8]
         self._content = canonical_json({"job_id": job_id, "token": self._token})
         self._old_manifest: InputObject | None = None
+        self._completed = False
 
     def __enter__(self) -> SinkClaim:
         """Take the claim.
@@ -69,7 +70,8 @@ class SinkClaim:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        # Where the manifest is written the files are the output, whatever fails after it.
+        if error is None or self._completed:
             return
         try:
             self._withdraw()
@@ -116,12 +118,14 @@ class SinkClaim:
                 job_id=self._job_id,
                 uri=self._sink.uri,
             )
+        self._completed = True
         try:
             self.require()
         except LostClaimError:
             # It was lost between the look and the write: whoever has it finds the sink as it was.
             if self._sink.content(MANIFEST_FILE) == content:
                 self._sink.delete([MANIFEST_FILE])
+            self._completed = False
             raise
         kept = {file.name for file in manifest.files}
         others = [name for name in data_files(self._sink) if name not in kept]
