@@ -74,6 +74,7 @@ def byte_fallback(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> 
         ["<s>", "</s>", "<|im_start|>", "<|im_end|>", AddedToken("[INST]", lstrip=True, rstrip=True)]
     )
     tokenizer.add_tokens([AddedToken("<|plain|>", normalized=False), "<think>"])
+    tokenizer.add_special_tokens([AddedToken("<word>", single_word=True)])
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     folder = tmp_path_factory.mktemp("byte-fallback")
@@ -209,7 +210,7 @@ def test_a_chat_template_that_acts_on_special_tokens_of_a_row_makes_it_an_error(
 WORDS = st.sampled_from(
     [" ", "  ", "\n", "Hello", "end", "<", "|", "<|im", "_end|>", "s>", "é", "漢", "\u00a0", "<think>", "x" * 30]
 )
-SPECIAL = ["<|im_end|>", "<|im_start|>", "<s>", "[INST]", "</s>", "<|endoftext|>", "<|plain|>"]
+SPECIAL = ["<|im_end|>", "<|im_start|>", "<s>", "[INST]", "</s>", "<|endoftext|>", "<|plain|>", "<word>"]
 
 
 @functools.cache

@@ -26,21 +26,27 @@ class SpecialTokens:
 
     Args:
         texts: of the special tokens; none where text of rows may make control tokens.
+        whole_words: those that are special tokens only where no letter or digit stands beside them.
         normalized: what the tokenizer makes of a text before it looks for special tokens, where it does.
 
     Attributes:
         texts: of the special tokens, by number.
     """
 
-    def __init__(self, texts: Collection[str] = (), normalized: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        texts: Collection[str] = (),
+        whole_words: Collection[str] = (),
+        normalized: Callable[[str], str] | None = None,
+    ) -> None:
         self.texts = tuple(texts)
         self._numbers = {text: number for number, text in enumerate(self.texts)}
         self._nonce = f"{secrets.randbits(64):020d}"
-        self._pattern = _any_of(self.texts)
+        self._pattern = _any_of(self.texts, whole_words)
         self._marker = re.compile(f"[{_OWN}{_HIDDEN}]{self._nonce}([0-9]+){_END}")
         self._hidden = re.compile(f"{_HIDDEN}{self._nonce}([0-9]+){_END}")
         self._normalized = normalized
-        self._normalized_pattern = _any_of([normalized(text) for text in self.texts]) if normalized else None
+        self._normalized_pattern = _any_of([normalized(text) for text in self.texts], ()) if normalized else None
 
     def found_in(self, text: str) -> bool:
         """Whether the text holds what the tokenizer would take for a special token; markers do not count."""
@@ -118,8 +124,12 @@ def mapped_texts(value: Any, change: Callable[[str], str]) -> Any:
     return [mapped_texts(item, change) for item in value] if isinstance(value, list) else value
 
 
-def _any_of(texts: Collection[str]) -> re.Pattern[str] | None:
+def _any_of(texts: Collection[str], whole_words: Collection[str]) -> re.Pattern[str] | None:
     """A pattern that finds the leftmost and longest of the texts, as tokenizers do."""
     if not texts:
         return None
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    longest_first = sorted(texts, key=len, reverse=True)
+    patterns = [
+        rf"(?<!\w){re.escape(text)}(?!\w)" if text in whole_words else re.escape(text) for text in longest_first
+    ]
+    return re.compile("|".join(patterns))

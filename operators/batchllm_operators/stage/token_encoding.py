@@ -125,10 +125,11 @@ class TokenEncoder:
 
     def _special_tokens(self) -> SpecialTokens:
         texts = [token.content for token in self._added]
+        whole_words = [token.content for token in self._added if token.single_word]
         normalizer = self._backend.normalizer if self._backend is not None else None
         if normalizer is None or not any(token.normalized for token in self._added):
-            return SpecialTokens(texts)
-        return SpecialTokens(texts, normalizer.normalize_str)
+            return SpecialTokens(texts, whole_words)
+        return SpecialTokens(texts, whole_words, normalizer.normalize_str)
 
     def _with_markers(self) -> _MarkerEncoder:
         # Only made where a row needs it: for a large vocabulary it takes a second.
@@ -152,14 +153,7 @@ class _MarkerEncoder:
         markers = [special_tokens.marker(number) for number in range(len(added))]
         self._tokenizer.add_tokens(
             [
-                AddedToken(
-                    marker,
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=False,
-                    special=False,
-                )
+                AddedToken(marker, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=False)
                 for marker, token in zip(markers, added, strict=True)
             ]
         )
