@@ -164,6 +164,14 @@ def test_a_row_keeps_its_line_breaks_and_white_space() -> None:
     assert RowTemplate("{{ v }}", "prompt.user", ["v"]).render({"v": text}) == text
 
 
+def test_a_number_with_more_digits_than_python_writes_is_the_fault_of_its_row() -> None:
+    with pytest.raises(RowFaultError):
+        RowTemplate("{{ v }}", "prompt.user", ["v"]).render({"v": 10**5000})
+    for form in ("json", "lines"):
+        with pytest.raises(RowFaultError, match="column 'v': expected a value that JSON can write, got int"):
+            fields_text(form, [("v", 10**5000)])  # type: ignore[arg-type]
+
+
 def test_a_value_that_is_nested_too_deeply_is_the_fault_of_its_row() -> None:
     value: Any = "x"
     for _ in range(5000):

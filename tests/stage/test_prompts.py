@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -298,8 +299,10 @@ def test_special_tokens_of_a_row_are_text_in_any_number_of_processes(stage: Stag
 
 
 def test_a_name_of_a_row_that_is_no_text_is_a_text(stage: Stage) -> None:
-    rows = [{"text": "x", "id": b"caf\xc3\xa9"}, {"text": "x", "id": b"\xff"}]
-    assert stage(rows[:1], id_column="id").rows[0]["row_id"] == "café"
+    for number, (name, text) in enumerate(
+        [(b"caf\xc3\xa9", "café"), (dt.date(2026, 1, 2), "2026-01-02"), ([1], "[1]")]
+    ):
+        assert stage([{"text": "x", "id": name}], id_column="id", work=str(number)).rows[0]["row_id"] == text
 
 
 def copied_model(folder: str, target: Path, chat_template: str | None) -> str:

@@ -41,7 +41,7 @@ def _json(name: str, value: Any) -> str:
 def _told(name: str, value: Any, text_of: Callable[[Any], str]) -> str:
     try:
         return text_of(decoded(f"column {name!r}", value))
-    except (NotDataError, RecursionError) as error:
+    except (NotDataError, RecursionError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
         raise invalid_row(
             f"column {name!r}: expected a value that JSON can write, got {type(value).__name__}: {error}"
         ) from error

@@ -149,8 +149,8 @@ def _row_name(value: object) -> str:
         return value.decode(errors="backslashreplace")
     try:
         return _writable(value_text(value))
-    except (NotDataError, RowFaultError, RecursionError):
-        return ascii(value)
+    except (NotDataError, RowFaultError, RecursionError, ValueError):
+        return f"a {type(value).__name__}"
 
 
 def _writable(text: str) -> str:

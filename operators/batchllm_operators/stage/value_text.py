@@ -21,6 +21,7 @@ from batchllm_operators.stage.faults import invalid_row
 
 _BYTES = (bytes, bytearray, memoryview)
 _WRITTEN_BY_STR = (dt.date, dt.time, dt.timedelta, Decimal, UUID)
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LISTS = (list, tuple, range, KeysView, ValuesView, ItemsView)
 
 
@@ -80,8 +81,9 @@ def json_text(value: Any, indent: int | None = None) -> str:
         NotDataError: it is no data, or holds something that is none.
         RowFaultError: bytes that are not UTF-8.
     """
-    separators = (",", ":") if indent is None else None
-    return json.dumps(json_value(value), ensure_ascii=False, indent=indent, separators=separators)
+    if indent is None:
+        return _compact(json_value(value))
+    return json.dumps(json_value(value), ensure_ascii=False, indent=indent)
 
 
 def json_value(value: Any) -> Any:
