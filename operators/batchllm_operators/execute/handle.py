@@ -229,6 +229,10 @@ class LocalEngineHandle:
                     return event
                 elif isinstance(event, Failed):
                     settled = not event.engine_lost
+                    if event.engine_lost:
+                        # It ends by itself, after it has told its other bundles why: killed now, it could not.
+                        self._broken = True
+                        self._process.exit_code(self._close_grace_s)
                     raise self._failure(event)
                 else:
                     raise event.error(command.bundle)
