@@ -196,3 +196,9 @@ def test_named_columns_need_not_be_looked_for(carry: Carry) -> None:
     prompt = {"kind": "template", "template": "{{ text }}{{ never or '' }}"}
     output = carry(lines(*LATE), form="jsonl", schema={"never": "string"}, prompt=prompt)
     assert output.errors == [None] * BATCH_ROWS
+
+
+def test_the_first_rows_are_those_of_both_sinks(carry: Carry) -> None:
+    texts = [f'{{"n":{row}}}' for row in range(BATCH_ROWS + 10)]
+    output = carry(lines(*texts), form="jsonl", limit=BATCH_ROWS + 3)
+    assert output.column("n") == [list(range(BATCH_ROWS + 3))] * 2

@@ -49,17 +49,22 @@ class JsonlSource(Source):
     def missing(self, names: Collection[str]) -> list[str]:
         """Which of these are no columns of any row; rows are read until all are found, at most once to the end."""
         missing = super().missing(names)
-        if missing and not self._is_read_through:
-            with closing(self._line_batches()) as batches:
-                for lines in batches:
-                    self._see(lines)
-                    missing = super().missing(names)
-                    if not missing:
-                        return []
-            self._is_read_through = True
+        if not missing or self._is_read_through:
+            return missing
+        rows = 0
+        with closing(self._line_batches()) as batches:
+            for lines in batches:
+                self._see(lines)
+                missing = super().missing(names)
+                if not missing:
+                    return []
+                rows += len(lines)
+                if self.spec.limit is not None and rows >= self.spec.limit:
+                    break
+        self._is_read_through = True
         return missing
 
-    def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, whole; a key of `columns` that a line lacks is null."""
         first_row = 0
         for lines in self._line_batches():
@@ -84,7 +89,7 @@ class JsonlSource(Source):
                 types[name] = kind
         return pa.schema(list(types.items()))
 
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema; a value that does not convert, whose row has that fault, is null."""
         has_json = any(field.type.equals(JSON_TEXT) for field in schema)
         for lines in self._line_batches():
@@ -97,7 +102,7 @@ class JsonlSource(Source):
             ]
             yield pa.Table.from_arrays(columns, schema=schema) if columns else rows_only(len(lines))
 
-    def json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as they stand in the input; with just the selected columns where there is a selection."""
         names = None if self.spec.columns is None else schema.names
         for lines in self._line_batches():

@@ -82,7 +82,8 @@ class ParquetSource(Source):
         with ThreadPoolExecutor(_FOOTER_READERS) as readers:
             footers = readers.map(lambda path: _read_footer(self.store, path), paths)
             self._footers = dict(zip(paths, footers, strict=True))
-        self.rows = sum(footer.rows for footer in self._footers.values())
+        rows = sum(footer.rows for footer in self._footers.values())
+        self.rows = rows if spec.limit is None else min(rows, spec.limit)
         self._pinned = spec.types()
         self._fitting: set[str] = set()
         self._columns = self._over_all_objects("us")
@@ -99,12 +100,12 @@ class ParquetSource(Source):
         """Schema of the columns that go to the sink."""
         return self._settled(self._carried())
 
-    def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, with just these columns."""
         wanted = self._settled([name for name in self.columns if name in columns])
         schema = self.schema
         first_row = 0
-        for table in self.tables(wanted):
+        for table in self._all_tables(wanted):
             rows = table if len(wanted) else [{} for _ in range(len(table))]
             yield RowBatch(first_row, rows, schema)
             first_row += len(table)
@@ -113,7 +114,7 @@ class ParquetSource(Source):
         """The columns as they are, but for those of nulls alone: not every reader of Parquet knows their type."""
         return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in seen])
 
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema."""
         unit = self._unit_of(schema)
         for one in self.objects:
@@ -130,10 +131,10 @@ class ParquetSource(Source):
             if waiting_rows:
                 yield pa.concat_tables(waiting)
 
-    def json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows, their values as `json_values` has them."""
         names = schema.names
-        for table in self.tables(schema):
+        for table in self._all_tables(schema):
             rows = zip(*map(json_values, table.columns), strict=True) if names else [()] * len(table)
             texts = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
             yield pa.table([pa.array(texts, ROW_JSON.type)], schema=pa.schema([ROW_JSON]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -45,6 +45,13 @@ class RowBatch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def slice(self, start: int, rows: int) -> RowBatch:
+        """Some consecutive rows of this batch, as `pyarrow.Table.slice`."""
+        table = self.rows[start : start + rows] if isinstance(self.rows, list) else self.rows.slice(start, rows)
+        faults = {offset - start: fault for offset, fault in self.faults.items() if 0 <= offset - start < rows}
+        order = None if self.field_order is None else self.field_order[start : start + rows]
+        return RowBatch(self.first_row + start, table, self.schema, faults, order)
+
     def field_order_of(self, offset: int) -> list[int] | None:
         """Numbers of the fields of one row, in the order of its prompt; None: as given."""
         return None if self.field_order is None else self.field_order[offset].tolist()
@@ -63,6 +70,9 @@ class RowBatch:
         records, reasons = python_rows(self.rows)
         faults = {offset: RowError(RowErrorCode.INVALID_ROW, reason) for offset, reason in reasons.items()}
         return records, faults | self.faults
+
+
+_Rows = TypeVar("_Rows", RowBatch, pa.Table)
 
 
 class Source(ABC):
@@ -108,13 +118,25 @@ class Source(ABC):
             TerminalError: `source.columns` names a column that does not exist, or values do not fit.
         """
 
-    @abstractmethod
     def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
-        """All rows, in batches of at most `BATCH_ROWS`.
+        """All rows, or the first `source.limit`, in batches of at most `BATCH_ROWS`.
 
         Args:
             columns: those to read; others may be there too.
         """
+        return _first_rows(self._all_batches(columns), self.spec.limit)
+
+    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The same rows again, in batches, as tables of this schema (what staging found).
+
+        Without columns, the tables have one column of nulls in their place, because a table forgets its rows with its
+        last column.
+        """
+        return _first_rows(self._all_tables(schema), self.spec.limit)
+
+    def json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The same rows again, in batches, each with its columns of this schema as one JSON object (`ROW_JSON`)."""
+        return _first_rows(self._all_json_rows(schema), self.spec.limit)
 
     @abstractmethod
     def sink_schema(self, seen: pa.Schema) -> pa.Schema:
@@ -125,16 +147,13 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """All rows again, in batches, as tables of this schema (what staging found).
-
-        Without columns, the tables have one column of nulls in their place, because a table forgets its rows with its
-        last column.
-        """
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]: ...
 
     @abstractmethod
-    def json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """All rows again, in batches, each row's columns of this schema as the text of one JSON object (`ROW_JSON`)."""
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]: ...
+
+    @abstractmethod
+    def _all_json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]: ...
 
     def require_columns(self, names: Collection[str], field_name: str) -> None:
         """Refuse a part of the job that names columns which do not exist.
@@ -159,6 +178,17 @@ class Source(ABC):
             return self.columns
         self.require_columns(self.spec.columns, "source.columns")
         return self.spec.columns
+
+
+def _first_rows(batches: Iterator[_Rows], limit: int | None) -> Iterator[_Rows]:
+    """The batches up to a number of rows; not one more is read."""
+    if limit is None:
+        yield from batches
+        return
+    left = limit
+    while left > 0 and (batch := next(batches, None)) is not None:
+        yield batch if len(batch) <= left else batch.slice(0, left)
+        left -= len(batch)
 
 
 def rows_only(rows: int) -> pa.Table:

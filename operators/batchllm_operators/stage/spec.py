@@ -37,6 +37,7 @@ class SourceSpec(SpecModel):
         alias="schema",
         description="column: type, e.g. `{id: int64}`, where objects disagree or JSON values are to have one type",
     )
+    limit: int | None = Field(default=None, ge=1, description="only the first rows, so many; default: all")
     storage: StorageOptions = StorageOptions()
 
     @field_validator("columns")
