@@ -72,6 +72,7 @@ def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
         field_order=job.planning.field_order,
         tokenizer_processes=job.execution.tokenizer_processes,
         fingerprint=run.objects,
+        output_prefix=job.sink.prefix,
     )
     refuse_too_many_errors(staged.error_rows, staged.rows, job.execution.max_error_fraction, staged.error_examples)
     return staged

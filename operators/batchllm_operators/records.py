@@ -95,7 +95,7 @@ RESULT_SCHEMA = pa.schema(
     ]
 )
 
-# What merge adds to the input columns.
+# What merge adds to the input columns, under `sink.prefix`.
 OUTPUT_FIELDS = [
     pa.field("completion", pa.string()),
     pa.field("finish_reason", pa.string()),
@@ -104,6 +104,11 @@ OUTPUT_FIELDS = [
     pa.field("cached_tokens", pa.int32()),
     pa.field("completion_tokens", pa.int32()),
 ]
+
+
+def output_fields(prefix: str) -> list[pa.Field]:
+    """The output columns of a sink with this prefix of their names."""
+    return [field.with_name(f"{prefix}{field.name}") for field in OUTPUT_FIELDS]
 
 
 class Record(BaseModel):
@@ -165,6 +170,10 @@ class StageSummary(Record):
     """Over path, size and version of every object that was read."""
     settings_digest: str = ""
     """Over all settings that decide what a row becomes."""
+    left_out_objects: int = 0
+    """Objects beside the input that may be data and were not read."""
+    left_out_examples: tuple[str, ...] = ()
+    """The first of them, each with the reason."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
     seconds: float

@@ -20,7 +20,7 @@ class SpecModel(BaseModel):
             return values
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in values:
-            if key not in known:
+            if key not in known and key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")

@@ -63,7 +63,8 @@ def test_every_shell_line_names_targets_and_commands_that_exist() -> None:
 def models(model: Any, path: str) -> list[str]:
     """Dotted names of all fields of a spec, prompt kinds included."""
     names = []
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
+        name = field.alias or attribute
         inner = [one for one in _members(field.annotation) if isinstance(one, type) and issubclass(one, SpecModel)]
         names += [piece for one in inner for piece in models(one, f"{path}{name}.")] or [f"{path}{name}"]
     return names

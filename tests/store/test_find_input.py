@@ -16,9 +16,9 @@ SUFFIXES = (".parquet",)
 
 
 def found(uri: str, options: StorageOptions) -> list[str]:
-    store, objects = find_input(uri, options, SUFFIXES)
-    assert all(store.exists(one.path) for one in objects)
-    return [store.uri_of(one.path) for one in objects]
+    place = find_input(uri, options, SUFFIXES)
+    assert all(place.store.exists(one.path) for one in place.objects)
+    return [place.store.uri_of(one.path) for one in place.objects]
 
 
 def test_a_folder_is_taken_with_all_below_it_but_nothing_hidden(

@@ -25,7 +25,7 @@ from batchllm_operators.merge.requests import (
 from batchllm_operators.merge.samples import SampleCollector
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.merge.writers import write_output
+from batchllm_operators.merge.writers import carried_rows, write_output
 from batchllm_operators.records import (
     FORMAT_VERSION,
     OUTPUT_FIELDS,
@@ -39,7 +39,7 @@ from batchllm_operators.records import (
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.readers import Source
-from batchllm_operators.stage.staging import sink_schema
+from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 
@@ -95,7 +95,8 @@ def merge_results(
     refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
 
     schema, seen = sink_schema(stage), SampleCollector()
-    output_schema = pa.schema([*schema, *OUTPUT_FIELDS])
+    refuse_output_names(schema.names, sink_spec.prefix)
+    carried, output_schema = carried_rows(source, schema, sink_spec)
     with SinkClaim(sink, job_id, sink_spec.mode) as claim:
         complete = check_sink(sink, sink_spec.mode, job_id)  # again: another run may have completed it just before
         if complete is not None:
@@ -109,7 +110,7 @@ def merge_results(
             spill_staged_errors(stage, work, spill)
             spill_results(index, chosen, parts, work, spill)
             answers = seen.watched(spill.in_row_order())
-            rows = _joined(source.tables(schema), answers, output_schema, source)
+            rows = _joined(carried, answers, output_schema, source)
             with closing(rows):
                 files = write_output(rows, output_schema, sink, sink_spec, claim)
         written = sum(file.rows for file in files)
@@ -139,6 +140,7 @@ def _joined(
     inputs: Iterator[pa.Table], answers: Iterator[pa.Table], schema: pa.Schema, source: Source
 ) -> Generator[pa.Table]:
     """Input rows beside their answers; both come in row order, in tables of sizes of their own."""
+    carried = len(schema) - len(OUTPUT_FIELDS)
     rest = pa.table({})
     for table in answers:
         answer = table
@@ -148,7 +150,8 @@ def _joined(
                 if rest is None:
                     raise _changed_while_merging(source)
             rows = min(len(rest), len(answer))
-            yield pa.Table.from_arrays([*rest.slice(0, rows).columns, *answer.slice(0, rows).columns], schema=schema)
+            columns = [*rest.slice(0, rows).columns[:carried], *answer.slice(0, rows).columns]
+            yield pa.Table.from_arrays(columns, schema=schema)
             rest, answer = rest.slice(rows), answer.slice(rows)
     if len(rest) or next(inputs, None) is not None:
         raise _changed_while_merging(source)

@@ -18,4 +18,9 @@ class SinkSpec(SpecModel):
     mode: Literal["error", "overwrite"] = Field(
         default="error", description="what to do when the folder holds another job's output"
     )
+    prefix: str = Field(
+        default="",
+        max_length=64,
+        description="before the names of the output columns, where input columns have such names, e.g. `llm_`",
+    )
     storage: StorageOptions = StorageOptions()

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO
 
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batchllm_operators.errors import TransientError
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import OutputFile
+from batchllm_operators.records import OutputFile, output_fields
+from batchllm_operators.stage.arrow_values import json_values
+from batchllm_operators.stage.readers import ROW_JSON, Source
 from batchllm_operators.store import Store, parquet_writer
 
 _ROW_GROUP_ROWS = 16_384
 _ROW_GROUP_BYTES = 64 << 20
 
 FileWriter = Callable[[IO[bytes], pa.Schema, Iterator[pa.Table]], int]
+
+
+def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec) -> tuple[Iterator[pa.Table], pa.Schema]:
+    """The input rows as a sink of this format carries them, and the schema of its rows with their answers.
+
+    Args:
+        source: the input.
+        schema: of the columns to carry, as staging found it.
+        spec: of the sink. In JSON Lines a row is one column that holds the text of its JSON object: rows of a JSON
+            Lines source are then written as they were read.
+    """
+    answers = output_fields(spec.prefix)
+    if spec.format == "jsonl":
+        return source.json_rows(schema), pa.schema([ROW_JSON, *answers])
+    return source.tables(schema), pa.schema([*schema, *answers])
 
 
 def write_output(
@@ -29,7 +44,7 @@ def write_output(
 
     Args:
         tables: the output rows in order, all of one schema.
-        schema: that schema.
+        schema: that schema; see `carried_rows`.
         sink: the folder.
         spec: format and rows of a file.
         claim: names the files; it is looked at before each.
@@ -102,23 +117,17 @@ def _write_parquet(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table
 
 
 def _write_jsonl(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
-    del schema
+    names = schema.names[1:]
     rows = 0
     for table in tables:
-        for record in _for_json(table).to_pylist(maps_as_pydicts="lossy"):
-            file.write(orjson.dumps(record, default=_json_value, option=orjson.OPT_APPEND_NEWLINE))
+        texts = table.column(0).cast(pa.large_binary()).to_pylist()
+        answers = zip(*map(json_values, table.columns[1:]), strict=True)
+        for text, answer in zip(texts, answers, strict=True):
+            members = orjson.dumps(dict(zip(names, answer, strict=True)))
+            # Both are objects in JSON: without the brace between them they are one.
+            file.write(text.rstrip()[:-1].rstrip())
+            file.write(b"" if text[1:].strip() == b"}" else b",")
+            file.write(members[1:])
+            file.write(b"\n")
         rows += len(table)
     return rows
-
-
-def _for_json(table: pa.Table) -> pa.Table:
-    """Times as text: those of nanoseconds have no Python value."""
-    for position, field in enumerate(table.schema):
-        if pa.types.is_temporal(field.type):
-            table = table.set_column(position, field.name, pc.cast(table[field.name], pa.string()))
-    return table
-
-
-def _json_value(value: Any) -> str:
-    """Binary values as base64; decimals and the like as text."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

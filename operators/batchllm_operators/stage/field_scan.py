@@ -8,6 +8,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from batchllm_operators.plan.arrays import Int8s
+from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.faults import RowFaultError
 from batchllm_operators.stage.field_order import FieldEncoder, FieldOrder, choose_field_order
 from batchllm_operators.stage.field_text import plain_text
@@ -43,13 +44,22 @@ def with_field_order(batches: Iterator[RowBatch], fields: Int8s) -> Iterator[Row
 def _texts(batch: RowBatch, name: str) -> pa.Array:
     """The values of a column as texts; null too where a value has no text, which makes its row an error later."""
     if isinstance(batch.rows, list):
-        values = [record.get(name) for record in batch.rows]
+        records = batch.rows
     else:
         column = batch.rows[name].combine_chunks()
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if pa.types.is_string(column.type) and _is_valid(column):
             return column
-        values = column.to_pylist(maps_as_pydicts="lossy")
-    return pa.array([_text_or_null(name, value) for value in values], pa.string())
+        records, _ = python_rows(batch.rows.select([name]))
+    return pa.array([_text_or_null(name, record.get(name)) for record in records], pa.string())
+
+
+def _is_valid(column: pa.Array) -> bool:
+    """Whether all texts are UTF-8."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _text_or_null(name: str, value: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from fsspec.utils import glob_translate
 
@@ -11,22 +12,39 @@ from batchllm_operators.records import InputObject
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 
-_GLOB_MARKS = "*?["
+_GLOB_MARKS = frozenset("*?[")
+_NO_DATA_SUFFIXES = (".crc", ".md5", ".sha256")
+_EXAMPLES = 5
 
 
-def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> tuple[Store, list[InputObject]]:
-    """The objects that a source URI names, sorted by path, with what tells one version of an object from another.
+@dataclass(frozen=True)
+class FoundInput:
+    """What a source URI names.
+
+    Attributes:
+        store: the folder that the paths are relative to.
+        objects: sorted by path, with what tells one version of an object from another.
+        left_out: objects below the folder that may be data and are not taken, each with the reason.
+        is_listed: whether a folder was listed; an object or a glob is what the user spelled out.
+    """
+
+    store: Store
+    objects: tuple[InputObject, ...]
+    left_out: tuple[str, ...] = ()
+    is_listed: bool = False
+
+
+def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> FoundInput:
+    """The objects that a source URI names.
 
     Names that begin with `_` or `.`, and everything in folders of such names, never count as data, unless the URI
-    itself spells them out.
+    itself spells them out; nor do checksums.
 
     Args:
-        uri: an object, a folder (taken with everything below it), or a glob.
+        uri: an object, a folder (taken with everything below it), or a glob. `*`, `?` and `[` are letters where an
+            object or a folder has them in its name.
         options: how to reach the store.
-        suffixes: endings of data objects; others below a folder are left out.
-
-    Returns:
-        The store that the paths are relative to, and the objects.
+        suffixes: endings of data objects, in lower case; others below a folder are left out and named.
 
     Raises:
         TerminalError: nothing matches, no such bucket, access denied.
@@ -36,18 +54,20 @@ def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> 
         parent = Store(folder, options)
         single = parent.object(name)
         if single is not None:
-            return parent, [single]
-    folder, pattern = _split_at_glob(uri)
+            return FoundInput(parent, (single,))
+    folder, pattern = _split_at_glob(uri, options)
     store = Store(folder, options)
     objects = store.objects(pattern)
     if not is_hidden(pattern):
         objects = [one for one in objects if not is_hidden(one.path)]
+    others: list[InputObject] = []
     if not pattern:
-        objects = [one for one in objects if one.path.endswith(suffixes)]
+        others = [one for one in objects if not one.path.lower().endswith((*suffixes, *_NO_DATA_SUFFIXES))]
+        objects = [one for one in objects if one.path.lower().endswith(suffixes)]
     if not objects:
-        expected = "" if pattern else f" (expected names that end in {', '.join(suffixes)})"
-        raise TerminalError(f"source.uri: no object matches{expected}", uri=uri)
-    return store, objects
+        raise TerminalError(f"source.uri: no object matches{_expected(pattern, suffixes, others)}", uri=uri)
+    left_out = tuple(f"{one.path} (unknown ending)" for one in others)
+    return FoundInput(store, tuple(objects), left_out, is_listed=not pattern)
 
 
 def takes_objects_of(uri: str, options: StorageOptions, folder: Store) -> bool:
@@ -58,7 +78,7 @@ def takes_objects_of(uri: str, options: StorageOptions, folder: Store) -> bool:
         options: how to reach it.
         folder: where objects of any of our formats would be written.
     """
-    base, pattern = _split_at_glob(uri)
+    base, pattern = _split_at_glob(uri, options)
     inside = folder.path_from(Store(base, options))
     if inside is None:
         return False
@@ -73,10 +93,26 @@ def is_hidden(name: str) -> bool:
     return any(piece.startswith(("_", ".")) for piece in name.split("/"))
 
 
-def _split_at_glob(uri: str) -> tuple[str, str]:
-    """The folder before the first glob mark, and the pattern below it."""
-    first = min((uri.index(mark) for mark in _GLOB_MARKS if mark in uri), default=None)
-    if first is None:
-        return uri, ""
-    folder, slash, _ = uri[:first].rpartition("/")
-    return (folder or "/", uri[len(folder) + 1 :]) if slash else (".", uri)
+def named(left_out: tuple[str, ...]) -> str:
+    """The first of the objects that are left out, and how many more there are."""
+    more = f" and {len(left_out) - _EXAMPLES} more" if len(left_out) > _EXAMPLES else ""
+    return f"{', '.join(left_out[:_EXAMPLES])}{more}"
+
+
+def _expected(pattern: str, suffixes: tuple[str, ...], others: list[InputObject]) -> str:
+    if pattern:
+        return ""
+    there = f"; there is {named(tuple(one.path for one in others))}" if others else ""
+    return f" (expected names that end in {', '.join(suffixes)}){there}"
+
+
+def _split_at_glob(uri: str, options: StorageOptions) -> tuple[str, str]:
+    """The folder before the first glob, and the pattern below it."""
+    pieces = uri.rstrip("/").split("/")
+    for place, piece in enumerate(pieces):
+        folder = "/".join(pieces[: place + 1])
+        # A folder that has this very name is no pattern; a listing of one that is not there costs one request.
+        if not _GLOB_MARKS.isdisjoint(piece) and not Store(folder, options).objects():
+            before = "/".join(pieces[:place]) or ("/" if place else ".")
+            return before, "/".join(pieces[place:])
+    return uri, ""

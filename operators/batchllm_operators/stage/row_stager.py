@@ -84,8 +84,7 @@ class RowStager:
 
         Their schema is `STAGED_SCHEMA`, with `ESTIMATE_FIELD` where the job has an override column.
         """
-        records = batch.records()
-        errors: dict[int, RowError] = dict(batch.faults)
+        records, errors = batch.readable()
         sampling: dict[int, SampledRow] = {}
         prompts: dict[int, Prompt] = {}
         for offset, record in enumerate(records):

@@ -4,22 +4,60 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+import pyarrow as pa
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from batchllm_operators.spec import SpecModel, StorageOptions
+from batchllm_operators.stage.type_names import type_named
 
 MOST_FIELDS = 63
 """Sets of fields are bits of an int64."""
 
 
+def _distinct(columns: list[str]) -> list[str]:
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected distinct columns, got {', '.join(map(repr, twice))} more than once")
+    return columns
+
+
 class SourceSpec(SpecModel):
     """Where the input rows are."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     uri: str = Field(min_length=1, description="object, prefix or glob, e.g. s3://bucket/in/*.parquet; or a local path")
     format: Literal["parquet", "jsonl"] = Field(description="parquet, or one JSON object a line")
     id_column: str | None = Field(default=None, description="column that names a row in errors; default: row index")
-    columns: list[str] | None = Field(default=None, description="input columns carried to the sink; default: all")
+    columns: list[str] | None = Field(
+        default=None, description="input columns carried to the sink; default: all; an empty list: none"
+    )
+    column_types: dict[str, str] = Field(
+        default={},
+        alias="schema",
+        description="column: type, e.g. `{id: int64}`, where objects disagree or JSON values are to have one type",
+    )
+    limit: int | None = Field(default=None, ge=1, description="only the first rows, so many; default: all")
     storage: StorageOptions = StorageOptions()
+
+    @field_validator("columns")
+    @classmethod
+    def _no_column_twice(cls, columns: list[str] | None) -> list[str] | None:
+        return columns if columns is None else _distinct(columns)
+
+    @field_validator("column_types")
+    @classmethod
+    def _only_known_types(cls, types: dict[str, str]) -> dict[str, str]:
+        for name, kind in types.items():
+            try:
+                type_named(kind)
+            except ValueError as error:
+                raise ValueError(f"column {name!r}: {error}") from error
+        return types
+
+    def types(self) -> dict[str, pa.DataType]:
+        """The types that the job names for columns."""
+        return {name: type_named(kind) for name, kind in self.column_types.items()}
 
 
 SpecialTokensChoice = Annotated[
@@ -98,10 +136,7 @@ class FieldsPrompt(SpecModel):
     @field_validator("columns")
     @classmethod
     def _no_column_twice(cls, columns: list[str]) -> list[str]:
-        twice = sorted({name for name in columns if columns.count(name) > 1})
-        if twice:
-            raise ValueError(f"expected distinct columns, got {', '.join(map(repr, twice))} more than once")
-        return columns
+        return _distinct(columns)
 
 
 PromptSpec = Annotated[

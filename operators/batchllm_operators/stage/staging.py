@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,19 +19,20 @@ from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import (
-    OUTPUT_FIELDS,
     STAGED_FOLDER,
     STAGED_SUMMARY,
     FieldSharing,
     InputObject,
     StagedPart,
     StageSummary,
+    output_fields,
 )
 from batchllm_operators.row_errors import ErrorExamples
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.json_schema import unified, writable
+from batchllm_operators.stage.input_objects import named
+from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
@@ -39,8 +41,10 @@ from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
 
+LEFT_OUT_EXAMPLES = 10
 PART_ROWS = 20_000
 PART_TOKENS = 32 << 20  # 128 MiB of token ids
+_log = logging.getLogger(__name__)
 
 
 def stage_rows(
@@ -53,6 +57,7 @@ def stage_rows(
     fingerprint: Sequence[InputObject] | None = None,
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
+    output_prefix: str = "",
     progress: Callable[[StageStep, int], None] = lambda _step, _rows: None,
 ) -> StageSummary:
     """Render, tokenise and validate all rows, and write them to `staged/` of the work folder.
@@ -68,11 +73,13 @@ def stage_rows(
         fingerprint: the input objects as they were when the job began; default: as the source found them.
         field_order: of a prompt of kind `fields`; to optimise it, the input is read once more before.
         tokenizer_processes: processes that render and tokenise; the result is the same for any number.
+        output_prefix: of the names of the output columns (`sink.prefix`), which no input column may have.
         progress: called with the number of rows that a step has done so far.
 
     Raises:
-        TerminalError: a column that does not exist, a bad template, a model that cannot be loaded; all before any row
-            is read. Or the input is not what it was when the job began, before it was read or after.
+        TerminalError: a column that does not exist, a bad template, a model that cannot be loaded, values that do not
+            fit the types of their columns, an input column with the name of an output column. Or the input is not what
+            it was when the job began, before it was read or after.
         TransientError: a tokenizer process died, or the store does not answer.
     """
     fingerprint = source.objects if fingerprint is None else fingerprint
@@ -92,7 +99,10 @@ def stage_rows(
     )
     done = finished_staging(work, input_digest, settings_digest)
     if done is not None:
+        refuse_output_names(sink_schema(done).names, output_prefix)
         return done
+    if source.left_out:
+        _log.warning("source: %d objects are not read: %s", len(source.left_out), named(source.left_out))
     started = time.monotonic()
     settings = StagerSettings(
         prompt=prompt,
@@ -106,11 +116,11 @@ def stage_rows(
     needed = settings.columns()
     for field_name, columns in needed.items():
         source.require_columns(columns, field_name)
-    schema = _SinkSchema(source.schema)
+    if source.has_columns:  # looking for a column may have found others
+        settings = settings.model_copy(update={"source_columns": tuple(source.columns)})
+    schema = _SinkSchema(source.schema, output_prefix)
     writer = _PartWriter(work)
-    # Where no prompt needs a column, one is read all the same: rows without columns could not be counted.
-    wanted = frozenset[str]().union(*needed.values()) or frozenset(source.columns[:1])
-    batches: Iterator[RowBatch] = map(schema.seen, source.batches(wanted))
+    batches: Iterator[RowBatch] = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
     sharing = None
     if isinstance(prompt, FieldsPrompt) and field_order == "optimise":
         order = scan_fields(source, prompt.columns, partial(progress, StageStep.SCAN_FIELDS))
@@ -132,9 +142,11 @@ def stage_rows(
         error_examples=writer.error_examples.by_kind(),
         prompt_tokens=writer.prompt_tokens,
         requests=writer.rows - writer.error_rows.total(),
-        source_schema=base64.b64encode(writable(schema.schema).serialize().to_pybytes()).decode(),
+        source_schema=_encoded(source.sink_schema(schema.schema), source),
         input_digest=input_digest,
         settings_digest=settings_digest,
+        left_out_objects=len(source.left_out),
+        left_out_examples=source.left_out[:LEFT_OUT_EXAMPLES],
         field_sharing=sharing,
         seconds=round(time.monotonic() - started, 3),
     )
@@ -147,12 +159,41 @@ def sink_schema(summary: StageSummary) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(summary.source_schema)))
 
 
+def refuse_output_names(names: Sequence[str], prefix: str) -> None:
+    """Refuse input columns that have names of output columns.
+
+    Raises:
+        TerminalError: names them, and the ways out.
+    """
+    taken = [field.name for field in output_fields(prefix) if field.name in names]
+    if taken:
+        raise TerminalError(
+            f"source.columns: input columns have names of output columns: {', '.join(taken)};"
+            " select the columns to carry to the sink without them, or set sink.prefix, for example to 'llm_'"
+        )
+
+
+def _encoded(schema: pa.Schema, source: Source) -> str:
+    content = schema.serialize().to_pybytes()
+    try:
+        pa.ipc.read_schema(pa.py_buffer(content))
+    except (pa.ArrowException, OSError) as error:
+        # Arrow writes types of any depth, and reads them to about 120.
+        raise TerminalError(
+            f"source: a column's type cannot be carried (too many types within types?): {error}; leave it out of"
+            " source.columns",
+            uri=source.spec.uri,
+        ) from error
+    return base64.b64encode(content).decode()
+
+
 class _SinkSchema:
     """The schema of the input columns, as the batches seen so far show it."""
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, schema: pa.Schema, output_prefix: str) -> None:
         self.schema = schema
-        self._refuse_output_columns()
+        self._output_prefix = output_prefix
+        refuse_output_names(schema.names, output_prefix)
 
     def seen(self, batch: RowBatch) -> RowBatch:
         """Takes note of a batch on its way.
@@ -162,16 +203,8 @@ class _SinkSchema:
         """
         if not batch.schema.equals(self.schema):
             self.schema = unified([self.schema, batch.schema])
-            self._refuse_output_columns()
+            refuse_output_names(self.schema.names, self._output_prefix)
         return batch
-
-    def _refuse_output_columns(self) -> None:
-        taken = [field.name for field in OUTPUT_FIELDS if field.name in self.schema.names]
-        if taken:
-            raise TerminalError(
-                f"source.columns: input columns have names of output columns: {', '.join(taken)};"
-                " select the columns to carry to the sink without them"
-            )
 
 
 class _PartWriter:

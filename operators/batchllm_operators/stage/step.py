@@ -9,6 +9,7 @@ from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import InputObject, StageSummary
 from batchllm_operators.spec import StorageOptions
+from batchllm_operators.stage.input_objects import named
 from batchllm_operators.stage.progress import StageProgress
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
@@ -30,6 +31,7 @@ def stage_source(
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
     fingerprint: Sequence[InputObject] | None = None,
+    output_prefix: str = "",
     *,
     log: Callable[[str], None] = _LOGGER.info,
 ) -> StageSummary:
@@ -45,6 +47,7 @@ def stage_source(
         field_order: of a prompt of kind `fields`.
         tokenizer_processes: processes that render and tokenise.
         fingerprint: the input objects as they were when the job began; default: as they are now.
+        output_prefix: of the names of the output columns.
         log: takes a line on how far it is, where there is no terminal, and one at the end.
 
     Raises:
@@ -60,6 +63,7 @@ def stage_source(
             model,
             Store(work_uri, storage),
             fingerprint=fingerprint,
+            output_prefix=output_prefix,
             field_order=field_order,
             tokenizer_processes=tokenizer_processes,
             progress=progress.update,
@@ -68,4 +72,6 @@ def stage_source(
         f"staged {counted(summary.rows, 'row')}: {counted(summary.requests, 'request')}, "
         f"{counted(summary.errors, 'error')}, {counted(summary.prompt_tokens, 'prompt token')}"
     )
+    if summary.left_out_objects:
+        log(f"not read: {counted(summary.left_out_objects, 'object')}: {named(summary.left_out_examples)}")
     return summary

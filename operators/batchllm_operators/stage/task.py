@@ -32,6 +32,7 @@ def stage(
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
     fingerprint: Sequence[InputObject] | None = None,
+    output_prefix: str = "",
 ) -> StageSummary:
     """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
 
@@ -45,6 +46,7 @@ def stage(
         field_order: of a prompt of kind `fields`.
         tokenizer_processes: processes that render and tokenise.
         fingerprint: the input objects as they were when the job began; default: as they are now.
+        output_prefix: of the names of the output columns.
 
     Raises:
         TerminalError: see `stage_rows`.
@@ -60,5 +62,6 @@ def stage(
         field_order=field_order,
         tokenizer_processes=tokenizer_processes,
         fingerprint=fingerprint,
+        output_prefix=output_prefix,
         log=get_run_logger().info,
     )
