@@ -106,6 +106,7 @@ class EnginePool:
         self._written: defaultdict[str, list[str]] = defaultdict(list)
         self._deaths: defaultdict[str, int] = defaultdict(int)
         self._engines_work = False
+        self._has_loaded = False
         self.settings: tuple[EngineSetting, ...] = ()
         """Of the engine loaded last, and so of all: what decides their throughput, and who chose it."""
 
@@ -273,13 +274,13 @@ class EnginePool:
         """End all engines; finished rows are written first. Safe to call more than once.
 
         Args:
-            failed: keep the end of the engines' logs in the work folder.
+            failed: keep the end of the engines' logs in the work folder, where any was asked to load its model.
         """
         self._end_engines()
         for thread in self._background:
             if thread is not threading.current_thread():
                 thread.join()
-        if failed:
+        if failed and self._has_loaded:
             self.kept_logs = self.kept_logs or self._logs.keep(self._work)
         self._logs.remove()
 
@@ -362,7 +363,7 @@ class EnginePool:
                 handle = None
             with self._changed:
                 self._refuse_when_useless()
-                slot.loaded = False
+                slot.loaded, self._has_loaded = False, True
                 handle = slot.handle = handle or self._make_handle(slot.index)
             try:
                 told = handle.load(load)
