@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import cast
 from uuid import UUID
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from batchllm_flows.engine_status import EngineStatus
 from batchllm_operators.execute.progress import ProgressBoard, ProgressSnapshot
-from batchllm_operators.terminal import terminal
+from batchllm_operators.terminal import progress_bar, terminal
 from batchllm_operators.wording import counted
 
 REFRESH_SECONDS = 2.0
@@ -50,14 +50,7 @@ class LiveProgress:
         self._bar_task: TaskID | None = None
         console = terminal()
         if console is not None:
-            self._bar = Progress(
-                TextColumn("execute"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
+            self._bar = progress_bar("execute", console)
 
     def __enter__(self) -> LiveProgress:
         from prefect import get_run_logger

@@ -68,7 +68,7 @@ class ForecastAgainstFact(Record):
     computed_prompt_tokens: ExpectedActual
     output_tokens: ExpectedActual
     execute_seconds: ExpectedActual
-    """Of the execute step, loading the engines left out."""
+    """Of the execute step, without the wait for engines to load."""
     usd: ExpectedActual | None
     """The fact is the time of all engines from the begin of the execute step to its end, loading included."""
 

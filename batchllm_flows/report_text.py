@@ -54,7 +54,7 @@ def report_markdown(report: JobReport) -> str:
         lines += _samples_markdown(report.samples)
     if report.set_aside:
         lines += ["", "Damaged objects of the work folder, set aside and made again:", ""]
-        lines += [f"- `{name}`" for name in report.set_aside]
+        lines += [f"- {markdown_code(name)}" for name in report.set_aside]
     if report.engine_settings:
         lines += ["", "| engine setting | value | why |", "|---|---|---|"]
         lines += [

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchllm_flows.html_report.step_trace import READ_ROWS
-from batchllm_operators.errors import TerminalError
+from batchllm_flows.html_report.trace_files import read_traces
 from batchllm_operators.records import ATTENTION_TRACE_FOLDER
 from batchllm_operators.store import Store
 
@@ -38,15 +37,18 @@ def read_attention_trace(work: Store, *, since: float) -> tuple[AttentionTrace |
     Returns:
         The trace, or None where there is no such step; and what could not be read.
     """
-    steps, shared, looked_at, unreadable = 0, 0, 0, []
-    for name in work.names(ATTENTION_TRACE_FOLDER):
-        try:
-            for batch in work.scan_parquet(name, ("time_s", "rank", "share", "stock_us"), READ_ROWS):
-                # Ranks of one engine decide alike.
-                taken = batch.filter(pc.and_(pc.greater(batch["time_s"], since), pc.equal(batch["rank"], 0)))
-                steps += len(taken)
-                shared += pc.sum(taken["share"].cast(pa.int64())).as_py() or 0
-                looked_at += len(taken) - taken["stock_us"].null_count
-        except TerminalError as error:
-            unreadable.append(str(error))
-    return (AttentionTrace(steps, shared, looked_at) if steps else None), unreadable
+    found: list[AttentionTrace] = []
+
+    def take(batch: pa.RecordBatch) -> None:
+        # Ranks of one engine decide alike.
+        taken = batch.filter(pc.and_(pc.greater(batch["time_s"], since), pc.equal(batch["rank"], 0)))
+        shared = pc.sum(taken["share"].cast(pa.int64())).as_py() or 0
+        found.append(AttentionTrace(len(taken), shared, len(taken) - taken["stock_us"].null_count))
+
+    unreadable = read_traces(work, ATTENTION_TRACE_FOLDER, ("time_s", "rank", "share", "stock_us"), take)
+    total = AttentionTrace(
+        steps=sum(one.steps for one in found),
+        shared=sum(one.shared for one in found),
+        looked_at=sum(one.looked_at for one in found),
+    )
+    return (total if total.steps else None), unreadable

@@ -76,7 +76,7 @@ def saving_plot(plan: PlanSummary, report: JobReport | None) -> str | None:
 
 
 def step_seconds_plot(report: JobReport) -> str:
-    """Wall-clock seconds of each step; of the execute step, the loading of the engines apart."""
+    """Wall-clock seconds of each step; of the execute step, the wait for engines to load apart."""
     seconds = report.seconds
     values = [seconds.stage, seconds.plan, seconds.execute, seconds.merge]
 
@@ -86,7 +86,7 @@ def step_seconds_plot(report: JobReport) -> str:
         axes.bar_label(drawn, [f"{value:,.1f}" for value in values], padding=4)
         loading = max(seconds.execute - float(report.forecast.execute_seconds.actual), 0.0)
         if loading > 0:
-            axes.barh(["execute"], [loading], color=PALE.mark, height=0.66, label="loading the engines")
+            axes.barh(["execute"], [loading], color=PALE.mark, height=0.66, label="waiting for engines to load")
             axes.legend(loc="lower right")
         axes.margins(x=0.1)
         bar_axes(axes, unit="seconds")

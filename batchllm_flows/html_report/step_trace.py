@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batchllm_operators.errors import TerminalError
+from batchllm_flows.html_report.trace_files import read_traces
 from batchllm_operators.records import TRACE_FOLDER
 from batchllm_operators.store import Store
 
 MOST_POINTS = 240
 SHORTEST_POINT_SECONDS = 1 / 64
-READ_ROWS = 100_000
 
 _TOKENS = ("prefill_tokens", "decode_tokens")
 _REQUESTS = ("running", "waiting")
@@ -67,13 +66,8 @@ def read_step_trace(work: Store, *, since: float) -> tuple[StepTrace | None, lis
     Returns:
         The trace, or None where there is no such step; and what could not be read.
     """
-    points, unreadable = _Points(), []
-    for name in work.names(TRACE_FOLDER):
-        try:
-            for batch in work.scan_parquet(name, _COLUMNS, READ_ROWS):
-                points.add(_columns(batch), since)
-        except TerminalError as error:
-            unreadable.append(str(error))
+    points = _Points()
+    unreadable = read_traces(work, TRACE_FOLDER, _COLUMNS, lambda batch: points.add(_columns(batch), since))
     return points.trace(), unreadable
 
 

@@ -230,3 +230,9 @@ def test_steps_are_drawn_as_steps_that_end_at_a_pause(tmp_path: Path) -> None:
 )
 def test_a_long_name_may_break_behind_its_dots_and_slashes(name: str, html: str) -> None:
     assert str(breakable(name)) == html
+
+
+def test_damaged_objects_that_were_set_aside_are_named() -> None:
+    run = executed(a_plan())
+    page = Page(page_of(a_report(run, set_aside=("quarantine/results/part-1.parquet",)), run))
+    assert "set aside as damaged quarantine/ results/ part-1. parquet" in page.text

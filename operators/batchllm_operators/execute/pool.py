@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
@@ -29,6 +29,7 @@ from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
 from batchllm_operators.execute.local_engines import local_handle
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
 from batchllm_operators.execute.part_writer import part_name, part_table
+from batchllm_operators.execute.slots import Lease, Slot
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
@@ -53,39 +54,6 @@ class _Attempt:
     load_seconds: float = 0.0
     seconds: float = 0.0
     """Of the engines' work that was not lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """An engine with its model loaded, for one thread."""
-
-    handle: EngineHandle
-    load_seconds: float
-    """Seconds that were waited for the model to load, for the first lease of the engine; 0 for the next."""
-    admit_next: Callable[[], None]
-    """Let another thread have the engine too, because it has room for the next bundle's requests."""
-
-
-@dataclass(slots=True)
-class _Slot:
-    """The place of one engine."""
-
-    index: int
-    handle: EngineHandle | None = None
-    loaded: bool = False
-    """Whether the handle has loaded its model."""
-    taken_by: int | None = None
-    """The thread whose bundle is being read; None: the engine takes another bundle."""
-    bundles: int = 0
-    """Those it computes."""
-    load_seconds: float = 0.0
-    """That a thread has waited for its model, and no lease has told yet."""
-    loading: threading.Lock = field(default_factory=threading.Lock)
-    """Held by who makes the engine ready; the others wait for it."""
-
-    @property
-    def warm(self) -> bool:
-        return self.handle is not None and self.loaded and self.handle.usable
 
 
 class EnginePool:
@@ -125,7 +93,7 @@ class EnginePool:
         self._logs = EngineLogs()
         self._on_status = on_status
         self._make_handle = make_handle or self._local_handle
-        self._slots = [_Slot(index) for index in range(execution.engines)]
+        self._slots = [Slot(index) for index in range(execution.engines)]
         self._changed = threading.Condition()
         self._waiting_alone = 0
         self._closed = False
@@ -138,6 +106,7 @@ class EnginePool:
         self._written: defaultdict[str, list[str]] = defaultdict(list)
         self._deaths: defaultdict[str, int] = defaultdict(int)
         self._engines_work = False
+        self._has_loaded = False
         self.settings: tuple[EngineSetting, ...] = ()
         """Of the engine loaded last, and so of all: what decides their throughput, and who chose it."""
 
@@ -305,13 +274,13 @@ class EnginePool:
         """End all engines; finished rows are written first. Safe to call more than once.
 
         Args:
-            failed: keep the end of the engines' logs in the work folder.
+            failed: keep the end of the engines' logs in the work folder, where any was asked to load its model.
         """
         self._end_engines()
         for thread in self._background:
             if thread is not threading.current_thread():
                 thread.join()
-        if failed:
+        if failed and self._has_loaded:
             self.kept_logs = self.kept_logs or self._logs.keep(self._work)
         self._logs.remove()
 
@@ -329,7 +298,7 @@ class EnginePool:
         thread.start()
 
     @contextmanager
-    def _taken(self, *, alone: bool) -> Iterator[_Slot]:
+    def _taken(self, *, alone: bool) -> Iterator[Slot]:
         slot = self._take(alone=alone)
         try:
             yield slot
@@ -338,7 +307,7 @@ class EnginePool:
                 slot.bundles -= 1
                 self._open(slot)
 
-    def _take(self, *, alone: bool) -> _Slot:
+    def _take(self, *, alone: bool) -> Slot:
         with self._changed:
             self._waiting_alone += alone
             try:
@@ -353,13 +322,13 @@ class EnginePool:
             self._changed.notify_all()
             return slot
 
-    def _open_slots(self, *, alone: bool) -> list[_Slot]:
+    def _open_slots(self, *, alone: bool) -> list[Slot]:
         # Who must be alone would wait for ever if the others went on sharing.
         if self._waiting_alone and not alone:
             return []
         return [slot for slot in self._slots if slot.taken_by is None and not (alone and slot.bundles)]
 
-    def _open(self, slot: _Slot) -> None:
+    def _open(self, slot: Slot) -> None:
         """Let another thread have a slot, unless one has it already."""
         with self._changed:
             if slot.taken_by == threading.get_ident():
@@ -372,7 +341,7 @@ class EnginePool:
         if self._load_failure is not None:
             raise self._load_failure
 
-    def _warm(self, slot: _Slot, load: Load | None = None) -> tuple[EngineHandle, Loaded | None]:
+    def _warm(self, slot: Slot, load: Load | None = None) -> tuple[EngineHandle, Loaded | None]:
         """The slot's engine, with its model loaded; and what its load gave, None when it was warm."""
         if slot.warm and slot.handle is not None:
             return slot.handle, None
@@ -381,7 +350,7 @@ class EnginePool:
         slot.load_seconds += time.monotonic() - started
         return ready
 
-    def _ready(self, slot: _Slot, load: Load) -> tuple[EngineHandle, Loaded | None]:
+    def _ready(self, slot: Slot, load: Load) -> tuple[EngineHandle, Loaded | None]:
         """Load the model on a slot's engine, on a new one where it is dead, unless another thread has just done so."""
         with slot.loading:
             with self._changed:
@@ -394,7 +363,7 @@ class EnginePool:
                 handle = None
             with self._changed:
                 self._refuse_when_useless()
-                slot.loaded = False
+                slot.loaded, self._has_loaded = False, True
                 handle = slot.handle = handle or self._make_handle(slot.index)
             try:
                 told = handle.load(load)

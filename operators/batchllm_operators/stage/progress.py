@@ -8,7 +8,9 @@ from enum import StrEnum
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TimeRemainingColumn
+
+from batchllm_operators.terminal import progress_bar
 
 LOG_SECONDS = 30.0
 
@@ -47,15 +49,7 @@ class StageProgress:
         self._task: TaskID | None = None
         self._bar: Progress | None = None
         if console is not None:
-            self._bar = Progress(
-                TextColumn("stage"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+            self._bar = progress_bar("stage", console, TimeRemainingColumn())
 
     def __enter__(self) -> StageProgress:
         if self._bar is not None:
