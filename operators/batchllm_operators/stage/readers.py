@@ -10,7 +10,7 @@ from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -50,6 +50,13 @@ class RowBatch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def slice(self, start: int, rows: int) -> RowBatch:
+        """Some consecutive rows of this batch, as `pyarrow.Table.slice`."""
+        table = self.rows[start : start + rows] if isinstance(self.rows, list) else self.rows.slice(start, rows)
+        faults = {offset - start: fault for offset, fault in self.faults.items() if 0 <= offset - start < rows}
+        order = None if self.field_order is None else self.field_order[start : start + rows]
+        return RowBatch(self.first_row + start, table, self.schema, faults, order)
+
     def field_order_of(self, offset: int) -> list[int] | None:
         """Numbers of the fields of one row, in the order of its prompt; None: as given."""
         return None if self.field_order is None else self.field_order[offset].tolist()
@@ -60,6 +67,9 @@ class RowBatch:
             return self.rows
         records: list[dict[str, Any]] = self.rows.to_pylist(maps_as_pydicts="lossy")
         return records
+
+
+_Rows = TypeVar("_Rows", RowBatch, pa.Table)
 
 
 class Source(ABC):
@@ -101,17 +111,23 @@ class Source(ABC):
             TerminalError: `source.columns` names a column that does not exist.
         """
 
-    @abstractmethod
     def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
-        """All rows, in batches of at most `BATCH_ROWS`.
+        """All rows, or the first `source.limit`, in batches of at most `BATCH_ROWS`.
 
         Args:
             columns: those to read; others may be there too.
         """
+        return _first_rows(self._all_batches(columns), self.spec.limit)
+
+    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The same rows again, in batches, as tables of this schema (the union of the schemas of all batches)."""
+        return _first_rows(self._all_tables(schema), self.spec.limit)
 
     @abstractmethod
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """All rows again, in batches, as tables of this schema (the union of the schemas of all batches)."""
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]: ...
+
+    @abstractmethod
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]: ...
 
     def _carried(self) -> list[str]:
         """Columns that go to the sink."""
@@ -153,7 +169,8 @@ class ParquetSource(Source):
         names = [one.path for one in objects]
         with ThreadPoolExecutor(_FOOTER_READERS) as readers:
             footers = list(readers.map(store.parquet_schema, names))
-        self.rows = sum(rows for _, rows in footers)
+        rows = sum(rows for _, rows in footers)
+        self.rows = rows if spec.limit is None else min(rows, spec.limit)
         self._object_columns = {name: set(schema.names) for name, (schema, _) in zip(names, footers, strict=True)}
         self._unified = pa.schema([])
         for name, (schema, _) in zip(names, footers, strict=True):
@@ -169,16 +186,16 @@ class ParquetSource(Source):
         """Schema of the columns that go to the sink."""
         return pa.schema([self._unified.field(name) for name in self._carried()])
 
-    def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, with just these columns."""
         wanted = pa.schema([field for field in self._unified if field.name in columns])
         schema = self.schema
         first_row = 0
-        for table in self.tables(wanted):
+        for table in self._all_tables(wanted):
             yield RowBatch(first_row, table, schema)
             first_row += len(table)
 
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema."""
         for one in self.objects:
             present = [name for name in schema.names if name in self._object_columns[one.path]]
@@ -251,7 +268,7 @@ class JsonlSource(Source):
         self._carried()
         return pa.schema([])
 
-    def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+    def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows; `columns` does not matter here: a line is parsed whole."""
         del columns
         first_row = 0
@@ -261,7 +278,7 @@ class JsonlSource(Source):
             yield RowBatch(first_row, records, json_schema(records, self.spec.columns), faults)
             first_row += len(lines)
 
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+    def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema."""
         for lines in self._line_batches():
             columns = [json_column([line.record.get(field.name) for line in lines], field.type) for field in schema]
@@ -278,6 +295,17 @@ class JsonlSource(Source):
                         batch = []
         if batch:
             yield batch
+
+
+def _first_rows(batches: Iterator[_Rows], limit: int | None) -> Iterator[_Rows]:
+    """The batches up to a number of rows; not one more is read."""
+    if limit is None:
+        yield from batches
+        return
+    left = limit
+    while left > 0 and (batch := next(batches, None)) is not None:
+        yield batch if len(batch) <= left else batch.slice(0, left)
+        left -= len(batch)
 
 
 def _rows_only(rows: int) -> pa.Table:

@@ -19,6 +19,7 @@ class SourceSpec(SpecModel):
     format: Literal["parquet", "jsonl"] = Field(description="parquet, or one JSON object a line")
     id_column: str | None = Field(default=None, description="column that names a row in errors; default: row index")
     columns: list[str] | None = Field(default=None, description="input columns carried to the sink; default: all")
+    limit: int | None = Field(default=None, ge=1, description="only the first rows, so many; default: all")
     storage: StorageOptions = StorageOptions()
 
 
