@@ -12,6 +12,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store, StoredObject
+from batchllm_operators.wording import counted
 
 RUNNING_SECONDS = 2 * 3600.0
 """A folder written to within this time counts as a running job's, however little the user asks for: a job writes a part
@@ -46,7 +47,7 @@ class FoundFolder:
         what = "" if self.folders == (".",) else f" ({', '.join(self.folders)})"
         return (
             f"delete  {self.work.uri}{what}: {self.job_name}, {self.reason}, {size_text(self.bytes)} in "
-            f"{self.objects:,} objects"
+            f"{counted(self.objects, 'object')}"
         )
 
 

@@ -13,6 +13,7 @@ from batchllm_operators.records import PLAN_SUMMARY, RESULTS_FOLDER, PlanSummary
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.staging import finished_staging
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
 
 
 class JobStatus(Record):
@@ -88,7 +89,7 @@ def status_text(status: JobStatus) -> str:
     lines = [
         f"{status.job_name}: {'complete' if status.complete else 'not complete'} (job {status.job_id})",
         f"  staged     {_staged(status)}",
-        f"  planned    {'no' if status.bundles is None else f'{status.bundles:,} bundles'}",
+        f"  planned    {'no' if status.bundles is None else counted(status.bundles, 'bundle')}",
         f"  answered   {_answered(status)}",
         f"  output     {status.output_uri}",
         f"  work       {status.work_uri}",
@@ -113,11 +114,11 @@ def _staged(status: JobStatus) -> str:
     if status.rows is None:
         return "no"
     errors = ", ".join(f"{count:,} {code}" for code, count in status.error_rows.items()) or "no errors"
-    return f"{status.rows:,} rows, {errors}"
+    return f"{counted(status.rows, 'row')}, {errors}"
 
 
 def _answered(status: JobStatus) -> str:
-    parts = f"in {status.parts:,} parts"
+    parts = f"in {counted(status.parts, 'part')}"
     if status.requests is None:
         return "the work folder was cleaned" if status.complete else f"0 requests {parts}"
     return f"{status.answered:,} of {status.requests:,} requests {parts}, {status.left:,} left"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from batchllm_flows.report import JobReport
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.wording import counted
 
 
 def report_line(report: JobReport) -> str:
     """For example `3,201 rows, 4 errors, 47 % saved`."""
     pieces = [
-        _counted(report.rows_out, "row"),
-        _counted(report.rows_error, "error"),
+        counted(report.rows_out, "row"),
+        counted(report.rows_error, "error"),
         f"{100 * report.saving:.0f} % saved",
     ]
     if report.already_complete:
@@ -20,10 +21,6 @@ def report_line(report: JobReport) -> str:
 
 def plan_line(plan: PlanSummary) -> str:
     """For example `3,197 requests in 12 bundles, 4 errors, 47 % to be saved`."""
-    requests = f"{_counted(plan.requests, 'request')} in {_counted(len(plan.bundles), 'bundle')}"
-    errors = _counted(sum(plan.error_rows.values()), "error")
+    requests = f"{counted(plan.requests, 'request')} in {counted(len(plan.bundles), 'bundle')}"
+    errors = counted(sum(plan.error_rows.values()), "error")
     return f"{requests}, {errors}, {100 * plan.expected_saving:.0f} % to be saved"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,6 +12,7 @@ from batchllm_flows.commands.failures import EXIT_FAILED, fail
 from batchllm_flows.commands.options import AsJson, EndpointUrl
 from batchllm_flows.commands.output import print_result, set_up_logs
 from batchllm_operators.spec import StorageOptions
+from batchllm_operators.wording import counted
 
 FolderUri = Annotated[str, typer.Argument(help="folder of a job's output, or a work folder", show_default=False)]
 
@@ -82,7 +83,7 @@ def clean(
     for one in found:
         typer.echo(one.line())
     going = [one for one in found if one.goes]
-    total = f"{size_text(sum(one.bytes for one in going))} in {sum(one.objects for one in going):,} objects"
+    total = f"{size_text(sum(one.bytes for one in going))} in {counted(sum(one.objects for one in going), 'object')}"
     if yes:
         remove_folders(going)
         typer.echo(f"deleted {total}")
