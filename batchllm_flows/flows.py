@@ -51,7 +51,6 @@ from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug, counted
 
-
 Result = TypeVar("Result", JobReport, PlanSummary)
 
 

@@ -13,7 +13,7 @@ from batchllm_flows.cleaning import find_old_folders, parse_age
 from batchllm_flows.last_error import LastError, read_last_error, remembered_failure
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import JOB_FILE, LAST_ERROR_FILE, MANIFEST_FILE, REPORT_FILE
+from batchllm_operators.records import JOB_FILE, LAST_ERROR_FILE, MANIFEST_FILE, REPORT_FILE, SAMPLES_FILE
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 from tests.commands.conftest import Batchllm
@@ -118,7 +118,7 @@ def test_clean_keeps_output_and_report_of_a_complete_job(batchllm: Batchllm, don
     grow_old(done.work, 10)
     output = Store(done.sink.uri).objects("*")
     assert "complete" in batchllm("clean", done.sink.uri, "--yes").stdout
-    assert set(done.work.names()) == {JOB_FILE, REPORT_FILE}
+    assert set(done.work.names()) == {JOB_FILE, REPORT_FILE, SAMPLES_FILE}
     assert Store(done.sink.uri).objects("*") == output
     # The job is still known to be complete, and a second cleaning finds nothing.
     assert open_run(done.job).complete is not None
