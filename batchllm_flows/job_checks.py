@@ -9,7 +9,7 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.job_status import size_text
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine_options import check_engine_arguments
-from batchllm_operators.merge.sink import check_sink, refuse_input_in_sink
+from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
@@ -99,8 +99,8 @@ def _tokenizer(settings: StagerSettings) -> str:
 
 def _sink(job: BatchJob, source: Source) -> str:
     sink = job.sink_store()
-    refuse_input_in_sink(source, sink)
     identity = job.job_id(source.objects)
+    refuse_overlap(source, sink, job.work_store(identity))
     complete = check_sink(sink, job.sink.mode, identity)
     if complete is not None:
         return f"{sink.uri} holds this job's complete output: a run computes nothing"

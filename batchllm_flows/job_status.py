@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from pydantic import Field, ValidationError
 
 from batchllm_flows.last_error import LastError, read_last_error
 from batchllm_flows.work_folders import find_work_folders, read_job_file
 from batchllm_operators.plan.remaining import count_requests
-from batchllm_operators.records import PLAN_SUMMARY, RESULTS_FOLDER, PlanSummary, Record
+from batchllm_operators.records import (
+    PLAN_SUMMARY,
+    RESULTS_FOLDER,
+    STAGED_SUMMARY,
+    PlanSummary,
+    Record,
+    StageSummary,
+)
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.staging import finished_staging
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+
+Summary = TypeVar("Summary", StageSummary, PlanSummary)
 
 
 class JobStatus(Record):
@@ -59,7 +68,11 @@ def job_status(work: Store) -> JobStatus:
     """How far the job of a work folder is."""
     owner = read_job_file(work)
     objects = work.stored_objects()
-    staged = finished_staging(work)
+    names = {one.path for one in objects}
+    staged = _read(StageSummary, work, STAGED_SUMMARY, names)
+    if staged is not None and not names.issuperset(part.name for part in staged.parts):
+        staged = None
+    planned = _read(PlanSummary, work, PLAN_SUMMARY, names)
     manifest = owner.manifest()
     requests, answered = (None, 0) if staged is None else count_requests(work, staged)
     left = None if requests is None else requests - answered
@@ -74,7 +87,7 @@ def job_status(work: Store) -> JobStatus:
         requests=requests,
         answered=answered,
         left=left,
-        bundles=_planned_bundles(work),
+        bundles=None if planned is None else len(planned.bundles),
         parts=sum(one.path.startswith(f"{RESULTS_FOLDER}/") for one in objects),
         bytes=sum(one.size for one in objects),
         last_write=datetime.fromtimestamp(max(one.modified for one in objects), UTC),
@@ -124,10 +137,11 @@ def _answered(status: JobStatus) -> str:
     return f"{status.answered:,} of {status.requests:,} requests {parts}, {status.left:,} left"
 
 
-def _planned_bundles(work: Store) -> int | None:
-    if not work.exists(PLAN_SUMMARY):
+def _read(kind: type[Summary], work: Store, name: str, names: set[str]) -> Summary | None:
+    """A summary; None where it is not there, or is one that the next run replaces."""
+    if name not in names:
         return None
     try:
-        return len(PlanSummary.model_validate_json(work.read_bytes(PLAN_SUMMARY)).bundles)
+        return kind.model_validate_json(work.read_bytes(name))
     except ValidationError:
-        return None  # another version's, which the next run replaces
+        return None

@@ -8,9 +8,9 @@ import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.sink import check_sink
+from batchllm_operators.merge.sink import check_sink, read_manifest
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import JOB_FILE, MANIFEST_FILE, WORK_FOLDER, Manifest
+from batchllm_operators.records import JOB_FILE, WORK_FOLDER, Manifest
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 
@@ -78,13 +78,11 @@ def read_job_file(work: Store) -> OwnedFolder:
 
 def _work_of_output(sink: Store) -> Store | None:
     """The work folder of the output in a folder, which `execution.work_uri` may have put anywhere."""
-    if not sink.exists(MANIFEST_FILE):
-        return None
     try:
-        manifest = Manifest.model_validate_json(sink.read_bytes(MANIFEST_FILE))
-    except ValidationError:
-        return None  # not one of ours: what it belongs to is not known
-    return Store(manifest.work_uri, sink.options)
+        manifest = read_manifest(sink)
+    except TerminalError:
+        return None  # damaged, or not one of ours: what it belongs to is not known
+    return None if manifest is None else Store(manifest.work_uri, sink.options)
 
 
 def _folder_of(name: str) -> str:

@@ -120,6 +120,7 @@ def test_clean_keeps_output_and_report_of_a_complete_job(batchllm: Batchllm, don
     assert "complete" in batchllm("clean", done.sink.uri, "--yes").stdout
     assert set(done.work.names()) == {JOB_FILE, REPORT_FILE, SAMPLES_FILE}
     assert Store(done.sink.uri).objects("*") == output
+    assert batchllm("verify", done.sink.uri).exit_code == 0
     # The job is still known to be complete, and a second cleaning finds nothing.
     assert open_run(done.job).complete is not None
     assert "the work folder was cleaned" in batchllm("status", done.sink.uri).stdout

@@ -29,8 +29,11 @@ def has_requests_left(work: Store, stage: StageSummary) -> bool:
 
 
 def count_requests(work: Store, stage: StageSummary) -> tuple[int, int]:
-    """The distinct requests of a job, and how many of them have an answer; arguments as `has_requests_left`."""
-    return _distinct_requests(work, stage), len(read_results([work]).keys)
+    """The distinct requests of a job, and how many of them have an answer; arguments as `has_requests_left`.
+
+    For who only looks: what is damaged stays where it is.
+    """
+    return _distinct_requests(work, stage), len(read_results([work], others=True).keys)
 
 
 def _distinct_requests(work: Store, stage: StageSummary) -> int:
