@@ -5,16 +5,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import Thread
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from prefect import flow, get_run_logger, unmapped
 from prefect.artifacts import create_markdown_artifact
 from prefect.futures import as_completed
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from batchllm_flows.engine_status import EngineStatus
 from batchllm_flows.job import BatchJob
+from batchllm_flows.last_error import remembered_failure
 from batchllm_flows.live import LiveProgress
+from batchllm_flows.outcome import plan_line, report_line
 from batchllm_flows.planning import (
     PlanCall,
     kept_calibrations,
@@ -48,12 +51,19 @@ from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug, counted
 
+Result = TypeVar("Result", JobReport, PlanSummary)
+
 
 @flow(name="batch-inference", flow_run_name="{job.name}", validate_parameters=True)
-def batch_inference(job: BatchJob) -> JobReport:
+def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
     """Answer every row of the job's source and write the answers to its sink.
 
     A job whose output is complete already is not computed again; one that was interrupted computes what is missing.
+
+    Args:
+        job: the job.
+        retry_errors: a complete output in which rows have an engine's error is opened again: their requests are
+            computed, and the output is written with the answers they get now.
 
     Raises:
         TerminalError: the job cannot succeed as it stands.
@@ -61,13 +71,37 @@ def batch_inference(job: BatchJob) -> JobReport:
     """
     logger = get_run_logger()
     clock = StepClock()
-    run = open_run(job)
+    run = open_run(job, retry_errors=retry_errors)
     if run.complete is not None:
         logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
         with only_shown(logger.warning):
             _show_report(run.complete)
-        return run.complete
+        return _completed(run.complete, report_line(run.complete))
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
+    with remembered_failure(run.work, logger.warning):
+        report = _compute(run, clock)
+    return _completed(report, report_line(report))
+
+
+@flow(name="plan-batch-inference", flow_run_name="{job.name}", validate_parameters=True)
+def plan_batch_inference(job: BatchJob) -> PlanSummary:
+    """Stage and plan the job, and stop before any engine second is spent.
+
+    The work is not lost: `batch_inference` of the same job finds the staged rows.
+    """
+    planned = plan_job(job, stage=stage, plan=_plan_task(job), warn=get_run_logger().warning)
+    return _completed(planned, plan_line(planned))
+
+
+def _completed(result: Result, message: str) -> Result:
+    """The result, for whoever calls the flow, with the message that its run shows."""
+    # Prefect takes a state for the one to end in, and returns its data.
+    return cast(Result, Completed(message=message, data=result))
+
+
+def _compute(run: JobRun, clock: StepClock) -> JobReport:
+    """The steps of a run, one after the other."""
+    job, logger = run.job, get_run_logger()
     with _engines(run) as (pool, status):
         pool.start()
         with clock.step("stage"):
@@ -94,6 +128,7 @@ def batch_inference(job: BatchJob) -> JobReport:
                 job_name=job.name,
                 fingerprint=run.objects,
                 max_error_fraction=job.execution.max_error_fraction,
+                rewrite=run.reopened,
             )
         report = build_report(
             manifest,
@@ -114,15 +149,6 @@ def batch_inference(job: BatchJob) -> JobReport:
         with only_shown(logger.warning):
             _show_report(report, _write_page(run, report, executed))
     return report
-
-
-@flow(name="plan-batch-inference", flow_run_name="{job.name}", validate_parameters=True)
-def plan_batch_inference(job: BatchJob) -> PlanSummary:
-    """Stage and plan the job, and stop before any engine second is spent.
-
-    The work is not lost: `batch_inference` of the same job finds the staged rows.
-    """
-    return plan_job(job, stage=stage, plan=_plan_task(job), warn=get_run_logger().warning)
 
 
 def _plan_task(job: BatchJob) -> PlanCall:
@@ -242,7 +268,6 @@ def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) ->
 
 
 def _load_page() -> None:
-
     import batchllm_flows.html_report.page  # noqa: F401
 
 

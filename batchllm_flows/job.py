@@ -79,6 +79,15 @@ class BatchJob(SpecModel):
             spec["field_order"] = self.planning.field_order
         return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])
 
+    def first_rows(self, rows: int) -> BatchJob:
+        """This job on the first rows of its input only: another job, whose output is `{sink}/_first_{rows}`.
+
+        The folder is hidden from whoever reads the sink, and the whole job can be run after it.
+        """
+        source = self.source.model_copy(update={"limit": rows})
+        sink = self.sink.model_copy(update={"uri": f"{self.sink.uri.rstrip('/')}/_first_{rows}"})
+        return self.model_copy(update={"source": source, "sink": sink})
+
     def work_store(self, identity: str) -> Store:
         """The work folder of the job with this id."""
         place = self.execution.work_uri or f"{self.sink.uri.rstrip('/')}/{WORK_FOLDER}"

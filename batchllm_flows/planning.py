@@ -120,5 +120,5 @@ def only_shown(warn: Callable[..., None]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
-        warn("a report could not be shown, the job itself is done", exc_info=True)
+    except Exception as error:
+        warn("a report could not be shown, the job itself is done: %s: %s", type(error).__name__, error, exc_info=True)

@@ -13,12 +13,12 @@ import orjson
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.quarantine import set_aside
-from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, InputObject
+from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, RESULTS_FOLDER, InputObject
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.store import Store
 
@@ -34,15 +34,21 @@ class JobRun:
     sink: Store
     complete: JobReport | None
     """The report of the run that completed this very job, if there was one."""
+    reopened: bool = False
+    """The output is complete, and written again with the answers that rows with an engine's error get now."""
 
 
-def open_run(job: BatchJob) -> JobRun:
+def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     """Look at the source, the sink and the work folder; write `job.json`.
+
+    Args:
+        job: the job.
+        retry_errors: a complete output in which rows have an engine's error does not count as complete.
 
     Raises:
         TerminalError: an engine argument that vLLM does not know, no input, no access, a sink that holds another job's
             output in mode `error`, a sink or work folder where the source looks for input, a work folder of another
-            job, or a complete output whose report this version does not read.
+            job, a complete output whose report this version does not read, or one to open again whose results are gone.
     """
     check_engine_arguments(job.model)
     source = open_source(job.source)
@@ -52,7 +58,14 @@ def open_run(job: BatchJob) -> JobRun:
     _refuse_work_of_another(work, identity)
     manifest = check_sink(sink, job.sink.mode, identity)
     complete = None
-    if manifest is not None and work.exists(REPORT_FILE):
+    reopened = retry_errors and manifest is not None and RowErrorCode.ENGINE_ERROR in manifest.error_rows
+    if reopened and not work.names(RESULTS_FOLDER):
+        raise TerminalError(
+            "retry_errors: the results of this complete job are gone (`batchllm clean`), so that all rows would be"
+            " computed again; for that, choose another sink.uri",
+            uri=work.uri_of(RESULTS_FOLDER),
+        )
+    if manifest is not None and not reopened and work.exists(REPORT_FILE):
         complete = load_report(work).model_copy(update={"already_complete": True, "computed_requests": 0})
     if complete is None or not work.exists(JOB_FILE):
         content = {
@@ -62,7 +75,7 @@ def open_run(job: BatchJob) -> JobRun:
             "input": [one.model_dump() for one in source.objects],
         }
         work.write_bytes(JOB_FILE, canonical_json(content))
-    return JobRun(job, identity, tuple(source.objects), work, sink, complete)
+    return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
 
 
 def _refuse_work_of_another(work: Store, identity: str) -> None:

@@ -23,6 +23,7 @@ from batchllm_flows.demo.catalogue import fresh_catalogue
 from batchllm_flows.demo.model import smollm2_folder
 from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_flows.job import BatchJob
+from batchllm_flows.prefect_server import require_server
 from batchllm_flows.report import JobReport
 from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, WORK_FOLDER, Manifest
@@ -86,6 +87,7 @@ def run_demo(folder: Path, models: Path, *, fresh: bool = False) -> int:
         console.print(f"[bold]4[/] running the Prefect flow on {job_file}")
         job = BatchJob.from_file(job_file)
         with engine_ahead(job.execution):
+            require_server()
             from batchllm_flows.flows import batch_inference
 
             report = batch_inference(job)

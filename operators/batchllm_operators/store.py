@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ from batchllm_operators.digests import DigestedFile, digest_of
 from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
 from batchllm_operators.records import InputObject
+from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
 
@@ -41,6 +43,15 @@ _SEQUENTIAL_BYTES = 4 << 20
 _WHOLE_OBJECT_BYTES = 16 << 20
 _PIECE_BYTES = 32 << 20
 _READAHEAD_BATCHES = 2  # more hides no further latency of a store, and each holds its rows in memory
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object as its store lists it; `modified` is in seconds since the epoch."""
+
+    path: str
+    size: int
+    modified: float
 
 
 class Store:
@@ -64,7 +75,8 @@ class Store:
             self._fs = LocalFileSystem()
         else:
             self.uri = uri.rstrip("/")
-            self._fs = remote_filesystem(scheme, self._options)
+            with refusing_unknown_schemes(uri):
+                self._fs = remote_filesystem(scheme, self._options)
         self._root = self._fs._strip_protocol(self.uri).rstrip("/")
 
     def __repr__(self) -> str:
@@ -115,6 +127,12 @@ class Store:
         """
         found = self._matching(pattern)
         return sorted(sorted(found), key=lambda name: _modified(found[name]), reverse=True)
+
+    def stored_objects(self) -> list[StoredObject]:
+        """All objects at and below this folder, with their sizes and the times of their last writing."""
+        return [
+            StoredObject(name, int(info["size"]), _modified(info)) for name, info in sorted(self._matching("").items())
+        ]
 
     def object(self, name: str) -> InputObject | None:
         """Size and version of one object; None when there is no object of this name."""
@@ -313,6 +331,14 @@ class Store:
                 except FileNotFoundError:
                     continue
 
+    def remove(self) -> None:
+        """Delete this folder with all its objects; a missing one is no error."""
+        with self._errors(""):
+            try:
+                self._fs.rm(self._root, recursive=True)
+            except FileNotFoundError:
+                return
+
     def _parquet_content(self, name: str) -> Any:
         if self._local or self._fs.info(self._path(name))["size"] > _WHOLE_OBJECT_BYTES:
             return self._fs.open(self._path(name), "rb")
@@ -366,6 +392,9 @@ class Store:
             raise
         except Exception as error:
             translated = self._translated(error, name)
+            if translated is None and is_foreign(self.uri):
+                # The packages of other stores raise what they like.
+                translated = TerminalError(f"{self._where()} failed: {type(error).__name__}: {error}", uri=self.uri)
             if translated is None:
                 raise
             raise translated from error
@@ -375,6 +404,8 @@ class Store:
         return translated(error, place)
 
     def _bucket_is_missing(self) -> bool:
+        if is_foreign(self.uri):
+            return False  # what a bucket is there is not known
         try:
             self._refuse_missing_bucket()
         except FileNotFoundError:
@@ -386,6 +417,8 @@ class Store:
     def _where(self) -> str:
         if self._local:
             return "the local disk"
+        if is_foreign(self.uri):
+            return f"the store of {self.uri}"
         endpoint = (
             self._options.endpoint_url
             or os.environ.get("AWS_ENDPOINT_URL_S3")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from batchllm_flows.cli import app
 from batchllm_flows.job import BatchJob
 from batchllm_operators.spec import SpecModel
 
@@ -41,6 +41,15 @@ def test_every_python_block_runs_as_it_stands_but_for_the_model(
     exec(compile(named, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102 - our own README
 
 
+def test_the_readme_and_the_help_name_the_same_commands_and_exit_codes() -> None:
+    of_readme = {line.split()[1] for text in blocks("sh") for line in text.splitlines() if line.startswith("batchllm ")}
+    assert of_readme == {command.callback.__name__ for command in app.registered_commands if command.callback}
+    shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout.split())
+    for code in ("0 all rows answered", "3 finished with row errors", "1 failed", "2 usage", "130 interrupted"):
+        assert code in shown
+        assert code in " ".join(README.split())
+
+
 def test_every_shell_line_names_targets_and_commands_that_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
     lines = [line.split("#")[0].split() for text in blocks("sh") for line in text.splitlines() if line.strip()]
@@ -50,13 +59,7 @@ def test_every_shell_line_names_targets_and_commands_that_exist() -> None:
             assert {word for word in words[1:] if "=" not in word} <= targets
         if words and words[0] == "batchllm":
             arguments = [word for word in words[2:] if word.startswith("--") and word != "--set"]
-            shown = subprocess.run(
-                [sys.executable, "-c", "from batchllm_flows.cli import main; main()", words[1], "--help"],
-                capture_output=True,
-                text=True,
-                check=True,
-                env={"COLUMNS": "200"},
-            ).stdout
+            shown = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).stdout
             assert all(argument in shown for argument in arguments), shown
 
 

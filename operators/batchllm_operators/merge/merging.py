@@ -57,12 +57,13 @@ def merge_results(
     job_name: str,
     fingerprint: Sequence[InputObject],
     max_error_fraction: float,
+    rewrite: bool = False,
 ) -> Manifest:
     """Join the results to the input rows, write the output files, and the manifest last.
 
     An old output stays as it is, with its manifest, until the new one is complete. Nothing is written where this job's
-    output is complete already. Memory does not grow with the length of texts: rows are joined by spill files in the
-    local temporary folder.
+    output is complete already, unless `rewrite` asks for it. Memory does not grow with the length of texts: rows are
+    joined by spill files in the local temporary folder.
 
     Args:
         source: the input, opened anew: it is read again, and must be what was staged.
@@ -74,6 +75,7 @@ def merge_results(
         job_name: for the manifest.
         fingerprint: the input objects as they were when the job began.
         max_error_fraction: share of rows without an answer above which there is no output.
+        rewrite: write this job's output again, from results that are newer than it.
 
     Raises:
         TerminalError: the sink is another job's, the input changed, requests have no result, too many rows have errors,
@@ -83,7 +85,7 @@ def merge_results(
     """
     refuse_overlap(source, sink, work)
     complete = check_sink(sink, sink_spec.mode, job_id)
-    if complete is not None:
+    if complete is not None and not rewrite:
         return complete
     refuse_changed_input(source, source.objects, fingerprint)
     index = index_requests(stage, work)
@@ -99,7 +101,7 @@ def merge_results(
     carried, output_schema = carried_rows(source, schema, sink_spec)
     with SinkClaim(sink, job_id, sink_spec.mode) as claim:
         complete = check_sink(sink, sink_spec.mode, job_id)  # again: another run may have completed it just before
-        if complete is not None:
+        if complete is not None and not rewrite:
             claim.release()
             return complete
         with (

@@ -41,6 +41,7 @@ def merge(
     job_name: str,
     fingerprint: Sequence[InputObject],
     max_error_fraction: float = 0.05,
+    rewrite: bool = False,
 ) -> Manifest:
     """Join the results in the work folder to the input rows, write the output files, and the manifest last.
 
@@ -53,6 +54,7 @@ def merge(
         job_name: for the manifest.
         fingerprint: the input objects as they were when the job began.
         max_error_fraction: share of rows without an answer above which there is no output.
+        rewrite: write this job's complete output again.
 
     Raises:
         TerminalError: see `merge_results`.
@@ -68,6 +70,7 @@ def merge(
         job_name=job_name,
         fingerprint=fingerprint,
         max_error_fraction=max_error_fraction,
+        rewrite=rewrite,
     )
     get_run_logger().info(
         "merged %s into %s at %s", counted(manifest.rows, "row"), counted(len(manifest.files), "file"), sink.uri

@@ -128,11 +128,12 @@ def _counts(plan: PlanSummary) -> list[str]:
 def _row_errors(plan: PlanSummary) -> list[str]:
     if not plan.error_rows:
         return []
-    lines = ["", f"### Rows without a request: {sum(plan.error_rows.values()):,} of {plan.rows:,}", ""]
+    errors = sum(plan.error_rows.values())
+    lines = ["", "### Rows with errors", "", f"{counted(errors, 'row')} of {plan.rows:,} will get no answer:", ""]
     for code, count in most_frequent_first(plan.error_rows):
-        lines.append(f"- `{code}`: {count:,}, for example")
+        lines.append(f"- {markdown_code(code)}: {counted(count, 'row')}, for example")
         lines += [
-            f"    - row {markdown_code(one.row_id)}: {markdown_text(one.message)}"
+            f"    - {markdown_code(one.row_id)}: {markdown_text(one.message)}"
             for one in plan.error_examples.get(code, ())
         ]
     return lines

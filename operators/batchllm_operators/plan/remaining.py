@@ -1,4 +1,4 @@
-"""Whether a job has anything left to compute; cheaper than a plan."""
+"""What a job has left to compute; cheaper than a plan."""
 
 from __future__ import annotations
 
@@ -25,8 +25,20 @@ def has_requests_left(work: Store, stage: StageSummary) -> bool:
     done = len(read_results([work]).keys)
     if done == 0 or stage.requests == 0:
         return stage.requests > 0
+    return _distinct_requests(work, stage) > done
+
+
+def count_requests(work: Store, stage: StageSummary) -> tuple[int, int]:
+    """The distinct requests of a job, and how many of them have an answer; arguments as `has_requests_left`.
+
+    For who only looks: what is damaged stays where it is.
+    """
+    return _distinct_requests(work, stage), len(read_results([work], others=True).keys)
+
+
+def _distinct_requests(work: Store, stage: StageSummary) -> int:
     keys: list[pa.Array] = []
     for part in stage.parts:
         keys += [batch.column(0) for batch in work.scan_parquet(part.name, ["request_key"], READ_ROWS)]
     distinct: int = pc.count_distinct(pa.chunked_array(keys, KEY_TYPE)).as_py()
-    return distinct > done
+    return distinct

@@ -20,6 +20,7 @@ import pyarrow as pa
 from batchllm_operators.errors import TransientError
 from batchllm_operators.stage.readers import RowBatch
 from batchllm_operators.stage.row_stager import RowStager, StagerSettings
+from batchllm_operators.stage.without_torch import leave_out_torch
 
 Result = TypeVar("Result")
 
@@ -140,7 +141,9 @@ def _serve(connection: Connection, settings: str, threads: int) -> None:
     # The tokenizer's own threads, one a core, would be too many beside other processes like this one.
     os.environ["TOKENIZERS_PARALLELISM"] = str(threads > 1).lower()
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    stager = _result_or_error(lambda: RowStager(StagerSettings.model_validate_json(settings)))
+    of_job = StagerSettings.model_validate_json(settings)
+    leave_out_torch(of_job.model)
+    stager = _result_or_error(lambda: RowStager(of_job))
     with suppress(EOFError, ConnectionError):
         if isinstance(stager, Exception):
             connection.send(stager)

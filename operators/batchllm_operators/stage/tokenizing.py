@@ -174,4 +174,5 @@ def _refuse_missing_folder(name: str) -> None:
 
 def _not_loaded(what: str, name: str, error: Exception) -> TerminalError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return TerminalError(f"model.id: cannot load the {what} of {name!r}: {reason}")
+    advice = "" if Path(name).is_dir() else "; check the name and the network, or name a folder that holds the model"
+    return TerminalError(f"model.id: cannot load the {what} of {name!r}: {reason.rstrip('.')}{advice}")

@@ -1,4 +1,4 @@
-"""The command line in processes of its own."""
+"""The command line: in this process where that proves the same, a run in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from batchllm_flows import __version__
+from tests.commands.conftest import Batchllm
 from tests.flows.jobs import job_values, questions, write_input
 
 
@@ -22,7 +24,7 @@ def environment(prefect_server: None) -> dict[str, str]:
     return os.environ | {"PREFECT_API_URL": str(get_current_settings().api.url), "HF_HUB_OFFLINE": "1"}
 
 
-def batchllm(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def in_a_process(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", "from batchllm_flows.cli import main; main()", *arguments],
         env=environment,
@@ -39,37 +41,44 @@ def write_job(folder: Path, model: str, **changes: object) -> str:
     return str(path)
 
 
-def test_the_schema_is_printed_as_json() -> None:
-    printed = batchllm(["schema"], dict(os.environ))
-    assert printed.returncode == 0
+def test_the_version_is_printed(batchllm: Batchllm) -> None:
+    assert batchllm("--version").stdout == f"batchllm-flows {__version__}\n"
+
+
+def test_the_schema_is_printed_as_json(batchllm: Batchllm) -> None:
+    printed = batchllm("schema")
+    assert printed.exit_code == 0
     assert "prompt" in json.loads(printed.stdout)["properties"]
 
 
-def test_wrong_usage_and_wrong_job_files_end_with_2(tmp_path: Path) -> None:
+def test_wrong_usage_and_wrong_job_files_end_with_2(tmp_path: Path, batchllm: Batchllm) -> None:
     path = write_job(tmp_path, "model", sampling={"max_tokns": 3})
     for arguments in (["run"], ["run", path], ["run", str(tmp_path / "none.yaml")], ["run", path, "--set", "nothing"]):
-        assert batchllm(arguments, dict(os.environ)).returncode == 2
-    assert "did you mean 'max_tokens'" in batchllm(["run", path], dict(os.environ)).stderr
+        assert batchllm(*arguments).exit_code == 2
+    assert "did you mean 'max_tokens'" in batchllm("run", path).stderr
 
 
 def test_a_job_that_cannot_run_ends_with_1_and_one_clear_line(
     tmp_path: Path, environment: dict[str, str], tiny_llama: str
 ) -> None:
-    printed = batchllm(["run", write_job(tmp_path, tiny_llama), "--quiet"], environment)
-    assert printed.returncode == 1
-    assert "batchllm: source.uri: no object matches" in printed.stderr
-    assert "Traceback" not in printed.stderr
+    path = write_job(tmp_path, tiny_llama)
+    quiet = in_a_process(["run", path, "--quiet"], environment)
+    assert quiet.returncode == 1
+    assert quiet.stderr.startswith("batchllm: source.uri: no object matches")
+    assert quiet.stderr.count("\n") == 1
+    told = in_a_process(["run", path], environment)
+    assert told.returncode == 1
+    assert "batchllm: source.uri: no object matches" in told.stderr
+    assert "Traceback" not in told.stderr
 
 
-def test_a_plan_is_printed_for_people_and_for_programs(
-    tmp_path: Path, environment: dict[str, str], tiny_llama: str
-) -> None:
+def test_a_plan_is_printed_for_people_and_for_programs(tmp_path: Path, batchllm: Batchllm, tiny_llama: str) -> None:
     write_input(str(tmp_path / "in"), questions())
     path = write_job(tmp_path, tiny_llama)
-    as_json = batchllm(["plan", path, "--json", "--quiet"], environment)
-    assert as_json.returncode == 0, as_json.stderr
+    as_json = batchllm("plan", path, "--json", "--quiet")
+    assert as_json.exit_code == 0, as_json.stderr
     assert json.loads(as_json.stdout)["requests"] == 39
-    printed = batchllm(["plan", path, "--quiet"], environment).stdout
+    printed = batchllm("plan", path, "--quiet").stdout
     for words in (
         "need not be computed (possible:", "with one prefix a request:", "a stock engine on the rows as given:",
         "### Forecast", "| its prefill |", "| its decode |", "### Order", "### Groups that save most",
@@ -90,18 +99,19 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
     without = [None if index == 4 else text for index, text in enumerate(table["question"].to_pylist())]
     write_input(str(tmp_path / "in"), table.set_column(2, "question", [without]))
     path = write_job(tmp_path, tiny_llama)
-    printed = batchllm(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
+    printed = in_a_process(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
     assert printed.returncode == 3, printed.stderr
+    assert printed.stderr == ""
     report = json.loads(printed.stdout)
     assert report["error_rows"] == {"invalid_row": 1}
-    again = batchllm(["report", str(tmp_path / "out"), "--json"], environment)
+    again = in_a_process(["report", str(tmp_path / "out"), "--json"], environment)
     assert json.loads(again.stdout) == report
     page = tmp_path / "report.html"
-    shown = batchllm(["report", str(tmp_path / "out"), "--html", str(page)], environment)
+    shown = in_a_process(["report", str(tmp_path / "out"), "--html", str(page)], environment)
     assert "forecast against fact" in shown.stdout
     assert page.read_text() == (Path(report["work_uri"]) / "report.html").read_text()
     assert "Forecast against fact" in page.read_text()
-    elsewhere = batchllm(["report", str(tmp_path / "out"), "--html", str(tmp_path / "no" / "folder")], environment)
+    elsewhere = in_a_process(["report", str(tmp_path / "out"), "--html", str(tmp_path / "no" / "folder")], environment)
     assert elsewhere.returncode == 1
     assert "cannot write" in elsewhere.stderr
 
@@ -109,11 +119,11 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
     report_file = Path(report["work_uri"]) / "report.json"
     report_file.write_text(json.dumps(report | {"of_another_version": 1}))
     for arguments in (["report", str(tmp_path / "out")], ["run", path, "--quiet", "--set", "sampling.max_tokens=2"]):
-        refused = batchllm(arguments, environment)
+        refused = in_a_process(arguments, environment)
         assert refused.returncode == 1
         assert "report.json is not as batchllm-flows" in refused.stderr
         assert "Traceback" not in refused.stderr
     report_file.unlink()
-    rewritten = batchllm(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
+    rewritten = in_a_process(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
     assert json.loads(rewritten.stdout)["computed_requests"] == 0
     assert json.loads(rewritten.stdout)["rows_out"] == 30

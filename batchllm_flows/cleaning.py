@@ -1,0 +1,132 @@
+"""Work folders that nobody needs any more: found, listed and deleted; never one whose job may be running."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from batchllm_flows.job_status import size_text
+from batchllm_flows.work_folders import OwnedFolder, find_work_folders, read_job_file
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store, StoredObject
+from batchllm_operators.wording import counted
+
+RUNNING_SECONDS = 2 * 3600.0
+"""A folder written to within this time counts as a running job's, however little the user asks for: a job writes a part
+every half minute while it computes, and nothing while an engine loads its model or stalls."""
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_AGE = re.compile(r"(\d+)([smhdw])")
+
+
+@dataclass(frozen=True)
+class FoundFolder:
+    """A work folder, and what is to be done with it."""
+
+    work: Store
+    job_name: str
+    reason: str
+    """Why it goes, or why it stays."""
+    folders: tuple[str, ...] = ()
+    """What goes: folders below it, or `.` for all of it; none where it stays."""
+    bytes: int = 0
+    objects: int = 0
+
+    @property
+    def goes(self) -> bool:
+        """Whether there is something to delete."""
+        return bool(self.folders)
+
+    def line(self) -> str:
+        """What is done with it, for a person."""
+        if not self.goes:
+            return f"keep    {self.work.uri}: {self.job_name}, {self.reason}"
+        what = "" if self.folders == (".",) else f" ({', '.join(self.folders)})"
+        return (
+            f"delete  {self.work.uri}{what}: {self.job_name}, {self.reason}, {size_text(self.bytes)} in "
+            f"{counted(self.objects, 'object')}"
+        )
+
+
+def parse_age(text: str) -> float:
+    """Seconds of an age as `90m`, `12h`, `7d` or `2w`.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a number with one of the units s, m, h, d, w, as in 7d; got {text!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def find_old_folders(
+    uri: str, storage: StorageOptions, older_than_s: float, now: float | None = None
+) -> list[FoundFolder]:
+    """What `remove_folders` would delete of the work folders that a URI stands for, and what stays for which reason.
+
+    Of a complete job its report stays, so that the job is still known to be complete and is not computed again; of one
+    that was left unfinished nothing stays.
+
+    Args:
+        uri: of a sink, of a folder of work folders, or of one itself.
+        storage: how to reach it.
+        older_than_s: seconds without any write after which a folder is old; at least `RUNNING_SECONDS`.
+        now: seconds since the epoch; default: the clock.
+
+    Raises:
+        TerminalError: there is no work folder.
+    """
+    clock = time.time() if now is None else now
+    age = max(older_than_s, RUNNING_SECONDS)
+    return [_judged(work, clock - age) for work in find_work_folders(uri, storage)]
+
+
+def remove_folders(found: list[FoundFolder]) -> None:
+    """Delete what goes."""
+    for one in found:
+        for name in one.folders:
+            (one.work if name == "." else one.work.folder(name)).remove()
+
+
+def _judged(work: Store, written_before: float) -> FoundFolder:
+    try:
+        owner = read_job_file(work)
+    except TerminalError as error:
+        return FoundFolder(work, "unknown job", error.message)
+    objects = work.stored_objects()
+    newest = max(one.modified for one in objects)
+    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(newest))
+    if newest > written_before:
+        return FoundFolder(work, owner.job_name, f"last written {written}")
+    if _holds_data(owner, objects):
+        return FoundFolder(work, owner.job_name, "input or output of the job stands in it")
+    if owner.manifest() is None:
+        return _going(owner, f"abandoned, last written {written}", (".",), objects)
+    if not work.exists(REPORT_FILE):
+        # Without it a run would compute the complete job again, for which it needs what is here.
+        return FoundFolder(work, owner.job_name, "complete without a report: run the job again, which writes it")
+    inside = [one for one in objects if "/" in one.path]
+    if not inside:
+        return FoundFolder(work, owner.job_name, "complete, only its report is left")
+    folders = tuple(sorted({one.path.partition("/")[0] for one in inside}))
+    return _going(owner, f"complete, last written {written}", folders, inside)
+
+
+def _going(owner: OwnedFolder, reason: str, folders: tuple[str, ...], objects: list[StoredObject]) -> FoundFolder:
+    return FoundFolder(owner.work, owner.job_name, reason, folders, sum(one.size for one in objects), len(objects))
+
+
+def _holds_data(owner: OwnedFolder, objects: list[StoredObject]) -> bool:
+    """Whether the output, or the input, is in the folder: then nothing in it is ours to delete."""
+    inside = f"{owner.work.uri}/"
+    sink = Store(owner.sink.uri, owner.sink.storage).uri
+    source = Store(owner.source_uri, owner.sink.storage).uri
+    return (
+        any(one.path.rpartition("/")[2] == MANIFEST_FILE for one in objects)
+        or f"{sink}/".startswith(inside)
+        or f"{source}/".startswith(inside)
+    )

@@ -1,0 +1,1 @@
+"""The commands of `batchllm`, a module for each kind; `batchllm_flows.cli` puts them together."""

@@ -1,0 +1,91 @@
+"""Commands about the folders of jobs: status, report and clean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchllm_flows.commands.failures import EXIT_FAILED, fail
+from batchllm_flows.commands.options import AsJson, EndpointUrl
+from batchllm_flows.commands.output import print_result, set_up_logs
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.wording import counted
+
+FolderUri = Annotated[str, typer.Argument(help="folder of a job's output, or a work folder", show_default=False)]
+
+
+def status(uri: FolderUri, endpoint_url: EndpointUrl = None, as_json: AsJson = False) -> None:
+    """Show how far the jobs of a folder are: staged, planned, answered, left, complete or not, last error."""
+    set_up_logs()
+    from batchllm_flows.job_status import job_statuses, status_text
+
+    found = job_statuses(uri, StorageOptions(endpoint_url=endpoint_url))
+    if as_json:
+        typer.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=2))
+    else:
+        typer.echo("\n\n".join(status_text(one) for one in found))
+
+
+def report(
+    uri: Annotated[str, typer.Argument(help="folder of a job's output", show_default=False)],
+    endpoint_url: EndpointUrl = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="copy the page with plots to this file")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the report of the job whose output is in a folder."""
+    from batchllm_flows.report import read_report, read_report_page
+    from batchllm_flows.report_text import report_markdown
+    from batchllm_operators.merge.spec import SinkSpec
+
+    sink = SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url))
+    found = read_report(sink)
+    if html is not None:
+        page = read_report_page(sink)
+        try:
+            html.write_bytes(page)
+        except OSError as error:
+            fail(f"--html: cannot write {html}: {error.strerror}", EXIT_FAILED)
+    print_result(found.model_dump(mode="json"), report_markdown(found), as_json=as_json)
+
+
+def verify(
+    uri: Annotated[str, typer.Argument(help="folder of a job's output", show_default=False)],
+    endpoint_url: EndpointUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a job's output and work folder and check every byte. Exit code 0: whole, 1: damaged."""
+    from batchllm_flows.verify import verification_markdown, verify_output
+    from batchllm_operators.merge.spec import SinkSpec
+
+    found = verify_output(SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url)))
+    print_result(found.model_dump(mode="json"), verification_markdown(found), as_json=as_json)
+    raise typer.Exit(EXIT_FAILED if found.faults else 0)
+
+
+def clean(
+    uri: FolderUri,
+    older_than: Annotated[str, typer.Option(metavar="AGE", help="without a write for so long: 12h, 7d, 2w")] = "7d",
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it the folders are only listed")] = False,
+    endpoint_url: EndpointUrl = None,
+) -> None:
+    """List, and with --yes delete, work folders of complete or abandoned jobs; reports and outputs stay."""
+    from batchllm_flows.cleaning import find_old_folders, parse_age, remove_folders
+    from batchllm_flows.job_status import size_text
+
+    try:
+        age = parse_age(older_than)
+    except ValueError as error:
+        raise typer.BadParameter(f"--older-than: {error}") from error
+    found = find_old_folders(uri, StorageOptions(endpoint_url=endpoint_url), age)
+    for one in found:
+        typer.echo(one.line())
+    going = [one for one in found if one.goes]
+    total = f"{size_text(sum(one.bytes for one in going))} in {counted(sum(one.objects for one in going), 'object')}"
+    if yes:
+        remove_folders(going)
+        typer.echo(f"deleted {total}")
+    else:
+        typer.echo(f"{total} to delete; nothing is deleted without --yes")

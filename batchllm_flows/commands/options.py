@@ -1,0 +1,59 @@
+"""Arguments and options that several commands take, and the job that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from batchllm_flows.job import BatchJob
+
+JobFile = Annotated[Path, typer.Argument(help="job file, YAML or JSON", show_default=False)]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="set a field of the job; may be repeated")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no log, no progress; only the result and errors")]
+EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint, where it is not AWS")]
+
+_TEMPLATE_MARKS = ("{{", "{%")
+
+
+def load_job(job_file: Path, settings: list[str] | None, **overrides: Any) -> BatchJob:
+    """The job of a file with the fields that `--set` sets.
+
+    Args:
+        job_file: the file.
+        settings: `KEY.PATH=VALUE` each.
+        overrides: further fields, by the name of the path with `__` for its dots.
+
+    Raises:
+        InvalidJobError: see `BatchJob.from_file`.
+    """
+    values = dict(_setting(one) for one in settings or [])
+    return BatchJob.from_file(job_file, values | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def _setting(setting: str) -> tuple[str, Any]:
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise typer.BadParameter(f"--set: expected KEY.PATH=VALUE, got {setting!r}")
+    return path, _value(path, text)
+
+
+def _value(path: str, text: str) -> Any:
+    """The value of a setting: YAML, but a template is a text without quotes too."""
+    is_template = any(mark in text for mark in _TEMPLATE_MARKS)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if is_template:
+            return text
+        fault = getattr(error, "problem", None) or "not YAML"
+        raise typer.BadParameter(
+            f"--set {path}: {text!r} is no YAML value ({fault}); a text needs quotes, as in --set '{path}=\"...\"'"
+        ) from error
+    # To YAML, `Title: {{ title }}` is a mapping.
+    return text if is_template and isinstance(value, dict) else value

@@ -1,0 +1,107 @@
+"""Checks of a job that cost nothing: what would fail in its first minute is told before, one line a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from batchllm_flows.job import BatchJob
+from batchllm_flows.job_status import size_text
+from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.execute.engine_options import check_engine_arguments
+from batchllm_operators.merge.sink import check_sink, refuse_overlap
+from batchllm_operators.stage.readers import Source, open_source
+from batchllm_operators.stage.rendering import prompt_renderer
+from batchllm_operators.stage.row_stager import StagerSettings
+from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits
+from batchllm_operators.wording import counted
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was looked at, whether it is as it must be, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def check_job(job: BatchJob) -> Iterator[Check]:
+    """Check what a job refers to: source, model, prompt, columns, tokenizer and sink; stages and writes nothing.
+
+    What depends on a check that failed is left out.
+    """
+    source: list[Source] = []
+    settings: list[StagerSettings] = []
+    needed: list[dict[str, frozenset[str]]] = []
+    yield _checked("source", lambda: _source(job, source))
+    yield _checked("engine_args", lambda: _engine_arguments(job))
+    yield _checked("model", lambda: _model(job, settings))
+    if settings:
+        yield _checked("prompt", lambda: _prompt(settings[0], needed))
+    if source and needed:
+        yield _checked("columns", lambda: _columns(source[0], needed[0]))
+    if needed:
+        yield _checked("tokenizer", lambda: _tokenizer(settings[0]))
+    if source:
+        yield _checked("sink", lambda: _sink(job, source[0]))
+
+
+def _checked(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except BatchLLMError as error:
+        return Check(name, False, str(error))
+
+
+def _source(job: BatchJob, opened: list[Source]) -> str:
+    source = open_source(job.source)
+    opened.append(source)
+    rows = "rows not counted" if source.rows is None else counted(source.rows, "row")
+    size = size_text(sum(one.size for one in source.objects))
+    return f"{counted(len(source.objects), 'object')}, {size}, {rows}, {counted(len(source.columns), 'column')}"
+
+
+def _engine_arguments(job: BatchJob) -> str:
+    check_engine_arguments(job.model)
+    return ", ".join(job.model.engine_args) or "none"
+
+
+def _model(job: BatchJob, found: list[StagerSettings]) -> str:
+    limits = model_limits(job.model)
+    settings = StagerSettings(
+        prompt=job.prompt, sampling=job.sampling, model=job.model, limits=limits, id_column=job.source.id_column
+    )
+    found.append(settings)
+    return f"{job.model.id}: {limits.max_model_len:,} tokens of prompt and completion, vocabulary {limits.vocab_size:,}"
+
+
+def _prompt(settings: StagerSettings, needed: list[dict[str, frozenset[str]]]) -> str:
+    needed.append(settings.columns())
+    return f"kind {settings.prompt.kind}"
+
+
+def _columns(source: Source, needed: dict[str, frozenset[str]]) -> str:
+    for field, columns in needed.items():
+        source.require_columns(columns, field)
+    carried = len(source.schema.names) or "all"
+    used = ", ".join(f"{field} {', '.join(sorted(columns))}" for field, columns in needed.items() if columns)
+    return f"{used or 'the prompt uses none'}; carried to the sink: {carried}"
+
+
+def _tokenizer(settings: StagerSettings) -> str:
+    tokenizer = PromptTokenizer(settings.model)
+    if not prompt_renderer(settings.prompt, settings.limits.vocab_size).is_chat:
+        return f"loads; prompts of kind {settings.prompt.kind} need no chat template"
+    tokenizer.require_chat_template()
+    return "loads, with a chat template"
+
+
+def _sink(job: BatchJob, source: Source) -> str:
+    sink = job.sink_store()
+    identity = job.job_id(source.objects)
+    refuse_overlap(source, sink, job.work_store(identity))
+    complete = check_sink(sink, job.sink.mode, identity)
+    if complete is not None:
+        return f"{sink.uri} holds this job's complete output: a run computes nothing"
+    return f"{sink.uri}: this job may write there (job {identity})"

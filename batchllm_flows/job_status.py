@@ -1,0 +1,147 @@
+"""How far jobs are, from what their work folders hold."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from pydantic import Field, ValidationError
+
+from batchllm_flows.last_error import LastError, read_last_error
+from batchllm_flows.work_folders import find_work_folders, read_job_file
+from batchllm_operators.plan.remaining import count_requests
+from batchllm_operators.records import (
+    PLAN_SUMMARY,
+    RESULTS_FOLDER,
+    STAGED_SUMMARY,
+    PlanSummary,
+    Record,
+    StageSummary,
+)
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
+
+Summary = TypeVar("Summary", StageSummary, PlanSummary)
+
+
+class JobStatus(Record):
+    """How far one job is; what is None is not there yet, or gone."""
+
+    job_id: str
+    job_name: str
+    complete: bool
+    """Its output stands in the sink."""
+    rows: int | None = None
+    """Staged, or in the complete output."""
+    error_rows: dict[str, int] = Field(default_factory=dict)
+    """Of a complete job all rows without an answer, else those that staging found; by kind."""
+    requests: int | None = None
+    """Distinct requests staged."""
+    answered: int = 0
+    """Of these, those with a result; one with an error does not count."""
+    left: int | None = None
+    """Requests that a run would compute; of a complete job none."""
+    bundles: int | None = None
+    """Of the last plan."""
+    parts: int
+    """Result parts."""
+    bytes: int
+    """Of the work folder."""
+    last_write: datetime
+    last_error: LastError | None = None
+    output_uri: str
+    work_uri: str
+
+
+def job_statuses(uri: str, storage: StorageOptions) -> list[JobStatus]:
+    """The jobs of a sink, or that of a work folder; the newest first.
+
+    Raises:
+        TerminalError: there is none, or it is not as this version writes it.
+        TransientError: the store does not answer.
+    """
+    return [job_status(work) for work in find_work_folders(uri, storage)]
+
+
+def job_status(work: Store) -> JobStatus:
+    """How far the job of a work folder is."""
+    owner = read_job_file(work)
+    objects = work.stored_objects()
+    names = {one.path for one in objects}
+    staged = _read(StageSummary, work, STAGED_SUMMARY, names)
+    if staged is not None and not names.issuperset(part.name for part in staged.parts):
+        staged = None
+    planned = _read(PlanSummary, work, PLAN_SUMMARY, names)
+    manifest = owner.manifest()
+    requests, answered = (None, 0) if staged is None else count_requests(work, staged)
+    left = None if requests is None else requests - answered
+    if manifest is not None:
+        left = 0
+    return JobStatus(
+        job_id=owner.job_id,
+        job_name=owner.job_name,
+        complete=manifest is not None,
+        rows=manifest.rows if manifest is not None else staged.rows if staged is not None else None,
+        error_rows=manifest.error_rows if manifest is not None else {} if staged is None else staged.error_rows,
+        requests=requests,
+        answered=answered,
+        left=left,
+        bundles=None if planned is None else len(planned.bundles),
+        parts=sum(one.path.startswith(f"{RESULTS_FOLDER}/") for one in objects),
+        bytes=sum(one.size for one in objects),
+        last_write=datetime.fromtimestamp(max(one.modified for one in objects), UTC),
+        last_error=read_last_error(work),
+        output_uri=owner.sink.uri,
+        work_uri=work.uri,
+    )
+
+
+def status_text(status: JobStatus) -> str:
+    """The status in a few lines for a person."""
+    lines = [
+        f"{status.job_name}: {'complete' if status.complete else 'not complete'} (job {status.job_id})",
+        f"  staged     {_staged(status)}",
+        f"  planned    {'no' if status.bundles is None else counted(status.bundles, 'bundle')}",
+        f"  answered   {_answered(status)}",
+        f"  output     {status.output_uri}",
+        f"  work       {status.work_uri}",
+        f"             {size_text(status.bytes)}, last written {status.last_write:%Y-%m-%d %H:%M:%S} UTC",
+    ]
+    if status.last_error is not None:
+        error = status.last_error
+        lines.append(f"  last error {error.time:%Y-%m-%d %H:%M:%S} UTC, {error.kind}: {error.message}")
+    return "\n".join(lines)
+
+
+def size_text(size: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _staged(status: JobStatus) -> str:
+    if status.rows is None:
+        return "no"
+    errors = ", ".join(f"{count:,} {code}" for code, count in status.error_rows.items()) or "no errors"
+    return f"{counted(status.rows, 'row')}, {errors}"
+
+
+def _answered(status: JobStatus) -> str:
+    parts = f"in {counted(status.parts, 'part')}"
+    if status.requests is None:
+        return "the work folder was cleaned" if status.complete else f"0 requests {parts}"
+    return f"{status.answered:,} of {status.requests:,} requests {parts}, {status.left:,} left"
+
+
+def _read(kind: type[Summary], work: Store, name: str, names: set[str]) -> Summary | None:
+    """A summary; None where it is not there, or is one that the next run replaces."""
+    if name not in names:
+        return None
+    try:
+        return kind.model_validate_json(work.read_bytes(name))
+    except ValidationError:
+        return None

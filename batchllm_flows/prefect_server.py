@@ -1,0 +1,129 @@
+"""The Prefect server that a run needs: the one that is set, or a temporary one that is waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from batchllm_operators.errors import TerminalError
+
+STARTUP_SECONDS = 120
+STARTUP_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+
+_LOGGER = logging.getLogger(__name__)
+_ADVICE = (
+    "to use one that runs: `prefect server start` in another terminal, then "
+    "PREFECT_API_URL=http://127.0.0.1:4200/api batchllm run ..."
+)
+
+
+def prepare_prefect(timeout_s: int | None) -> None:
+    """Set what Prefect reads when it is imported; what the user has set stays.
+
+    Args:
+        timeout_s: seconds that a temporary server may take to start; None: as set, else `STARTUP_SECONDS`.
+    """
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    if timeout_s is not None:
+        os.environ[STARTUP_VARIABLE] = str(timeout_s)
+    os.environ.setdefault(STARTUP_VARIABLE, str(STARTUP_SECONDS))
+
+
+def require_server() -> None:
+    """Make sure that there is a server before any work is done: the one that is set, or a temporary one.
+
+    A temporary server takes seconds to start, and a minute beside other work. It ends with this process.
+
+    Raises:
+        TerminalError: the server that is set does not answer, or no temporary server came up in time.
+    """
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is not None:
+        _require_answer(settings.api.url)
+        return
+    timeout_s = settings.server.ephemeral.startup_timeout_seconds
+    _LOGGER.info("waiting for a temporary Prefect server, up to %d s; %s", timeout_s, _ADVICE)
+    _start_temporary_server(timeout_s)
+
+
+def _require_answer(api_url: str) -> None:
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    # Another answer than health is an answer: what the flow asks for says more about it.
+    if isinstance(error, httpx.TransportError):
+        raise TerminalError(
+            f"the Prefect server at {api_url} does not answer ({type(error).__name__}): start it with `prefect server "
+            "start`, or unset PREFECT_API_URL for a temporary one"
+        ) from error
+
+
+def _start_temporary_server(timeout_s: int) -> None:
+    import httpx
+    from prefect.server.api.server import SubprocessASGIServer
+
+    # The one that Prefect's clients ask for when no URL is set.
+    server = SubprocessASGIServer()
+    deadline = time.monotonic() + timeout_s
+    try:
+        try:
+            _without_interrupts(lambda: server.start(timeout_s), server.stop)
+        except httpx.TimeoutException:
+            # It is there, but too busy to answer within httpx's few seconds, which Prefect takes for a failure.
+            _wait_for_answer(f"{server.api_url}/health", deadline)
+            server.running = True
+    except (RuntimeError, httpx.HTTPError) as error:
+        server.stop()
+        raise TerminalError(
+            f"no temporary Prefect server after {timeout_s} s ({type(error).__name__}): give it longer with "
+            f"--server-timeout; {_ADVICE}"
+        ) from error
+
+
+def _without_interrupts(start: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Start a process that Ctrl-C does not reach, in another thread, so that it ends the waiting here.
+
+    A terminal sends Ctrl-C to all processes of a command. Prefect's server would end at once, and the flow run, which
+    tells it that it was interrupted, would try for minutes. A process inherits the signals that its thread blocks.
+    """
+    failed: list[BaseException] = []
+
+    def blocking() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            start()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=blocking, name="prefect-server", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stop()
+        raise
+    if failed:
+        raise failed[0]
+
+
+def _wait_for_answer(url: str, deadline: float) -> None:
+    import httpx
+
+    while True:
+        try:
+            httpx.get(url, timeout=max(deadline - time.monotonic(), 1.0)).raise_for_status()
+        except httpx.TransportError:
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            return

@@ -1,0 +1,89 @@
+"""The work folders of jobs: where they are, and what job each belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+from pydantic import ValidationError
+
+from batchllm_operators.errors import TerminalError
+from batchllm_operators.merge.sink import check_sink, read_manifest
+from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.records import JOB_FILE, WORK_FOLDER, Manifest
+from batchllm_operators.spec import StorageOptions
+from batchllm_operators.store import Store
+
+
+@dataclass(frozen=True)
+class OwnedFolder:
+    """A work folder and what its `job.json` says."""
+
+    work: Store
+    job_id: str
+    job_name: str
+    source_uri: str
+    sink: SinkSpec
+
+    def manifest(self) -> Manifest | None:
+        """Of the job's complete output; None where that is not complete, or another job's."""
+        return check_sink(Store(self.sink.uri, self.sink.storage), "overwrite", self.job_id)
+
+
+def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
+    """The work folders that a URI stands for: of a sink, of a folder of work folders, or one itself; the newest first.
+
+    Raises:
+        TerminalError: there is none.
+    """
+    root = Store(uri, storage)
+    if root.exists(JOB_FILE):
+        return [root]
+    below = root.folder(WORK_FOLDER)
+    found = [below.folder(_folder_of(name)) for name in below.newest(f"*/{JOB_FILE}")]
+    elsewhere = _work_of_output(root)
+    if elsewhere is not None and elsewhere.uri not in {one.uri for one in found} and elsewhere.exists(JOB_FILE):
+        found.insert(0, elsewhere)
+    found = found or [root.folder(_folder_of(name)) for name in root.newest(f"*/{JOB_FILE}")]
+    if not found:
+        raise TerminalError(
+            f"no job here: expected the folder of a job's output, or a work folder with its {JOB_FILE}", uri=root.uri
+        )
+    return found
+
+
+def read_job_file(work: Store) -> OwnedFolder:
+    """Whose a work folder is.
+
+    Raises:
+        TerminalError: `job.json` is not as this version writes it.
+    """
+    try:
+        content = orjson.loads(work.read_bytes(JOB_FILE))
+        job = content["job"]
+        sink = {name: value for name, value in job["sink"].items() if name in SinkSpec.model_fields}
+        return OwnedFolder(
+            work=work,
+            job_id=str(content["job_id"]),
+            job_name=str(job["name"]),
+            source_uri=str(job["source"]["uri"]),
+            sink=SinkSpec.model_validate(sink),
+        )
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise TerminalError(
+            f"{JOB_FILE} is not as this version of batchllm-flows writes it: {type(error).__name__}",
+            uri=work.uri_of(JOB_FILE),
+        ) from error
+
+
+def _work_of_output(sink: Store) -> Store | None:
+    """The work folder of the output in a folder, which `execution.work_uri` may have put anywhere."""
+    try:
+        manifest = read_manifest(sink)
+    except TerminalError:
+        return None  # damaged, or not one of ours: what it belongs to is not known
+    return None if manifest is None else Store(manifest.work_uri, sink.options)
+
+
+def _folder_of(name: str) -> str:
+    return name.partition("/")[0]
