@@ -38,7 +38,7 @@ def check_job(job: BatchJob) -> Iterator[Check]:
     yield _checked("engine_args", lambda: _engine_arguments(job))
     yield _checked("model", lambda: _model(job, settings))
     if settings:
-        yield _checked("prompt", lambda: _prompt(settings[0], needed))
+        yield _checked("prompt", lambda: _prompt(settings[0], source, needed))
     if source and needed:
         yield _checked("columns", lambda: _columns(source[0], needed[0]))
     if needed:
@@ -76,7 +76,9 @@ def _model(job: BatchJob, found: list[StagerSettings]) -> str:
     return f"{job.model.id}: {limits.max_model_len:,} tokens of prompt and completion, vocabulary {limits.vocab_size:,}"
 
 
-def _prompt(settings: StagerSettings, needed: list[dict[str, frozenset[str]]]) -> str:
+def _prompt(settings: StagerSettings, source: list[Source], needed: list[dict[str, frozenset[str]]]) -> str:
+    if source and source[0].has_columns:  # names that could mean a column are told only where the columns are known
+        settings = settings.model_copy(update={"source_columns": tuple(source[0].columns)})
     needed.append(settings.columns())
     return f"kind {settings.prompt.kind}"
 

@@ -110,3 +110,11 @@ def test_validate_tells_every_fault_in_a_line_of_its_own(
     assert [line.split()[1].rstrip(":") for line in lines] == [failed]
     assert told in lines[0]
     assert not (tmp_path / "out").exists(), "validate staged something"
+
+
+def test_validate_knows_the_columns_that_a_name_could_mean(tmp_path: Path, batchllm: Batchllm, tiny_llama: str) -> None:
+    rows = pa.table({"product-id": ["a-1"], "product": [3], "id": ["x"]})
+    prompt = {"kind": "chat", "user": "{{ product-id }}"}
+    shown = batchllm("validate", write_job(tmp_path, tiny_llama, rows, prompt=prompt))
+    assert shown.exit_code == 1
+    assert 'row["product-id"]' in shown.stdout, shown.stdout
