@@ -91,7 +91,7 @@ def plan_run(
         job.sink.storage,
         workers=job.execution.engines,
         calibrated=calibrated,
-        default=default_rates(job.model, job.execution),
+        default=None if calibrated or job.planning.cost else default_rates(job.model, job.execution),
         usd_per_worker_hour=usd_per_engine_hour(job),
         pilot=pilot,
     )
