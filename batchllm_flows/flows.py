@@ -31,12 +31,14 @@ from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_rep
 from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.errors import BatchLLMError, TerminalError
+from batchllm_operators.execute.calibration import calibration_budget
 from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
 from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.cost import Calibration, engine_seconds
+from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
 from batchllm_operators.records import (
@@ -118,6 +120,8 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
             with clock.step("execute"):
                 executed.append(ExecutedPlan(planned, _execute(run, planned, pool, status)))
         pool.release()
+        if calibrated is not None:
+            kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
         with clock.step("merge"):
             manifest = merge(
                 job.source,
@@ -157,9 +161,9 @@ def _plan_task(job: BatchJob) -> PlanCall:
 
 
 def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
-    """The engines' rates as kept; else as an engine measures them now, where it has something to compute anyway.
+    """The engines' rates as kept; else as an engine measures them now, where the job is long enough to be worth it.
 
-    Where it has and need not measure, its model begins to load beside the planning.
+    Where it has something to compute and need not measure, its model begins to load beside the planning.
     """
     job = run.job
     cache = kept_calibrations(run)
@@ -169,7 +173,22 @@ def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibrati
     if kept is not None or job.planning.cost is not None or not job.execution.calibrate:
         pool.preload()
         return kept
-    return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache)
+    default = default_rates(job.model, job.execution)
+    # No sharing, and every answer as long as it may be: what is known before there is a plan.
+    forecast = engine_seconds(
+        default,
+        requests=staged.requests,
+        prompt_tokens=staged.prompt_tokens,
+        computed_tokens=staged.prompt_tokens,
+        output_tokens=staged.requests * job.sampling.max_tokens,
+    )
+    whole_job = forecast / job.execution.engines
+    seconds = calibration_budget(whole_job)
+    if seconds is None:
+        get_run_logger().info("no calibration: by the hardware's default rates the whole job takes %.0f s", whole_job)
+        pool.preload()
+        return None
+    return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache, seconds, default)
 
 
 @contextmanager

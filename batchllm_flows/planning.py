@@ -11,6 +11,7 @@ from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, CalibrationCache
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import PLAN_PAGE, WORK_FOLDER, PlanSummary, StageSummary
 from batchllm_operators.row_errors import refuse_too_many_errors
@@ -90,6 +91,7 @@ def plan_run(
         job.sink.storage,
         workers=job.execution.engines,
         calibrated=calibrated,
+        default=None if calibrated or job.planning.cost else default_rates(job.model, job.execution),
         usd_per_worker_hour=usd_per_engine_hour(job),
         pilot=pilot,
     )

@@ -37,20 +37,26 @@ SAMPLES = 3
 
 
 def demo_job(model_folder: Path) -> dict[str, Any]:
-    """The demo's job, as it stands in its job file."""
+    """The demo's job, as it stands in its job file.
+
+    Small enough for two cores that compute 15 GFLOP/s in float32, as a processor without AVX-512 does beside other
+    work: 59 rows make about 4,800 prompt tokens to compute, out of 15,900, and 820 generated ones. 5,600 tokens times
+    2 times 135 million parameters are 1.5 TFLOP, and attention over 275 tokens adds 7 %: 108 s of the four minutes
+    after the install. The rest is for unpacking and loading the model, Prefect's server, and the steps around it.
+    """
     return {
         "name": "standard-library-catalogue",
         "source": {"uri": INPUT_URI, "format": "parquet", "id_column": "name"},
         "prompt": {
             "kind": "chat",
-            "system": "You write a catalogue of Python functions.\n\nModule {{ module }}\n\n{{ document }}",
-            "user": (
-                "Function: {{ module }}.{{ function }}{{ signature }}\n\n{{ docstring }}\n\n"
-                "Say in one short line what this function does, then give its category in one word."
+            "system": (
+                "You write a catalogue of Python functions: say in one short line what the function does.\n\n"
+                "Module {{ module }}\n\n{{ document }}"
             ),
+            "user": "{{ function }}{{ signature }}\n{{ docstring }}",
         },
-        "model": {"id": str(model_folder), "dtype": "bfloat16", "max_model_len": 4096},
-        "sampling": {"temperature": 0.0, "max_tokens": 48},
+        "model": {"id": str(model_folder), "max_model_len": 2048, "engine_args": {"enforce_eager": True}},
+        "sampling": {"temperature": 0.0, "max_tokens": 16},
         "sink": {"uri": OUTPUT_URI, "format": "parquet", "mode": "overwrite"},
     }
 

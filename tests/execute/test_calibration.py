@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import RowError, RowErrorCode
-from batchllm_operators.execute.calibration import ENOUGH_SECONDS, calibrate, measure, synthetic_loads
+from batchllm_operators.execute.calibration import (
+    ENOUGH_SECONDS,
+    calibrate,
+    calibration_budget,
+    measure,
+    synthetic_loads,
+)
 from batchllm_operators.execute.engine import Completion, EngineLimits, Request
-from batchllm_operators.plan.cost import CPU_DEFAULT
+from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration, rates_source
 from batchllm_operators.plan.spec import CostModel
 
 LIMITS = EngineLimits(
@@ -20,6 +26,7 @@ LIMITS = EngineLimits(
     max_running_requests=256,
     max_request_tokens=4096,
     max_step_tokens=2048,
+    dtype="float64",
 )
 BLOCK = 32
 
@@ -193,3 +200,73 @@ def test_the_loads_stay_within_the_limits_of_a_small_engine(changes: dict[str, i
         assert load.requests == 1 or load.requests * (load.prompt_tokens + load.output_tokens) <= (
             limits.kv_capacity_tokens
         )
+
+
+@pytest.mark.parametrize(
+    ("forecast_seconds", "budget"), [(0, None), (119.9, None), (120, 6.0), (200, 10.0), (400, 20.0), (36_000, 20.0)]
+)
+def test_the_budget_is_a_twentieth_of_the_job_or_20_seconds_and_short_jobs_have_none(
+    forecast_seconds: float, budget: float | None
+) -> None:
+    assert calibration_budget(forecast_seconds) == budget
+
+
+SLOW = CPU_DEFAULT.model_copy(
+    update={"step_seconds": 0.1, "prefill_tokens_per_second": 55.0, "decode_tokens_per_second": 32.0}
+)
+
+
+@pytest.mark.parametrize("seconds", [6.0, 12.0, 20.0])
+def test_a_calibration_ends_when_its_budget_is_spent_but_for_the_step_that_runs(seconds: float) -> None:
+    engine = RatedEngine(SLOW)
+    longest_step = SLOW.step_seconds + 128 / SLOW.prefill_tokens_per_second
+    found = calibrate(engine, seconds=seconds, default=CPU_DEFAULT, clock=lambda: engine.now)
+    assert engine.now <= seconds + longest_step
+    assert engine.unfinished == 0
+    assert max(len(request.prompt_token_ids) for request in engine.submitted) == 128
+    if found is not None:
+        assert "decode_tokens_per_second" in found.assumed
+
+
+def test_what_there_was_no_time_to_measure_is_the_default_at_the_speed_that_was_measured() -> None:
+    tenth = CPU_DEFAULT.model_copy(
+        update={
+            "step_seconds": 10 * CPU_DEFAULT.step_seconds,
+            "prefill_tokens_per_second": CPU_DEFAULT.prefill_tokens_per_second / 10,
+            "decode_tokens_per_second": CPU_DEFAULT.decode_tokens_per_second / 10,
+            "kv_tokens_per_second": CPU_DEFAULT.kv_tokens_per_second / 10,
+        }
+    )
+    engine = RatedEngine(tenth)
+    found = calibrate(engine, seconds=3.5, default=CPU_DEFAULT, clock=lambda: engine.now)
+    assert found is not None
+    assert found.assumed == ("decode_tokens_per_second", "kv_tokens_per_second")
+    expected = tenth.model_copy(update={"kv_capacity_tokens": LIMITS.kv_capacity_tokens})
+    assert found.rates.model_dump() == pytest.approx(expected.model_dump(), rel=0.02)
+    told = rates_source(None, found)
+    assert "not measured but scaled from the hardware's default: decode tokens per second, kv tokens per second" in told
+
+
+def test_an_engine_too_slow_for_the_smallest_load_is_not_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+    engine = RatedEngine(SLOW.model_copy(update={"prefill_tokens_per_second": 10.0}))
+    with caplog.at_level(logging.WARNING):
+        assert calibrate(engine, seconds=6.0, clock=lambda: engine.now) is None
+    assert "no calibration within 6.0 s" in caplog.text
+    assert engine.now < 20
+
+
+def test_a_calibration_says_on_what_and_with_what_it_was_made() -> None:
+    engine = RatedEngine()
+    found = calibrate(engine, model="org/name@v1", clock=lambda: engine.now)
+    assert found is not None
+    assert (found.model, found.dtype, found.assumed) == ("org/name@v1", "float64", ())
+    assert found.versions is not None
+    assert found.versions["batchllm-flows"]
+    assert found.load_per_core is not None
+    assert found.load_per_core >= 0
+
+
+@pytest.mark.parametrize(("load", "told"), [(None, False), (0.4, False), (3.0, True)])
+def test_rates_of_a_busy_machine_are_told_apart(load: float | None, told: bool) -> None:
+    found = Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1, load_per_core=load)
+    assert ("while the machine was busy (load 3.0 per core)" in rates_source(None, found)) is told

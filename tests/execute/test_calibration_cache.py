@@ -10,6 +10,7 @@ import pytest
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
+from batchllm_operators.records import BundleResult
 from batchllm_operators.store import Store
 
 MODEL = ModelSpec(id="m", engine_args={"max_num_seqs": 8})
@@ -73,3 +74,50 @@ def test_an_object_that_is_no_calibration_counts_for_nothing(store: Store, caplo
     with caplog.at_level(logging.WARNING):
         assert cache(store).latest() is None
     assert name in caplog.text
+
+
+def test_another_dtype_or_another_version_does_not_take_the_place_of_a_calibration(store: Store) -> None:
+    one = calibration("1 x A", "2026-01-01 00:00:00")
+    for other in ({}, {"dtype": "float32"}, {"dtype": "bfloat16"}, {"versions": {"vllm": "0.32.0"}}):
+        cache(store).keep(one.model_copy(update=other))
+    assert len(store.names()) == 4
+
+
+def test_a_calibration_of_an_earlier_version_is_read(store: Store) -> None:
+    kept = calibration("1 x A", "2026-01-01 00:00:00")
+    cache(store).keep(kept)
+    (name,) = store.names()
+    store.write_bytes(name, kept.model_dump_json(include={"rates", "device", "measured_at", "seconds"}).encode())
+    assert cache(store).latest() == kept
+
+
+# By the rates 40,000 computed prompt tokens take 7.3 s, and 6,000 generated ones 5.3 s.
+FACTS = {"bundle": "b", "requests": 60, "errors": 0, "prompt_tokens": 60_000, "cached_tokens": 20_000}
+FACTS |= {"completion_tokens": 6_000, "parts": (), "load_seconds": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept"),
+    [(11.0, True), (19.0, True), (4.0, False), (60.0, False)],
+    ids=["as forecast", "a little slower", "much faster", "much slower"],
+)
+def test_a_calibration_that_the_facts_contradict_by_more_than_two_times_is_measured_again(
+    seconds: float, kept: bool, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = calibration("1 x A", "2026-01-01 00:00:00")
+    cache(store).keep(held)
+    other = calibration("1 x B", "2025-01-01 00:00:00")
+    cache(store).keep(other)
+    with caplog.at_level(logging.WARNING):
+        cache(store).hold_against(held, [BundleResult.model_validate(FACTS | {"seconds": seconds})])
+    assert cache(store).latest() == (held if kept else other)
+    assert ("the next run measures again" in caplog.text) is not kept
+
+
+def test_a_few_seconds_of_work_contradict_nothing(store: Store) -> None:
+    held = calibration("1 x A", "2026-01-01 00:00:00")
+    cache(store).keep(held)
+    few = FACTS | {"prompt_tokens": 600, "cached_tokens": 0, "completion_tokens": 60, "seconds": 5.0}
+    cache(store).hold_against(held, [BundleResult.model_validate(few)])
+    cache(store).hold_against(held, [])
+    assert cache(store).latest() == held

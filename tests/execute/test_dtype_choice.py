@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from batchllm_operators.execute.model_shape import model_shape, read_model_confi
 from batchllm_operators.execute.processor import Processor
 from batchllm_operators.execute.spec import ModelSpec
 
-FAST = Processor(True, avx512=True, reason="the processor has AVX512-BF16")
-SLOW = Processor(False, avx512=False, reason="the processor has neither AVX512-BF16 nor AMX-BF16")
-UNKNOWN = Processor(None, avx512=False, reason="nothing is known of bfloat16 on ppc64le")
+FAST = Processor(True, False, avx512=True, reason="the processor has AVX512-BF16")
+SLOW = Processor(False, False, avx512=False, reason="the processor has neither AVX512-BF16 nor AMX-BF16")
+UNKNOWN = Processor(None, None, avx512=False, reason="nothing is known of bfloat16 on ppc64le")
 
 SMOLLM2_135M = {
     "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152, "num_attention_heads": 9,
@@ -57,6 +58,7 @@ def model(dtype: str = "auto", identity: str = "m") -> ModelSpec:
         ("bfloat16", FAST, {}, "bfloat16", "the job (model.dtype: bfloat16)", False),
         ("bfloat16", SLOW, {}, "bfloat16", "5 to 8 times slower than float32 here", True),
         ("float16", SLOW, {}, "float16", "5 to 8 times slower than float32 here", True),
+        ("float16", FAST, {}, "float16", "here: the processor has no instructions for it", True),
         ("float32", SLOW, {}, "float32", "the job (model.dtype: float32)", False),
         ("bfloat16", UNKNOWN, {}, "bfloat16", "the job (model.dtype: bfloat16)", False),
     ],
@@ -137,3 +139,9 @@ def test_the_configuration_of_a_folder_is_read_and_a_damaged_one_is_none(
 ) -> None:
     (tmp_path / "config.json").write_text(content)
     assert read_model_config(model(identity=str(tmp_path))) == read
+
+
+def test_a_model_that_is_nowhere_has_no_configuration_and_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "batchllm_operators"):
+        assert read_model_config(model(identity="nobody/nothing")) == {}
+    assert "model.id: no configuration of 'nobody/nothing'" in caplog.text

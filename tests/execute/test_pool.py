@@ -17,7 +17,7 @@ from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, 
 from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
-from batchllm_operators.records import BundleInfo
+from batchllm_operators.records import BundleInfo, EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
 
 CALIBRATION = Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1.0)
@@ -43,6 +43,7 @@ class ToldHandle:
         self.closed = False
         self.reads_all = False
         self.writes = True
+        self.settings: tuple[EngineSetting, ...] = ()
 
     def start(self) -> None:
         self.started = True
@@ -54,7 +55,8 @@ class ToldHandle:
         if self.load_fault is not None:
             self.usable = False
             raise self.load_fault
-        return Loaded(seconds=2.5, calibration=CALIBRATION if command.calibrate else None)
+        calibration = CALIBRATION if command.calibrate else None
+        return Loaded(seconds=2.5, calibration=calibration, settings=self.settings)
 
     def run_bundle(self, command: Run, callbacks: BundleCallbacks) -> BundleDone:
         self.runs.append(command)
@@ -264,6 +266,25 @@ def test_one_engine_measures_its_rates_and_is_warm_for_the_first_bundle(
     assert [load.calibrate for load in first.loads] == [True]
     assert len(first.runs) == 2
     assert second.loads == []
+
+
+def test_a_slow_choice_is_warned_of_once_however_many_engines_are_loaded(
+    make_pool: Callable[..., EnginePool], work: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    handles = [ToldHandle(), ToldHandle()]
+    for handle in handles:
+        handle.settings = (EngineSetting(name="dtype", value="bfloat16", reason="the job", warning="slow here"),)
+    with make_pool(handles, engines=2) as pool, pool.lease(), pool.lease():
+        pass
+    assert [len(handle.loads) for handle in handles] == [1, 1]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == ["slow here"]
+
+
+def test_an_engine_is_told_how_long_to_measure_and_what_to_assume_else(make_pool: Callable[..., EnginePool]) -> None:
+    handle = ToldHandle()
+    with make_pool([handle]) as pool:
+        pool.calibrate(7.5, CPU_DEFAULT)
+    assert [(load.calibration_seconds, load.default_rates) for load in handle.loads] == [(7.5, CPU_DEFAULT)]
 
 
 def test_an_engine_that_nobody_asked_measures_nothing(make_pool: Callable[..., EnginePool], work: Any) -> None:

@@ -46,6 +46,24 @@ def test_bfloat16_is_fast_where_the_processor_has_it_and_onednn_may_use_it(
     assert reason in found.reason
 
 
+@pytest.mark.parametrize(
+    ("cpu_info", "machine", "limit", "fast"),
+    [
+        (TURIN, "x86_64", None, False),
+        (f"{SAPPHIRE_RAPIDS} avx512_fp16", "x86_64", None, True),
+        (f"{SAPPHIRE_RAPIDS} avx512_fp16", "x86_64", "AVX512_CORE_BF16", False),
+        (f"{GRAVITON2} asimdhp", "aarch64", None, True),
+        ("", "ppc64le", None, None),
+    ],
+)
+def test_float16_needs_instructions_of_its_own(
+    cpu_info: str, machine: str, limit: str | None, fast: bool | None, tmp_path: Path
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(cpu_info)
+    assert processor({} if limit is None else {"ONEDNN_MAX_CPU_ISA": limit}, told, machine).fast_fp16 is fast
+
+
 def test_the_older_name_of_the_limit_counts_too(tmp_path: Path) -> None:
     told = tmp_path / "cpuinfo"
     told.write_text(TURIN)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchllm_flows.flows import batch_inference, plan_batch_inference
+from batchllm_operators.execute import calibration
 from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, PlanSummary
 from batchllm_operators.store import Store
 from tests.flows.jobs import job, questions, write_input
@@ -14,8 +15,17 @@ from tests.flows.jobs import job, questions, write_input
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
+@pytest.fixture
+def any_job_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrate although the tiny model answers everything in seconds."""
+    monkeypatch.setattr(calibration, "SHORTEST_JOB_SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "MOST_SHARE", 1e9)
+
+
 @pytest.mark.engine
-def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: Path, tiny_llama: str) -> None:
+def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(
+    tmp_path: Path, tiny_llama: str, any_job_is_worth_it: None
+) -> None:
     source, sink = str(tmp_path / "in"), str(tmp_path / "out")
     write_input(source, questions(60))
     this_job = job(source, sink, tiny_llama, execution__calibrate=True)
@@ -51,6 +61,7 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: 
     ("changes", "rates"),
     [
         ({"execution__calibrate": False}, "hardware default"),
+        ({"execution__calibrate": True}, "hardware default"),
         (
             {
                 "execution__calibrate": True,
@@ -68,7 +79,7 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(tmp_path: 
             "job",
         ),
     ],
-    ids=["switched off", "the job says its own"],
+    ids=["switched off", "too short to be worth it", "the job says its own"],
 )
 def test_no_engine_measures_what_is_not_wanted(
     tmp_path: Path, tiny_llama: str, changes: dict[str, object], rates: str

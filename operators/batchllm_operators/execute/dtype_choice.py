@@ -12,11 +12,10 @@ from batchllm_operators.execute.processor import Processor
 from batchllm_operators.execute.spec import ModelSpec
 
 SLOWER = "5 to 8 times slower than float32"
-"""Half precision without instructions for it, on two processors: benchmarks/results/cpu_dtype.md."""
+"""Half precision without instructions for it, as measured on AMD Zen 3; benchmarks/results/cpu_dtype.md has another."""
 
 GIB = 1024**3
 _FLOAT32_BYTES = 4
-_HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +28,12 @@ class DtypeChoice:
     """Who chose it and why, where it was not vLLM."""
     warning: str | None = None
     """What to know of an explicit choice that is slow here."""
+
+
+def is_slow(dtype: str, processor: Processor) -> bool:
+    """Whether it is a half precision that this processor is known to emulate."""
+    fast = {"bfloat16": processor.fast_bf16, "float16": processor.fast_fp16}
+    return fast.get(dtype) is False
 
 
 def choose_dtype(model: ModelSpec, processor: Processor, config: Mapping[str, Any]) -> DtypeChoice:
@@ -44,10 +49,11 @@ def choose_dtype(model: ModelSpec, processor: Processor, config: Mapping[str, An
     """
     if model.dtype != "auto":
         told = f"the job (model.dtype: {model.dtype})"
-        if model.dtype in _HALF and processor.fast_bf16 is False:
-            warning = f"model.dtype: {model.dtype} is {SLOWER} here: {processor.reason}; set auto or float32"
-            return DtypeChoice(model.dtype, f"{told}; {SLOWER} here: {processor.reason}", warning)
-        return DtypeChoice(model.dtype, told)
+        if not is_slow(model.dtype, processor):
+            return DtypeChoice(model.dtype, told)
+        why = processor.reason if model.dtype == "bfloat16" else "the processor has no instructions for it"
+        warning = f"model.dtype: {model.dtype} is {SLOWER} here: {why}; set auto or float32"
+        return DtypeChoice(model.dtype, f"{told}; {SLOWER} here: {why}", warning)
     if is_quantised(config):
         return DtypeChoice("auto", "model.dtype auto: vLLM's choice for quantised weights")
     if processor.fast_bf16 is None:

@@ -16,7 +16,7 @@ from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.devices import cpu_name
 from batchllm_operators.execute.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
 from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
-from batchllm_operators.execute.engine_settings import engine_settings
+from batchllm_operators.execute.engine_settings import dtype_name, engine_settings
 from batchllm_operators.execute.model_shape import read_model_config
 from batchllm_operators.execute.processor import processor
 from batchllm_operators.execute.spec import ModelSpec
@@ -74,6 +74,8 @@ class EngineLimits:
     """Most tokens of a prompt and its completion."""
     max_step_tokens: int
     """Most tokens that a step computes."""
+    dtype: str = "unknown"
+    """It computes in, e.g. `bfloat16`."""
 
 
 class Engine(Protocol):
@@ -188,6 +190,7 @@ class VllmEngine:
             max_running_requests=config.scheduler_config.max_num_seqs,
             max_request_tokens=config.model_config.max_model_len,
             max_step_tokens=config.scheduler_config.max_num_batched_tokens,
+            dtype=dtype_name(config),
         )
 
     @property

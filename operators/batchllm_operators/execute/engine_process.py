@@ -44,6 +44,7 @@ from batchllm_operators.execute.messages import (
     encode,
 )
 from batchllm_operators.execute.step_traces import StepTraces
+from batchllm_operators.plan.cost import Calibration
 
 PARENT_CHECK_SECONDS = 0.5
 PROGRESS_SECONDS = 0.25
@@ -173,20 +174,20 @@ class EngineProcess:
         try:
             with LoadWatch(self._send, self._phases, download_folder(command.model)) as watch:
                 watch.enter(EnginePhase.WEIGHTS)
-                self._engine = self._load_engine(command)
+                engine = self._engine = self._load_engine(command)
                 seconds = self._prepare_seconds + time.monotonic() - started
                 calibration = None
                 if command.calibrate:
                     watch.enter(EnginePhase.CALIBRATION)
-                    calibration = calibrate(self._engine)
+                    calibration = _calibrate(engine, command)
             if self._traces is not None:
                 self._traces.skip()
-            self._feed = BundleFeed(self._engine)
+            self._feed = BundleFeed(engine)
         except Exception as error:
             traceback.print_exc()
             self._refuse_to_load(error)
         else:
-            self._send(Loaded(seconds=seconds, calibration=calibration, settings=self._engine.settings))
+            self._send(Loaded(seconds=seconds, calibration=calibration, settings=engine.settings))
         finally:
             self._loading = False
 
@@ -329,6 +330,11 @@ def main() -> None:
     sys.stderr.flush()
     # What is left is memory. To take the interpreter apart with torch in it takes seconds, for which a GPU would wait.
     os._exit(0)
+
+
+def _calibrate(engine: Engine, command: Load) -> Calibration | None:
+    model = command.model.id + (f"@{command.model.revision}" if command.model.revision else "")
+    return calibrate(engine, model=model, seconds=command.calibration_seconds, default=command.default_rates)
 
 
 def _one_line(error: Exception) -> str:

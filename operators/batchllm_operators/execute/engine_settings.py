@@ -44,7 +44,7 @@ def engine_settings(
         "max_num_seqs": scheduler.max_num_seqs,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         "async_scheduling": scheduler.async_scheduling,
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "dtype": dtype_name(config),
         "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
     }
@@ -64,3 +64,8 @@ def engine_settings(
         reason += f"; {what}{'; '.join(attention.reasons)}"
     settings.append(EngineSetting(name="attention", value=str(attention), reason=reason))
     return tuple(settings)
+
+
+def dtype_name(config: Any) -> str:
+    """What the model computes in, e.g. `bfloat16`, by vLLM's `VllmConfig`."""
+    return str(config.model_config.dtype).removeprefix("torch.")

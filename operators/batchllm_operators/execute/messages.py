@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import EngineSetting, Record
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.spec import SamplingParameters
@@ -49,6 +50,10 @@ class Load(Record):
     """GPUs of this engine: its tensor-parallel size."""
     calibrate: bool = False
     """Whether the engine is to measure its rates before it takes its first bundle."""
+    calibration_seconds: float = Field(default=20.0, gt=0)
+    """What that may take."""
+    default_rates: CostModel | None = None
+    """For what there is no time to measure; None: the hardware's."""
 
 
 class Run(Record):

@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 
 from batchllm_operators.errors import BatchLLMError, RowError, RowErrorCode, TerminalError
+from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.engine_ahead import take_engine_ahead
 from batchllm_operators.execute.engine_logs import EngineLogs
@@ -32,6 +33,7 @@ from batchllm_operators.execute.part_writer import part_name, part_table
 from batchllm_operators.execute.slots import Lease, Slot
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
@@ -208,17 +210,22 @@ class EnginePool:
             seconds=attempt.seconds,
         )
 
-    def calibrate(self) -> Calibration | None:
+    def calibrate(self, seconds: float = MOST_SECONDS, default: CostModel | None = None) -> Calibration | None:
         """Load an engine that measures its rates before it takes its first bundle; it stays warm.
 
         None when its model gives nothing to measure, and when the engine was warm already.
+
+        Args:
+            seconds: that the measurement may take.
+            default: rates for what there is no time to measure; None: the hardware's.
 
         Raises:
             TerminalError: the model does not load, or the pool is closed.
             TransientError: the engine died while loading.
         """
         with self._taken(alone=True) as slot:
-            _, loaded = self._warm(slot, self._load.model_copy(update={"calibrate": True}))
+            how = {"calibrate": True, "calibration_seconds": seconds, "default_rates": default}
+            _, loaded = self._warm(slot, self._load.model_copy(update=how))
             return None if loaded is None else loaded.calibration
 
     def start(self) -> None:

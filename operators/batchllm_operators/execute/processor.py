@@ -1,4 +1,4 @@
-"""What this machine's CPU is fast at: bfloat16 or only float32, as far as oneDNN may use it."""
+"""What this machine's CPU is fast at: half precision or only float32, as far as oneDNN may use it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _BELOW_AVX512 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"}
 _BELOW_BF16 = _BELOW_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
+_BELOW_FP16 = _BELOW_BF16 | {"AVX512_CORE_BF16"}
 
 _X86 = {"x86_64", "amd64"}
 _ARM = {"aarch64", "arm64"}
 _X86_BF16 = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+_X86_FP16 = {"avx512_fp16", "amx_fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Processor:
 
     fast_bf16: bool | None
     """Whether it multiplies bfloat16 matrices in hardware; None: another architecture than x86-64 and Arm."""
+    fast_fp16: bool | None
+    """The same of float16."""
     avx512: bool
     reason: str
     """Why `fast_bf16` is what it is, e.g. `the processor has AVX512-BF16`."""
@@ -50,21 +54,24 @@ def processor(
     if machine in _X86:
         return _x86(_words(text, "flags"), environment)
     if machine in _ARM:
-        has = "bf16" in _words(text, "Features")
-        return Processor(has, avx512=False, reason=f"the processor has {'' if has else 'no '}Arm bf16 instructions")
-    return Processor(None, avx512=False, reason=f"nothing is known of bfloat16 on {machine}")
+        features = _words(text, "Features")
+        has = "bf16" in features
+        reason = f"the processor has {'' if has else 'no '}Arm bf16 instructions"
+        return Processor(has, fast_fp16="asimdhp" in features, avx512=False, reason=reason)
+    return Processor(None, None, avx512=False, reason=f"nothing is known of bfloat16 on {machine}")
 
 
 def _x86(flags: set[str], environment: Mapping[str, str]) -> Processor:
     limits = ((name, environment[name].upper()) for name in _ONEDNN_VARIABLES if environment.get(name))
     variable, level = next(limits, ("", ""))
     avx512 = "avx512f" in flags and level not in _BELOW_AVX512
+    fp16 = bool(flags & _X86_FP16) and level not in _BELOW_FP16
     found = " and ".join(told for flag, told in _X86_BF16.items() if flag in flags)
     if not found:
-        return Processor(False, avx512, "the processor has neither AVX512-BF16 nor AMX-BF16")
+        return Processor(False, fp16, avx512, "the processor has neither AVX512-BF16 nor AMX-BF16")
     if level in _BELOW_BF16:
-        return Processor(False, avx512, f"{variable}={level} keeps oneDNN from the processor's {found}")
-    return Processor(True, avx512, f"the processor has {found}")
+        return Processor(False, fp16, avx512, f"{variable}={level} keeps oneDNN from the processor's {found}")
+    return Processor(True, fp16, avx512, f"the processor has {found}")
 
 
 def _words(cpu_info: str, field: str) -> set[str]:

@@ -37,7 +37,9 @@ class ExecutionSpec(SpecModel):
     usd_per_gpu_hour: float | None = Field(default=None, ge=0, description="price of a GPU, for the plan's forecast")
     retries: int = Field(default=2, ge=0, le=10, description="further attempts at a bundle after a transient error")
     calibrate: bool = Field(
-        default=True, description="the first engine measures its rates for the forecast; kept beside the output"
+        default=True,
+        description="the first engine measures its rates for the forecast: at most 20 s or 5 % of the job, and not for "
+        "jobs forecast below 2 minutes; kept beside the output",
     )
     load_timeout_s: float = Field(default=1800.0, gt=0, description="seconds an engine may take to load its model")
     stall_timeout_s: float = Field(

@@ -6,10 +6,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
+from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.handle import ProgressCallback
 from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import BundleInfo, BundleResult
 from batchllm_operators.retry import retry_transient
 from batchllm_operators.wording import counted
@@ -22,14 +24,18 @@ from batchllm_operators.wording import counted
     persist_result=False,
     retry_condition_fn=retry_transient,
 )
-def calibrate_engine(pool: EnginePool, cache: CalibrationCache) -> Calibration | None:
+def calibrate_engine(
+    pool: EnginePool, cache: CalibrationCache, seconds: float = MOST_SECONDS, default: CostModel | None = None
+) -> Calibration | None:
     """Load one engine, let it measure its rates, and keep them; the engine stays warm for the first bundle.
 
     Args:
         pool: the engines of this run.
         cache: where calibrations of its model and settings are kept.
+        seconds: that the measurement may take, see `calibration_budget`.
+        default: rates for what there is no time to measure.
     """
-    calibration = pool.calibrate()
+    calibration = pool.calibrate(seconds, default)
     if calibration is not None:
         cache.keep(calibration)
     return calibration

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
+from batchllm_operators.execute.devices import gpus_of_machine
 from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
 from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import Record
@@ -20,7 +20,7 @@ CPU_DEFAULT = CostModel(
     kv_capacity_tokens=170_000,
     max_running_requests=256,
 )
-"""A model of 0.1 billion parameters on two cores."""
+"""Measured: SmolLM2-135M in bfloat16 on two cores with AVX512-BF16."""
 
 GPU_DEFAULT = CostModel(
     step_seconds=0.007,
@@ -31,6 +31,12 @@ GPU_DEFAULT = CostModel(
     max_running_requests=1_024,
 )
 """A model of 8 billion parameters on one GPU of 80 GB."""
+
+RATES = ("step_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "kv_tokens_per_second")
+"""The fields of `CostModel` that a calibration measures."""
+
+BUSY_LOAD = 1.5
+"""Load average per core above which others took their share of the machine; loading the model alone makes about 1."""
 
 _FASTEST = 1e12
 """Tokens a second of what takes no measurable time."""
@@ -46,6 +52,16 @@ class Calibration(Record):
     """UTC, as `2026-01-31 12:00:00`."""
     seconds: float
     """That the measurement took."""
+    assumed: tuple[str, ...] = ()
+    """The rates that it had no time to measure: the hardware's defaults, scaled by what it did measure."""
+    model: str | None = None
+    """Id, and revision where there is one; like the four below None in calibrations of earlier versions."""
+    dtype: str | None = None
+    """The model computed in."""
+    versions: dict[str, str] | None = None
+    """Of vLLM, torch and this package."""
+    load_per_core: float | None = None
+    """Load average of the machine over the minute before, per core; 1: all cores were busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +97,8 @@ class Forecast:
 
 
 def default_cost_model() -> CostModel:
-    """Rates of the hardware at hand, where nothing has been measured: a guess by kind."""
-    return GPU_DEFAULT if Path("/dev/nvidiactl").exists() else CPU_DEFAULT
+    """Rates of the hardware at hand, where nothing is known of the model: a guess by kind."""
+    return GPU_DEFAULT if gpus_of_machine() else CPU_DEFAULT
 
 
 def rates_source(own: CostModel | None, calibrated: Calibration | None) -> str:
@@ -90,31 +106,76 @@ def rates_source(own: CostModel | None, calibrated: Calibration | None) -> str:
     if own is not None:
         return "job"
     if calibrated is not None:
-        return f"calibrated on {calibrated.device} at {calibrated.measured_at} UTC"
+        measured = f"calibrated on {calibrated.device} at {calibrated.measured_at} UTC"
+        if calibrated.load_per_core is not None and calibrated.load_per_core > BUSY_LOAD:
+            measured += f" while the machine was busy (load {calibrated.load_per_core:.1f} per core)"
+        if not calibrated.assumed:
+            return measured
+        names = ", ".join(name.replace("_", " ") for name in calibrated.assumed)
+        return f"{measured}; not measured but scaled from the hardware's default: {names}"
     return "hardware default"
 
 
-def fit_cost_model(runs: MeasuredRuns, *, kv_capacity_tokens: int, max_running_requests: int) -> CostModel:
+def unmeasured_rates(runs: MeasuredRuns) -> tuple[str, ...]:
+    """The rates that runs cannot tell apart, of the four in `RATES`.
+
+    A step and the tokens it generates are told apart by steps of different widths, tokens and the KV they read by
+    contexts of different lengths; with one request a step what KV costs is less than the error of the clock.
+    """
+    decoding = runs.decode_tokens > 0
+    missing = [] if runs.prefill_tokens.any() else ["prefill_tokens_per_second"]
+    decode, kv = runs.decode_tokens[decoding], runs.kv_tokens[decoding]
+    alike = not _differ(decode / np.maximum(runs.steps[decoding], 1))
+    if alike:
+        missing.append("decode_tokens_per_second")
+    if alike or not _differ(kv / np.maximum(decode, 1)):
+        missing.append("kv_tokens_per_second")
+    return tuple(missing)
+
+
+def fit_cost_model(
+    runs: MeasuredRuns, *, kv_capacity_tokens: int, max_running_requests: int, default: CostModel | None = None
+) -> CostModel:
     """The rates that explain measured runs best, by least squares of relative errors with none negative.
 
+    Args:
+        runs: what was measured.
+        kv_capacity_tokens: of the engine.
+        max_running_requests: of the engine.
+        default: rates for what the runs cannot tell (`unmeasured_rates`), all scaled by one factor: how much slower
+            the engine was in these runs than the default says. None: the runs must tell everything.
+
     Raises:
-        ValueError: fewer than 4 runs, or none with prefill or none with decode.
+        ValueError: no run, or without a default fewer than 4 runs, or none with prefill or none with decode.
     """
-    if len(runs.seconds) < 4 or not runs.prefill_tokens.any() or not runs.decode_tokens.any():
-        raise ValueError(f"expected 4 runs or more, with prefill and decode among them, got {len(runs.seconds)}")
-    columns = [runs.steps, runs.prefill_tokens, runs.decode_tokens, runs.kv_tokens]
+    count = len(runs.seconds)
+    if default is None and (count < 4 or not runs.prefill_tokens.any() or not runs.decode_tokens.any()):
+        raise ValueError(f"expected 4 runs or more, with prefill and decode among them, got {count}")
+    if count == 0:
+        raise ValueError("expected at least one run that ended in time, got none")
     # Relative to the time measured: else the long runs alone would decide, and timing errors grow with the time.
+    columns = [runs.steps, runs.prefill_tokens, runs.decode_tokens, runs.kv_tokens]
     measured = np.stack(columns, axis=1) / runs.seconds[:, None]
-    best, least = np.zeros(4), np.inf
-    # Four unknowns: every choice of which are zero is tried.
-    for size in range(1, 5):
-        for used in combinations(range(4), size):
-            solution = np.zeros(4)
-            solution[list(used)] = np.linalg.lstsq(measured[:, used], np.ones(len(measured)), rcond=None)[0]
+    best, target = np.zeros(4), np.ones(count)
+    fitted = list(range(4))
+    if default is not None:
+        assumed = _seconds_per_unit(default)
+        assumed *= float(np.exp(-np.log(measured @ assumed).mean()))
+        missing = unmeasured_rates(runs)
+        fitted = [place for place, name in enumerate(RATES) if name not in missing]
+        unknown = [place for place in range(4) if place not in fitted]
+        best[unknown] = assumed[unknown]
+        target = target - measured[:, unknown] @ assumed[unknown]
+    least, solved = np.inf, best
+    # Four unknowns at the most: every choice of which are zero is tried.
+    for size in range(1, len(fitted) + 1):
+        for used in combinations(fitted, size):
+            solution = best.copy()
+            solution[list(used)] = np.linalg.lstsq(measured[:, used], target, rcond=None)[0]
             fault = float(np.square(measured @ solution - 1).sum())
             if (solution >= 0).all() and fault < least:
-                best, least = solution, fault
-    step, prefill, decode, kv = (float(value) for value in best)
+                solved, least = solution, fault
+    step, prefill, decode, kv = (float(value) for value in solved)
     return CostModel(
         step_seconds=step,
         prefill_tokens_per_second=_rate(prefill),
@@ -123,6 +184,25 @@ def fit_cost_model(runs: MeasuredRuns, *, kv_capacity_tokens: int, max_running_r
         kv_capacity_tokens=kv_capacity_tokens,
         max_running_requests=max_running_requests,
     )
+
+
+def engine_seconds(
+    cost: CostModel, *, requests: int, prompt_tokens: int, computed_tokens: int, output_tokens: int
+) -> float:
+    """Seconds of one engine for requests of which only the totals are known; as `forecast`, all of the mean size.
+
+    Args:
+        cost: rates of the engine.
+        requests: how many run together.
+        prompt_tokens: of all of them.
+        computed_tokens: prompt tokens that are not found in the cache.
+        output_tokens: of all of them.
+    """
+    if requests == 0:
+        return 0.0
+    context = (prompt_tokens + output_tokens / 2) / requests
+    decode = output_tokens * (_seconds_per_token(cost, context, requests) + context / cost.kv_tokens_per_second)
+    return computed_tokens / cost.prefill_tokens_per_second + decode
 
 
 def forecast(prompt_tokens: Int32s, output_tokens: Int32s, cost: CostModel) -> Forecast:
@@ -138,11 +218,25 @@ def forecast(prompt_tokens: Int32s, output_tokens: Int32s, cost: CostModel) -> F
     if len(prompt_tokens) == 0:
         return Forecast(1 / cost.prefill_tokens_per_second, np.zeros(0))
     context = prompt_tokens + output_tokens / 2
-    fitting = cost.kv_capacity_tokens / max(float(context.mean()), 1.0)
-    running = max(min(fitting, cost.max_running_requests, len(prompt_tokens)), 1.0)
-    per_token = cost.step_seconds / running + 1 / cost.decode_tokens_per_second
+    per_token = _seconds_per_token(cost, float(context.mean()), len(prompt_tokens))
     decode = output_tokens * (per_token + context / cost.kv_tokens_per_second)
     return Forecast(1 / cost.prefill_tokens_per_second, decode)
+
+
+def _seconds_per_token(cost: CostModel, context: float, requests: int) -> float:
+    """Of one generated token without the KV it reads, among as many requests as the cache holds."""
+    running = max(min(cost.kv_capacity_tokens / max(context, 1.0), cost.max_running_requests, requests), 1.0)
+    return cost.step_seconds / running + 1 / cost.decode_tokens_per_second
+
+
+def _seconds_per_unit(cost: CostModel) -> Floats:
+    rates = (cost.prefill_tokens_per_second, cost.decode_tokens_per_second, cost.kv_tokens_per_second)
+    return np.array([cost.step_seconds, *(1 / rate for rate in rates)], dtype=np.float64)
+
+
+def _differ(values: Floats) -> bool:
+    """Whether there are two of which one is at least twice the other."""
+    return len(values) > 1 and float(values.max()) >= 2 * float(values.min())
 
 
 def _rate(seconds_per_token: float) -> float:

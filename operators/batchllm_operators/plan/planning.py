@@ -14,7 +14,7 @@ from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.figures import summarise
 from batchllm_operators.plan.forming import GIGABYTE, form_plan
 from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.store import Store
@@ -27,6 +27,7 @@ def plan_requests(
     *,
     workers: int = 1,
     calibrated: Calibration | None = None,
+    default: CostModel | None = None,
     earlier: Sequence[Store] = (),
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
@@ -41,7 +42,8 @@ def plan_requests(
         stage: what staging found.
         planning: the planning part of the job.
         workers: engines that will take bundles.
-        calibrated: measured rates of one engine; `planning.cost` goes before them, the hardware's default after.
+        calibrated: measured rates of one engine; `planning.cost` goes before them.
+        default: the rates where there are neither; default: the hardware's, for a model of which nothing is known.
         earlier: work folders of earlier runs of the job, to learn output lengths from.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample of `planning.pilot_fraction` only, unless output lengths are known already. The summary
@@ -52,7 +54,7 @@ def plan_requests(
         TransientError: the store does not answer.
     """
     started = time.monotonic()
-    cost = planning.cost or (calibrated.rates if calibrated else default_cost_model())
+    cost = planning.cost or (calibrated.rates if calibrated else default or default_cost_model())
     with full_disk_told("plan"), TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
@@ -24,6 +24,7 @@ def plan_staged(
     storage: StorageOptions,
     workers: int = 1,
     calibrated: Calibration | None = None,
+    default: CostModel | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
     *,
@@ -38,6 +39,7 @@ def plan_staged(
         storage: how to reach it.
         workers: engines that will take bundles.
         calibrated: measured rates of one engine.
+        default: the rates where nothing was measured, as `default_rates` makes them.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
         log: takes one line on what came out.
@@ -52,6 +54,7 @@ def plan_staged(
         planning,
         workers=workers,
         calibrated=calibrated,
+        default=default,
         earlier=earlier_runs(work_uri, storage),
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,

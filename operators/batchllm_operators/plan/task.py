@@ -9,7 +9,7 @@ from prefect.logging import get_run_logger
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.plots import forest_plot
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
@@ -32,6 +32,7 @@ def plan(
     storage: StorageOptions,
     workers: int = 1,
     calibrated: Calibration | None = None,
+    default: CostModel | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
     job_name: str = "batch-inference",
@@ -45,6 +46,7 @@ def plan(
         storage: how to reach it.
         workers: engines that will take bundles.
         calibrated: measured rates of one engine.
+        default: the rates where nothing was measured, as `default_rates` makes them.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
         job_name: for the artifact's key.
@@ -60,6 +62,7 @@ def plan(
         storage,
         workers=workers,
         calibrated=calibrated,
+        default=default,
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,
         log=get_run_logger().info,
