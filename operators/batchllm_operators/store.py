@@ -27,8 +27,8 @@ from botocore import exceptions as boto
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
-from batchllm_operators.digests import DigestedFile, digest_of
-from batchllm_operators.errors import BatchLLMError, TerminalError
+from batchllm_operators.digests import DigestedFile, digest_of, digest_of_bytes
+from batchllm_operators.errors import BatchLLMError, DamagedObjectError, TerminalError
 from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
 from batchllm_operators.records import InputObject
 from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
@@ -274,9 +274,14 @@ class Store:
                 return
 
     @contextmanager
-    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """An object opened as Parquet; a damaged one raises `DamagedObjectError` with its name."""
-        with self._errors(name), self._parquet_content(name) as source:
+    def parquet(self, name: str, digest: str | None = None) -> Iterator[pq.ParquetFile]:
+        """An object opened as Parquet; a damaged one raises `DamagedObjectError` with its name.
+
+        Args:
+            name: of the object.
+            digest: that it must have, and then it is read whole; None: the checksums of its pages have to do.
+        """
+        with self._errors(name), self._parquet_content(name, digest) as source:
             yield pq.ParquetFile(source, page_checksum_verification=True)
 
     def parquet_schema(self, name: str) -> tuple[pa.Schema, int]:
@@ -339,7 +344,13 @@ class Store:
             except FileNotFoundError:
                 return
 
-    def _parquet_content(self, name: str) -> Any:
+    def _parquet_content(self, name: str, digest: str | None) -> Any:
+        if digest is not None:
+            content = self.read_bytes(name)
+            found = digest_of_bytes(content)
+            if found != digest:
+                raise DamagedObjectError(f"expected digest {digest}, found {found}", uri=self.uri_of(name))
+            return pa.BufferReader(content)
         if self._local or self._fs.info(self._path(name))["size"] > _WHOLE_OBJECT_BYTES:
             return self._fs.open(self._path(name), "rb")
         return pa.BufferReader(self.read_bytes(name))  # one request, not one a column

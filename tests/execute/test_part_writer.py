@@ -6,7 +6,6 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError, TransientError
@@ -42,9 +41,9 @@ class SlowStore(Store):
         super().__init__(uri)
         self.may_go_on = threading.Event()
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         assert self.may_go_on.wait(30)
-        super().write_table(name, table)
+        super().write_bytes(name, content)
 
 
 class FailingStore(Store):
@@ -54,10 +53,10 @@ class FailingStore(Store):
         super().__init__(uri)
         self._faults = faults
 
-    def write_table(self, name: str, table: pa.Table) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
         if self._faults:
             raise self._faults.pop(0)
-        super().write_table(name, table)
+        super().write_bytes(name, content)
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.run import open_run
-from batchllm_operators.execute.part_writer import part_name
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.records import QUARANTINE_FOLDER, RESULT_SCHEMA, Manifest, PlanSummary, StageSummary
+from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
@@ -114,7 +114,7 @@ def tell_answers(work: Store, planned: PlanSummary) -> int:
         with work.parquet(bundle.name) as file:
             rows += file.read().to_pylist()
     for first in range(0, len(rows), PART_ROWS):
-        work.write_table(part_name(), result_table(rows[first : first + PART_ROWS]))
+        work.write_bytes(*encoded_part(result_table(rows[first : first + PART_ROWS])))
     return len(rows)
 
 

@@ -6,13 +6,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from uuid import uuid4
 
 import pyarrow as pa
 
 from batchllm_operators.errors import TransientError
 from batchllm_operators.execute.engine import Completion
-from batchllm_operators.records import RESULT_SCHEMA, RESULTS_FOLDER
+from batchllm_operators.records import RESULT_SCHEMA
+from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.store import Store
 
 RETRY_PAUSES_SECONDS = (0.5, 1.0, 2.0)
@@ -114,25 +114,20 @@ class PartWriter:
             raise
 
     def _write(self, part: list[Completion]) -> None:
-        name = part_name()
-        self._write_patiently(name, part_table(part))
+        name, content = encoded_part(part_table(part))
+        self._write_patiently(name, content)
         self._parts.append(name)
         self._on_part(name)
 
-    def _write_patiently(self, name: str, table: pa.Table) -> None:
+    def _write_patiently(self, name: str, content: bytes) -> None:
         for pause in RETRY_PAUSES_SECONDS:
             try:
-                self._store.write_table(name, table)
+                self._store.write_bytes(name, content)
             except TransientError:
                 self._sleep(pause)
             else:
                 return
-        self._store.write_table(name, table)
-
-
-def part_name() -> str:
-    """A name that no other part has."""
-    return f"{RESULTS_FOLDER}/part-{uuid4().hex}.parquet"
+        self._store.write_bytes(name, content)
 
 
 def part_table(finished: list[Completion]) -> pa.Table:

@@ -29,12 +29,13 @@ from batchllm_operators.execute.handle import (
 from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
 from batchllm_operators.execute.local_engines import local_handle
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
-from batchllm_operators.execute.part_writer import part_name, part_table
+from batchllm_operators.execute.part_writer import part_table
 from batchllm_operators.execute.slots import Lease, Slot
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
+from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
 
@@ -190,8 +191,8 @@ class EnginePool:
             raise TerminalError(
                 f"no engine of this run has answered anything: {guilty[0].error.message}", bundle=bundle.name
             )
-        name = part_name()
-        self._work.write_table(name, part_table([_verdict(keys[one.row], one.error) for one in guilty]))
+        name, content = encoded_part(part_table([_verdict(keys[one.row], one.error) for one in guilty]))
+        self._work.write_bytes(name, content)
         written.append(name)
 
     def _result(self, attempt: _Attempt, counts: BundleCounts) -> BundleResult:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.requests import ChosenResults, Int64s, RequestIndex, as_keys
 from batchllm_operators.records import OUTPUT_FIELDS, StageSummary
+from batchllm_operators.result_parts import checked_result_part
 from batchllm_operators.store import Store
 
 _ANSWER_SCHEMA = pa.schema([pa.field("row_index", pa.int64(), nullable=False), *OUTPUT_FIELDS])
@@ -136,8 +137,7 @@ def spill_results(
     """Give every other row the chosen copy of its request's result; rows with one request share one."""
     columns = ["request_key", *(field.name for field in OUTPUT_FIELDS)]
     for part in chosen.parts:
-        with work.parquet(parts[part]) as file:
-            table = file.read(columns)
+        table = checked_result_part(work, parts[part]).select(columns)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         taken = chosen.taken_from(part, numbers, known)
         positions, rows = index.rows_of(numbers[taken])
