@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from batchllm_operators.errors import TerminalError
 
@@ -51,6 +52,21 @@ def require_server() -> None:
     timeout_s = settings.server.ephemeral.startup_timeout_seconds
     _LOGGER.info("waiting for a temporary Prefect server, up to %d s; %s", timeout_s, _ADVICE)
     _start_temporary_server(timeout_s)
+
+
+@contextmanager
+def no_heartbeat_to_temporary_server() -> Iterator[None]:
+    """Flow runs within send no heartbeat where their server is a temporary one, which ends with them.
+
+    Heartbeats let a server notice that a run has crashed; Prefect waits up to a second for their thread to end.
+    """
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
+
+    if get_current_settings().api.url is not None:
+        yield
+        return
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
 
 
 def _require_answer(api_url: str) -> None:

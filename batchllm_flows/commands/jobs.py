@@ -10,7 +10,13 @@ import typer
 from batchllm_flows.commands.failures import EXIT_ROW_ERRORS, debugging
 from batchllm_flows.commands.options import AsJson, JobFile, Quiet, Settings, load_job
 from batchllm_flows.commands.output import hide_tracebacks, print_result, set_up_logs
-from batchllm_flows.prefect_server import STARTUP_SECONDS, prepare_prefect, require_server
+from batchllm_flows.imports_ahead import import_steps_ahead
+from batchllm_flows.prefect_server import (
+    STARTUP_SECONDS,
+    no_heartbeat_to_temporary_server,
+    prepare_prefect,
+    require_server,
+)
 from batchllm_operators.stage.without_torch import leave_out_torch
 
 ServerTimeout = Annotated[
@@ -51,13 +57,15 @@ def run(
 
     # The engine's process starts first: it imports vLLM while this one imports Prefect and its server starts.
     with engine_ahead(job.execution):
+        import_steps_ahead()
         require_server()
         from batchllm_flows.flows import batch_inference
         from batchllm_flows.report_text import report_markdown
 
         if not debugging(ctx):
             hide_tracebacks()
-        report = batch_inference(job, retry_errors=retry_errors)
+        with no_heartbeat_to_temporary_server():
+            report = batch_inference(job, retry_errors=retry_errors)
     print_result(report.model_dump(mode="json"), report_markdown(report), as_json=as_json)
     raise typer.Exit(EXIT_ROW_ERRORS if report.rows_error else 0)
 
