@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,27 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
     rewritten = in_a_process(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
     assert json.loads(rewritten.stdout)["computed_requests"] == 0
     assert json.loads(rewritten.stdout)["rows_out"] == 30
+
+
+def test_ctrl_c_in_a_terminal_ends_a_run_with_130_and_the_server_hears_of_it(tmp_path: Path, tiny_llama: str) -> None:
+    write_input(str(tmp_path / "in"), questions())
+    path = write_job(tmp_path, tiny_llama)
+    # With a temporary server of its own, which a terminal's Ctrl-C must not reach before the run has told it.
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    with subprocess.Popen(
+        [sys.executable, "-c", "from batchllm_flows.cli import main; main()", "run", path],
+        env=environment | {"HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(tmp_path / "prefect")},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        started = any("Beginning flow run" in line for line in process.stderr)
+        # A terminal sends it to all processes of the command.
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.stderr.read()
+    assert started
+    assert process.returncode == 130, told
+    assert "batchllm: interrupted; what is done is kept" in told
+    assert "Finished in state Crashed" in told
+    assert "Traceback" not in told
