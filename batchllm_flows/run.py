@@ -56,7 +56,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     work, sink = job.work_store(identity), job.sink_store()
     refuse_overlap(source, sink, work)
     _refuse_work_of_another(work, identity)
-    manifest = check_sink(sink, job.sink.mode, identity)
+    manifest = check_sink(sink, job.sink.mode, identity, job.sink.layout)
     complete = None
     reopened = retry_errors and manifest is not None and RowErrorCode.ENGINE_ERROR in manifest.error_rows
     if reopened and not work.names(RESULTS_FOLDER):

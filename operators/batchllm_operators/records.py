@@ -349,6 +349,14 @@ class OutputFile(Record):
     digest: str
 
 
+class OutputLayout(Record):
+    """How the output is written: what of the sink part of a job decides the bytes of its files."""
+
+    format: str
+    rows_per_file: int
+    prefix: str = ""
+
+
 class Manifest(Record):
     """`_manifest.json` of the sink: its presence says that the output is complete."""
 
@@ -360,6 +368,7 @@ class Manifest(Record):
     rows: int
     error_rows: dict[str, int]
     files: tuple[OutputFile, ...]
+    layout: OutputLayout
     prompt_tokens: int
     cached_tokens: int
     computed_prompt_tokens: int

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchllm_flows.report import ExecutedPlan, JobReport, StepSeconds, build_report
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import BundleInfo, BundleResult, Manifest, PlanSummary
+from batchllm_operators.records import BundleInfo, BundleResult, Manifest, OutputLayout, PlanSummary
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 
@@ -101,6 +101,7 @@ def a_report(*runs: ExecutedPlan, prompt_tokens: int = 2000, computed: int = 100
         rows=changes.pop("rows", 20),
         error_rows=changes.pop("error_rows", {}),
         files=(),
+        layout=OutputLayout(format="parquet", rows_per_file=100_000),
         prompt_tokens=prompt_tokens,
         cached_tokens=prompt_tokens - computed,
         computed_prompt_tokens=computed,

@@ -88,6 +88,7 @@ def complete_output(folder: Path) -> Store:
     work = Store(str(folder / "work"))
     manifest = Manifest(
         format_version=1, job_id="0123abcd", job_name="reviews", work_uri=work.uri, rows=0, error_rows={}, files=(),
+        layout=SinkSpec(uri=str(folder)).layout,
         prompt_tokens=0, cached_tokens=0, computed_prompt_tokens=0, completion_tokens=0,
     )  # fmt: skip
     Store(str(folder)).write_bytes(MANIFEST_FILE, manifest.model_dump_json().encode())

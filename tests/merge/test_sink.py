@@ -39,6 +39,17 @@ def test_output_that_is_complete_is_not_written_again(job: Job) -> None:
     assert job.sink.objects() == before
 
 
+@pytest.mark.parametrize("change", [{"format": "jsonl"}, {"rows_per_file": 4}, {"prefix": "llm_"}])
+def test_output_that_is_wanted_in_another_layout_is_written_again(job: Job, change: dict[str, Any]) -> None:
+    job.answer_all()
+    before = job.merge()
+    after = job.merge(**change)
+    assert after.layout != before.layout
+    assert {file.name for file in after.files}.isdisjoint(file.name for file in before.files)
+    assert {name for name in job.sink.names() if name.startswith("part-")} == {file.name for file in after.files}
+    assert job.merge(**change) == after
+
+
 def test_output_that_lost_a_file_is_written_again(job: Job) -> None:
     job.answer_all()
     manifest = job.merge(rows_per_file=4)

@@ -84,7 +84,7 @@ def merge_results(
         TransientError: the store does not answer.
     """
     refuse_overlap(source, sink, work)
-    complete = check_sink(sink, sink_spec.mode, job_id)
+    complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
     if complete is not None and not rewrite:
         return complete
     refuse_changed_input(source, source.objects, fingerprint)
@@ -100,7 +100,8 @@ def merge_results(
     refuse_output_names(schema.names, sink_spec.prefix)
     carried, output_schema = carried_rows(source, schema, sink_spec)
     with SinkClaim(sink, job_id, sink_spec.mode) as claim:
-        complete = check_sink(sink, sink_spec.mode, job_id)  # again: another run may have completed it just before
+        # Again: another run may have completed it just before.
+        complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
         if complete is not None and not rewrite:
             claim.release()
             return complete
@@ -129,6 +130,7 @@ def merge_results(
             rows=written,
             error_rows=dict(sorted(error_rows.items())),
             files=tuple(files),
+            layout=sink_spec.layout,
             prompt_tokens=stage.prompt_tokens,
             cached_tokens=chosen.cached_tokens,
             computed_prompt_tokens=chosen.prompt_tokens - chosen.cached_tokens,

@@ -19,23 +19,26 @@ from batchllm_operators.merge.claim import (
     job_of_file,
     refuse_claim_of_another,
 )
-from batchllm_operators.records import FORMAT_VERSION, MANIFEST_FILE, Manifest
+from batchllm_operators.records import FORMAT_VERSION, MANIFEST_FILE, Manifest, OutputLayout
 from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.store import Store
 
 
-def check_sink(sink: Store, mode: Literal["error", "overwrite"], job_id: str) -> Manifest | None:
+def check_sink(
+    sink: Store, mode: Literal["error", "overwrite"], job_id: str, layout: OutputLayout | None = None
+) -> Manifest | None:
     """Look whether this job may write to the folder; changes nothing.
 
     Args:
         sink: the folder of the output.
         mode: of the sink part of the job.
         job_id: of this job.
+        layout: how the job wants its output written; None: as it is.
 
     Returns:
         The manifest of this job's complete output, or None where there is something to write: also where one of its
-        files is gone, or has another size than was written.
+        files is gone or has another size than was written, or where the output is in another layout.
 
     Raises:
         TerminalError: the folder holds another job's output, or files of unknown origin, and mode is `error`.
@@ -47,7 +50,8 @@ def check_sink(sink: Store, mode: Literal["error", "overwrite"], job_id: str) ->
             return None
         raise
     if manifest is not None and manifest.job_id == job_id:
-        return None if changed_files(sink, manifest) else manifest
+        as_wanted = layout is None or layout == manifest.layout
+        return manifest if as_wanted and not changed_files(sink, manifest) else None
     if mode == "overwrite":
         return None
     if manifest is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from batchllm_operators.records import OutputLayout
 from batchllm_operators.spec import SpecModel, StorageOptions
 
 
@@ -24,3 +25,8 @@ class SinkSpec(SpecModel):
         description="before the names of the output columns, where input columns have such names, e.g. `llm_`",
     )
     storage: StorageOptions = StorageOptions()
+
+    @property
+    def layout(self) -> OutputLayout:
+        """How the output is written."""
+        return OutputLayout(format=self.format, rows_per_file=self.rows_per_file, prefix=self.prefix)
