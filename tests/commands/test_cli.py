@@ -69,7 +69,7 @@ def test_a_job_that_cannot_run_ends_with_1_and_one_clear_line(
     assert quiet.stderr.count("\n") == 1
     told = in_a_process(["run", path], environment)
     assert told.returncode == 1
-    assert "batchllm: source.uri: no object matches" in told.stderr
+    assert "batchllm: source.uri: no object matches" in told.stderr, told.stderr
     assert "Traceback" not in told.stderr
 
 

@@ -35,6 +35,8 @@ def starting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], 
             start()
 
         monkeypatch.setattr(SubprocessASGIServer, "start", started)
+        # The server of the whole session is one of these: what a test starts and stops must be another.
+        monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
         return timeouts
 
     return replace
