@@ -145,7 +145,7 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
             work_uri=run.work.uri,
             usd_per_engine_hour=usd_per_engine_hour(job),
             engine_settings=pool.settings,
-            outline=JobOutline.of(job, len(run.objects)),
+            outline=JobOutline.of(job, len(run.objects), staged.left_out_text()),
             samples=read_samples(run.work),
             set_aside=run.work.names(QUARANTINE_FOLDER),
         )

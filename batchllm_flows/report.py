@@ -80,17 +80,20 @@ class JobOutline(Record):
     """Id or folder, with its revision where the job names one."""
     input_uri: str
     input_objects: int
+    not_read: str = ""
+    """Objects beside the input that may be data and were not read; empty where there are none."""
     prompt_kind: str
     sampling: SamplingParameters
 
     @classmethod
-    def of(cls, job: BatchJob, input_objects: int) -> JobOutline:
+    def of(cls, job: BatchJob, input_objects: int, not_read: str = "") -> JobOutline:
         """The outline of a job on an input of so many objects."""
         model = job.model
         return cls(
             model=model.id if model.revision is None else f"{model.id} at {model.revision}",
             input_uri=job.source.uri,
             input_objects=input_objects,
+            not_read=not_read,
             prompt_kind=job.prompt.kind,
             sampling=SamplingParameters(**job.sampling.model_dump(include=set(SamplingParameters.model_fields))),
         )

@@ -69,6 +69,7 @@ def outline_rows(outline: JobOutline) -> list[tuple[str, str]]:
     return [
         ("model", outline.model),
         ("input", f"{outline.input_uri}, {counted(outline.input_objects, 'object')}"),
+        *([("not read", outline.not_read)] if outline.not_read else []),
         ("prompt", outline.prompt_kind),
         ("sampling", outline.sampling_text()),
     ]

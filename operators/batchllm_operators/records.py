@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from batchllm_operators.keys import REQUEST_KEY_BYTES
+from batchllm_operators.wording import counted, first_of
 
 FORMAT_VERSION = 2
 """Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
@@ -177,6 +178,13 @@ class StageSummary(Record):
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
     seconds: float
+
+    def left_out_text(self) -> str:
+        """How many objects were not read, and the first of them with the reasons; empty where all were."""
+        if not self.left_out_objects:
+            return ""
+        examples = first_of(self.left_out_examples, self.left_out_objects)
+        return f"{counted(self.left_out_objects, 'object')} beside the input: {examples}"
 
     @property
     def errors(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # What Markdown would take for marks; an underscore between letters or digits is none.
 _MARKS = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![^\W_])_|_(?![^\W_])")
@@ -17,6 +18,19 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
         plural: the name of many, where it is not the noun with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def first_of(names: Sequence[str], number: int | None = None, *, most: int = 5) -> str:
+    """The first of some names, and how many more there are: `a, b and 3 more`.
+
+    Args:
+        names: all of them, or the first.
+        number: how many there are; default: as many as names.
+        most: names to be shown.
+    """
+    shown = names[:most]
+    more = (len(names) if number is None else number) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def markdown_text(text: str) -> str:

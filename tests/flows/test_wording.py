@@ -11,7 +11,7 @@ from batchllm_flows.live import progress_line
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.plan.markdown import plan_markdown
-from batchllm_operators.wording import artifact_slug, counted, markdown_code, markdown_text
+from batchllm_operators.wording import artifact_slug, counted, first_of, markdown_code, markdown_text
 from tests.flows.reports import a_plan
 
 ONE_AS_MANY = re.compile(r"(?<![\d.,])1 (rows|requests|errors|bundles|engines|objects|files|groups|prefix groups)\b")
@@ -86,3 +86,16 @@ def test_a_bar_in_a_name_does_not_end_its_cell() -> None:
 )
 def test_a_key_has_the_characters_that_prefect_allows(name: str, slug: str) -> None:
     assert artifact_slug(name) == slug
+
+
+@pytest.mark.parametrize(
+    ("names", "number", "text"),
+    [
+        (["a"], None, "a"),
+        (["a", "b", "c", "d", "e"], None, "a, b, c, d, e"),
+        (["a", "b", "c", "d", "e", "f"], None, "a, b, c, d, e and 1 more"),
+        (["a", "b"], 1002, "a, b and 1,000 more"),
+    ],
+)
+def test_the_first_of_many_names_and_how_many_more(names: list[str], number: int | None, text: str) -> None:
+    assert first_of(names, number) == text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import logging
 import lzma
 from pathlib import Path
 from typing import Any
@@ -54,16 +53,17 @@ NAMED = {
 SILENT = {"_SUCCESS": b"", ".0.jsonl.crc": b"x", "0.jsonl.crc": b"x", "_logs/0.jsonl": rows(11), ".git/x.jsonl": b"x"}
 
 
-def test_a_folder_is_read_whole_or_what_is_left_out_is_named(carry: Carry, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        output = carry(READ | NAMED | SILENT, form="jsonl")
+def test_a_folder_is_read_whole_or_what_is_left_out_is_named(carry: Carry) -> None:
+    output = carry(READ | NAMED | SILENT, form="jsonl")
     assert [row["n"] for row in output.rows] == list(range(1000))
     staged = output.staged
     assert staged.left_out_objects == len(NAMED)
     assert sorted(one.split(" ")[0] for one in staged.left_out_examples) == sorted(NAMED)
     assert "config.json is JSON printed over several lines" in " ".join(staged.left_out_examples)
-    assert "source: 5 objects are not read" in caplog.text
-    assert not any(name in caplog.text for name in SILENT if name != "0.jsonl")
+    told = staged.left_out_text()
+    assert told.startswith("5 objects beside the input: ")
+    assert not any(name in told for name in SILENT if name != "0.jsonl")
+    assert staged.model_copy(update={"left_out_objects": 9}).left_out_text().endswith(" and 4 more")
 
 
 def test_a_folder_of_parquet_names_what_else_is_there(carry: Carry, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import InputObject
 from batchllm_operators.stage.readers import Source
-
-_EXAMPLES = 5
+from batchllm_operators.wording import first_of
 
 
 def refuse_changed_input(source: Source, objects: Sequence[InputObject], fingerprint: Sequence[InputObject]) -> None:
@@ -28,9 +27,8 @@ def refuse_changed_input(source: Source, objects: Sequence[InputObject], fingerp
     changes += [f"{path} is new" for path in now if path not in before]
     changes += [f"{path} was replaced" for path in now if path in before and now[path] != before[path]]
     if changes:
-        more = f" and {len(changes) - _EXAMPLES} more" if len(changes) > _EXAMPLES else ""
         raise TerminalError(
-            f"source: the input changed since the job began: {', '.join(changes[:_EXAMPLES])}{more};"
+            f"source: the input changed since the job began: {first_of(changes)};"
             " run the job again on what is there now",
             uri=source.spec.uri,
         )

@@ -11,10 +11,10 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
+from batchllm_operators.wording import first_of
 
 _GLOB_MARKS = frozenset("*?[")
 _NO_DATA_SUFFIXES = (".crc", ".md5", ".sha256")
-_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,10 @@ def is_hidden(name: str) -> bool:
     return any(piece.startswith(("_", ".")) for piece in name.split("/"))
 
 
-def named(left_out: tuple[str, ...]) -> str:
-    """The first of the objects that are left out, and how many more there are."""
-    more = f" and {len(left_out) - _EXAMPLES} more" if len(left_out) > _EXAMPLES else ""
-    return f"{', '.join(left_out[:_EXAMPLES])}{more}"
-
-
 def _expected(pattern: str, suffixes: tuple[str, ...], others: list[InputObject]) -> str:
     if pattern:
         return ""
-    there = f"; there is {named(tuple(one.path for one in others))}" if others else ""
+    there = f"; there is {first_of([one.path for one in others])}" if others else ""
     return f" (expected names that end in {', '.join(suffixes)}){there}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ from batchllm_operators.row_errors import ErrorExamples
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.input_objects import named
 from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import RowBatch, Source
@@ -44,7 +42,6 @@ from batchllm_operators.store import Store
 LEFT_OUT_EXAMPLES = 10
 PART_ROWS = 20_000
 PART_TOKENS = 32 << 20  # 128 MiB of token ids
-_log = logging.getLogger(__name__)
 
 
 def stage_rows(
@@ -101,8 +98,6 @@ def stage_rows(
     if done is not None:
         refuse_output_names(sink_schema(done).names, output_prefix)
         return done
-    if source.left_out:
-        _log.warning("source: %d objects are not read: %s", len(source.left_out), named(source.left_out))
     started = time.monotonic()
     settings = StagerSettings(
         prompt=prompt,

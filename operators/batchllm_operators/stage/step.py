@@ -9,7 +9,6 @@ from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import InputObject, StageSummary
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.input_objects import named
 from batchllm_operators.stage.progress import StageProgress
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
@@ -72,6 +71,6 @@ def stage_source(
         f"staged {counted(summary.rows, 'row')}: {counted(summary.requests, 'request')}, "
         f"{counted(summary.errors, 'error')}, {counted(summary.prompt_tokens, 'prompt token')}"
     )
-    if summary.left_out_objects:
-        log(f"not read: {counted(summary.left_out_objects, 'object')}: {named(summary.left_out_examples)}")
+    if left_out := summary.left_out_text():
+        log(f"source: not read: {left_out}")
     return summary
