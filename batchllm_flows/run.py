@@ -15,6 +15,7 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.errors import RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
+from batchllm_operators.execute.model_files import pinned
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.quarantine import set_aside
@@ -75,6 +76,8 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
             "input": [one.model_dump() for one in source.objects],
         }
         work.write_bytes(JOB_FILE, canonical_json(content))
+    # The id is that of the job as written; what is loaded from here on is of the commit that the id counts.
+    job = job.model_copy(update={"model": pinned(job.model)})
     return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
 
 

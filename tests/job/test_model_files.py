@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.execute.model_files import SMALL_FILE_BYTES, model_versions
+from batchllm_operators.execute.model_files import SMALL_FILE_BYTES, model_versions, pinned
 from batchllm_operators.execute.spec import ModelSpec
 
 
@@ -106,6 +106,7 @@ def test_a_hub_id_is_the_commit_that_the_cache_has_for_it(tmp_path: Path, monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     spec = ModelSpec(id="owner/model")
     assert model_versions(spec) == {}
+    assert pinned(spec) == spec
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)
     for commit in ("a" * 40, "b" * 40):
@@ -113,4 +114,25 @@ def test_a_hub_id_is_the_commit_that_the_cache_has_for_it(tmp_path: Path, monkey
         (repository / "snapshots" / commit / "config.json").write_text("{}")
         (repository / "refs" / "main").write_text(commit)
         assert model_versions(spec) == {"model": commit}
+        assert pinned(spec).revision == commit
     assert model_versions(ModelSpec(id="owner/model", revision="a" * 40)) == {"model": "a" * 40}
+
+
+def test_a_branch_of_the_hub_is_where_it_stands_now_and_not_where_it_was_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stands_at = "a" * 40
+
+    def download(name: str, file: str, *, revision: str | None) -> str:
+        assert (name, revision) == ("owner/model", "main")
+        return f"/cache/models--owner--model/snapshots/{stands_at}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    spec = ModelSpec(id="owner/model", revision="main")
+    assert (model_versions(spec), pinned(spec).revision) == ({"model": stands_at}, stands_at)
+    stands_at = "b" * 40
+    assert (model_versions(spec), pinned(spec).revision) == ({"model": stands_at}, stands_at)
+
+
+def test_a_folder_is_no_hub_id(model: Path) -> None:
+    assert pinned(ModelSpec(id=str(model))) == ModelSpec(id=str(model))

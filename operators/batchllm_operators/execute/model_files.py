@@ -29,7 +29,7 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     Of a local folder: the digest of each small file (configuration, chat template, generation settings, vocabulary),
     and size and modification time of each large one (weights), by name. Reading the weights would take minutes, so a
     copy of a folder is another model unless the copy keeps the times (`cp -p`, `rsync -a`). Of a hub id: the commit
-    that the local cache has for it, after its configuration is fetched where it is not there. A tokenizer,
+    that its branch has now, or had when it was last fetched where the hub does not answer. A tokenizer,
     configuration or draft model named in `engine_args` counts likewise.
 
     Raises:
@@ -50,6 +50,17 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
         if isinstance(name, str) and name
     }
     return {use: version for use, version in found.items() if version is not None}
+
+
+def pinned(model: ModelSpec) -> ModelSpec:
+    """The model with the commit of a hub id as its revision: all that is loaded of it later is of this very commit.
+
+    A path stays as it is, and so does what neither the hub nor the cache has.
+    """
+    if Path(model.id).expanduser().exists():
+        return model
+    commit = _commit(model.id, model.revision)
+    return model if commit is None else model.model_copy(update={"revision": commit})
 
 
 def _version(name: str, revision: str | None, *, on_hub: bool) -> Any:
@@ -83,14 +94,13 @@ def _file_version(file: Path) -> list[str | int]:
 
 def _commit(name: str, revision: str | None) -> str | None:
     """The commit of a hub id; None where there is none, and then staging says why the model cannot be loaded."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        cached = try_to_load_from_cache(name, _IN_EVERY_MODEL, revision=revision)
-        if not isinstance(cached, str):
-            # Fetched here, though staging would do it too: the id of the first run is that of all later ones.
-            cached = hf_hub_download(name, _IN_EVERY_MODEL, revision=revision)
+        # The hub is asked where a branch stands now, as the tokenizer and the engine would; where it does not answer,
+        # the cache says where it stood.
+        cached = hf_hub_download(name, _IN_EVERY_MODEL, revision=revision)
     except LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
             return None
