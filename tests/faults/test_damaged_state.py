@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from batchllm_flows.verify import verify_output
+from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.spec import ModelSpec
@@ -192,6 +193,21 @@ def test_a_part_that_could_not_be_read_just_once_is_not_set_aside(
     assert table is not None
     assert table.equals(whole.select(["completion"]))
     assert work.exists(name)
+
+
+def test_of_a_part_with_a_digest_only_the_wanted_columns_are_decoded(unmerged: ToldJob) -> None:
+    work = unmerged.work()
+    undecodable = flip("completion")(work.read_bytes(first_part(work)))
+    told, untold = f"results/part-a-{digest_of_bytes(undecodable)}.parquet", "results/part-a.parquet"
+    for name in (told, untold):
+        work.write_bytes(name, undecodable)
+    table = read_result_part(work, told, ["prompt_tokens"])
+    assert table is not None
+    assert (table.column_names, table.num_rows) == (["prompt_tokens"], PART_ROWS)
+    # The content of a part whose name tells no digest is vouched for by its pages alone, so that all are looked at.
+    assert read_result_part(work, untold, ["prompt_tokens"]) is None
+    with pytest.raises(DamagedObjectError):
+        checked_result_part(work, told)
 
 
 OUTPUT_FAULTS: dict[str, Callable[[Store, Manifest], None]] = {
