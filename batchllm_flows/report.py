@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
+import orjson
 from pydantic import ValidationError
 
 from batchllm_flows import __version__
 from batchllm_flows.job import BatchJob
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.spec import SinkSpec
+from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -272,12 +274,15 @@ def build_report(
 def read_samples(work: Store) -> OutputSamples | None:
     """What the merge has noted of the output; None where it had nothing to write.
 
-    Raises:
-        TerminalError: they were written by another version of this package.
+    Samples that are damaged or of another version are set aside, and the report does without: the job is done.
     """
     if not work.exists(SAMPLES_FILE):
         return None
-    return _load(OutputSamples, work, SAMPLES_FILE, "delete it: the report will do without")
+    try:
+        return _load(OutputSamples, work, SAMPLES_FILE, "the report does without")
+    except DamagedObjectError as error:
+        set_aside(work, SAMPLES_FILE, error)
+        return None
 
 
 def read_report(sink: SinkSpec) -> JobReport:
@@ -301,6 +306,7 @@ def load_report(work: Store) -> JobReport:
     """The report in a work folder.
 
     Raises:
+        DamagedObjectError: it is there, and no version of this package has written it so.
         TerminalError: there is none, or it was written by another version of this package.
     """
     return _load(
@@ -320,16 +326,31 @@ def _work_of(sink: SinkSpec) -> Store:
 
 
 def _load(kind: type[Kind], store: Store, name: str, advice: str) -> Kind:
+    content = store.read_bytes(name)
     try:
-        return kind.model_validate_json(store.read_bytes(name))
+        return kind.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(piece) for piece in fault["loc"])
-        raise TerminalError(
+        of_another_version = _is_of_another_version(content, error)
+        raise (TerminalError if of_another_version else DamagedObjectError)(
             f"{name} is not as batchllm-flows {__version__} writes it ({where}: {fault['msg']}), but perhaps as "
             f"another version does; {advice}",
             uri=store.uri_of(name),
         ) from error
+
+
+def _is_of_another_version(content: bytes, error: ValidationError) -> bool:
+    """Whether an object that this version does not read tells that another one wrote it; else it is damaged."""
+    try:
+        values = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return False
+    if not isinstance(values, dict) or not isinstance(values.get("version"), str):
+        return False
+    # Versions in development share a number: a later one adds fields.
+    only_more = all(one["type"] == "extra_forbidden" for one in error.errors(include_url=False, include_input=False))
+    return values["version"] != __version__ or only_more
 
 
 def _computed(result: BundleResult) -> int:

@@ -13,7 +13,7 @@ import orjson
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
-from batchllm_operators.errors import RowErrorCode, TerminalError
+from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.execute.model_files import pinned
 from batchllm_operators.keys import canonical_json
@@ -49,7 +49,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     Raises:
         TerminalError: an engine argument that vLLM does not know, no input, no access, a sink that holds another job's
             output in mode `error`, a sink or work folder where the source looks for input, a work folder of another
-            job, a complete output whose report this version does not read, or one to open again whose results are gone.
+            job, a complete output whose report another version wrote, or one to open again whose results are gone.
     """
     check_engine_arguments(job.model)
     source = open_source(job.source)
@@ -67,7 +67,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
             uri=work.uri_of(RESULTS_FOLDER),
         )
     if manifest is not None and not reopened and work.exists(REPORT_FILE):
-        complete = load_report(work).model_copy(update={"already_complete": True, "computed_requests": 0})
+        complete = _report_of_before(work)
     if complete is None or not work.exists(JOB_FILE):
         content = {
             "format_version": FORMAT_VERSION,
@@ -79,6 +79,16 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     # The id is that of the job as written; what is loaded from here on is of the commit that the id counts.
     job = job.model_copy(update={"model": pinned(job.model)})
     return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
+
+
+def _report_of_before(work: Store) -> JobReport | None:
+    """The report of the run that completed the job; None where it is damaged: then this run makes it again."""
+    try:
+        report = load_report(work)
+    except DamagedObjectError as error:
+        set_aside(work, REPORT_FILE, error)
+        return None
+    return report.model_copy(update={"already_complete": True, "computed_requests": 0})
 
 
 def _refuse_work_of_another(work: Store, identity: str) -> None:

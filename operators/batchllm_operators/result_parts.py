@@ -52,10 +52,10 @@ def read_result_parts(work: Store, columns: Sequence[str], *, others: bool = Fal
 def read_result_part(work: Store, name: str, columns: Sequence[str], *, others: bool = False) -> pa.Table | None:
     """A result part, or None where it is damaged or nothing of ours: then it is set aside, and counts as not computed.
 
-    All of it is read, whatever the columns, so that a part that one step counts is a part that every step can read.
+    All of it is checked, whatever the columns, so that a part that one step counts is a part that every step can read.
     """
     try:
-        return _read_twice(work, name).select(list(columns))
+        return _read_twice(work, name, columns)
     except DamagedObjectError as error:
         if others:
             _LOGGER.warning("result part left out: %s", error)
@@ -64,16 +64,16 @@ def read_result_part(work: Store, name: str, columns: Sequence[str], *, others: 
         return None
 
 
-def _read_twice(work: Store, name: str) -> pa.Table:
+def _read_twice(work: Store, name: str, columns: Sequence[str]) -> pa.Table:
     try:
-        return checked_result_part(work, name)
+        return checked_result_part(work, name, columns)
     except DamagedObjectError:
         # A connection that breaks off can look like damage: only what looks so twice is set aside.
-        return checked_result_part(work, name)
+        return checked_result_part(work, name, columns)
 
 
-def checked_result_part(work: Store, name: str) -> pa.Table:
-    """A result part, all columns of `RESULT_SCHEMA`.
+def checked_result_part(work: Store, name: str, columns: Sequence[str] = tuple(RESULT_SCHEMA.names)) -> pa.Table:
+    """The columns of a result part.
 
     Raises:
         DamagedObjectError: it is not what the digest in its name or the checksums of its pages say, it is not Parquet,
@@ -89,7 +89,8 @@ def checked_result_part(work: Store, name: str) -> pa.Table:
                 raise DamagedObjectError(
                     f"not a result part: {expected}, found {found or 'none'}", uri=work.uri_of(name)
                 )
-        table = file.read(columns=RESULT_SCHEMA.names)
+        # Without a digest only decoding a column shows that its pages are whole.
+        table = file.read(columns=list({"request_key", *columns}) if told else RESULT_SCHEMA.names)
     if table["request_key"].null_count:
         raise DamagedObjectError("not a result part: a request key is null", uri=work.uri_of(name))
-    return table
+    return table.select(list(columns))

@@ -269,7 +269,9 @@ class Store:
                     Path(self._path(to)).parent.mkdir(parents=True, exist_ok=True)
                     Path(self._path(name)).replace(self._path(to))
                 else:
-                    self._fs.mv(self._path(name), self._path(to))
+                    # Not fsspec's `mv`: it takes a name with `*`, `?` or `[` for a pattern, and moves what matches.
+                    self._fs.cp_file(self._path(name), self._path(to))
+                    self._fs.rm_file(self._path(name))
             except FileNotFoundError:
                 return
 
@@ -340,9 +342,14 @@ class Store:
         """Delete this folder with all its objects; a missing one is no error."""
         with self._errors(""):
             try:
-                self._fs.rm(self._root, recursive=True)
+                if self._local:
+                    self._fs.rm(self._root, recursive=True)
+                    return
+                names = sorted(self._listing(self._root))
             except FileNotFoundError:
                 return
+        # Not fsspec's `rm`: it takes a folder with `*`, `?` or `[` in its name for a pattern, and deletes what matches.
+        self.delete(names)
 
     def _parquet_content(self, name: str, digest: str | None) -> Any:
         if digest is not None:

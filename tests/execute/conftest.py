@@ -71,7 +71,7 @@ class WorkFolder:
             schema=BUNDLE_SCHEMA,
         )
         path = f"{PLAN_FOLDER}/{name}.parquet"
-        self.store.write_table(path, table)
+        digest = self.store.write_table(path, table)
         return BundleInfo(
             name=path,
             requests=requests,
@@ -80,12 +80,14 @@ class WorkFolder:
             expected_computed_prompt_tokens=sum(map(len, prompts)),
             expected_output_tokens=requests * max_tokens,
             expected_seconds=1.0,
+            digest=digest,
         )
 
     def run_command(self, bundle: BundleInfo, **changes: object) -> Run:
         """The command to compute a bundle."""
         command = Run(
             bundle=bundle.name,
+            digest=bundle.digest,
             work_uri=self.store.uri,
             storage=StorageOptions(),
             sampling=SamplingParameters(),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
+from batchllm_operators.errors import DamagedObjectError, RowError, RowErrorCode, TerminalError
+from batchllm_operators.execute.bundle_run import BundleRun
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.feeding import BundleFeed, BundleStep, bundle_keys, count, read_requests, read_rows
 from batchllm_operators.stage.spec import SamplingParameters
@@ -183,3 +185,16 @@ def test_some_rows_of_a_bundle_are_counted_with_those_that_are_done(work: Any) -
     found = [request.key for request in read_rows(work.store, bundle.name, SAMPLING, done, (245, 300))]
     assert found == [work.key(number) for number in [*range(245, 250), *range(260, 300)]]
     assert bundle_keys(work.store, bundle.name) == [work.key(number) for number in range(600)]
+
+
+def test_no_flipped_bit_of_a_bundle_is_ever_computed(work: Any) -> None:
+    bundle = work.write_bundle(requests=4)
+    command, whole = work.run_command(bundle), work.store.read_bytes(bundle.name)
+    with ThreadPoolExecutor(1) as writing:
+        assert len(list(BundleRun(command, print, writing).requests)) == 4
+        for place in range(0, len(whole), 5):
+            work.store.write_bytes(
+                bundle.name, whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :]
+            )
+            with pytest.raises(DamagedObjectError, match="run again: the plan is made anew"):
+                BundleRun(command, print, writing)

@@ -11,7 +11,10 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from batchllm_flows.report import read_samples
+from batchllm_flows.run import open_run
 from batchllm_flows.verify import verify_output
+from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.spec import ModelSpec
@@ -23,7 +26,9 @@ from batchllm_operators.records import (
     KEY_TYPE,
     MANIFEST_FILE,
     PLAN_SUMMARY,
+    REPORT_FILE,
     RESULT_SCHEMA,
+    SAMPLES_FILE,
     STAGED_SUMMARY,
     Manifest,
 )
@@ -43,6 +48,7 @@ from tests.faults.damage import (
     without_field,
 )
 from tests.faults.told_jobs import PART_ROWS, ToldJob, result_table
+from tests.flows.reports import a_report
 
 STAGED = "staged/part-00000.parquet"
 BUNDLE = "plan/bundle-00000.parquet"
@@ -192,6 +198,51 @@ def test_a_part_that_could_not_be_read_just_once_is_not_set_aside(
     assert table is not None
     assert table.equals(whole.select(["completion"]))
     assert work.exists(name)
+
+
+def test_of_a_part_with_a_digest_only_the_wanted_columns_are_decoded(unmerged: ToldJob) -> None:
+    work = unmerged.work()
+    undecodable = flip("completion")(work.read_bytes(first_part(work)))
+    told, untold = f"results/part-a-{digest_of_bytes(undecodable)}.parquet", "results/part-a.parquet"
+    for name in (told, untold):
+        work.write_bytes(name, undecodable)
+    table = read_result_part(work, told, ["prompt_tokens"])
+    assert table is not None
+    assert (table.column_names, table.num_rows) == (["prompt_tokens"], PART_ROWS)
+    # The content of a part whose name tells no digest is vouched for by its pages alone, so that all are looked at.
+    assert read_result_part(work, untold, ["prompt_tokens"]) is None
+    with pytest.raises(DamagedObjectError):
+        checked_result_part(work, told)
+
+
+@pytest.mark.parametrize("how", [truncate, empty, flip_last_bits, replace(b"[]"), replace(b"{}")])
+def test_a_damaged_report_of_a_complete_job_is_set_aside_and_made_again(complete: ToldJob, how: Damage) -> None:
+    work = complete.work()
+    work.write_bytes(REPORT_FILE, a_report(usd_per_engine_hour=1.0).model_dump_json().encode())
+    assert open_run(complete.spec(sink__rows_per_file=10)).complete is not None
+    damage(work, REPORT_FILE, how)
+    outcome = complete.run(sink__rows_per_file=10)
+    assert (outcome.computed, len(outcome.set_aside)) == (0, 1)
+    assert not work.exists(REPORT_FILE)
+
+
+def test_a_report_of_another_version_is_left_where_it_is(complete: ToldJob) -> None:
+    work = complete.work()
+    of_another = a_report(usd_per_engine_hour=1.0).model_dump(mode="json") | {"version": "9.0", "rows": None}
+    work.write_bytes(REPORT_FILE, orjson.dumps(of_another))
+    with pytest.raises(TerminalError, match=r"report\.json is not as .* delete it and run the job again"):
+        complete.run(sink__rows_per_file=10)
+    assert orjson.loads(work.read_bytes(REPORT_FILE)) == of_another
+
+
+@pytest.mark.parametrize("how", [truncate, empty, flip_last_bits, replace(b"[]"), replace(b'{"of_the_future": 1}')])
+def test_damaged_samples_are_set_aside_and_the_report_does_without(complete: ToldJob, how: Damage) -> None:
+    work = complete.work()
+    assert read_samples(work) is not None
+    damage(work, SAMPLES_FILE, how)
+    assert read_samples(work) is None
+    assert not work.exists(SAMPLES_FILE)
+    assert len(work.names("quarantine")) == 1
 
 
 OUTPUT_FAULTS: dict[str, Callable[[Store, Manifest], None]] = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE, LostClaimError, SinkClaim, data_files
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.records import MANIFEST_FILE, InputObject, Manifest
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 from tests.merge.conftest import Job, answer
@@ -193,3 +194,116 @@ def test_of_many_that_claim_at_once_only_one_still_holds_the_claim(sink: Store) 
             continue
         held += 1
     assert held == 1
+
+
+PATIENCE_S = 60
+
+
+class Pause:
+    """A place where one thread stops until another lets it go on."""
+
+    def __init__(self) -> None:
+        self._reached, self._over = Event(), Event()
+
+    def __call__(self) -> None:
+        self._reached.set()
+        assert self._over.wait(PATIENCE_S)
+
+    def wait_until_reached(self) -> None:
+        assert self._reached.wait(PATIENCE_S)
+
+    def end(self) -> None:
+        self._over.set()
+
+
+def nothing() -> None:
+    pass
+
+
+class InterruptedSink(Store):
+    """A sink whose run is held up just before or after it writes its manifest, or before it lists what lies there."""
+
+    def __init__(
+        self,
+        sink: Store,
+        *,
+        before: Callable[[], None] = nothing,
+        after: Callable[[], None] = nothing,
+        before_cleaning: Callable[[], None] = nothing,
+    ) -> None:
+        super().__init__(sink.uri, sink.options)
+        self._before, self._after, self._before_cleaning = before, after, before_cleaning
+        self._writes = 0
+
+    def write_if(self, name: str, content: bytes, expected: InputObject | None) -> bool:
+        if name != MANIFEST_FILE:
+            return super().write_if(name, content, expected)
+        self._writes += 1
+        first = self._writes == 1
+        (self._before if first else nothing)()
+        written = super().write_if(name, content, expected)
+        (self._after if first else nothing)()
+        return written
+
+    def objects(self, pattern: str = "") -> list[InputObject]:
+        if self._writes == 1:
+            once, self._before_cleaning = self._before_cleaning, nothing
+            once()
+        return super().objects(pattern)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("held_up", ["before", "after", "before_cleaning"])
+@pytest.mark.parametrize("old", ["an old output", "no output"])
+def test_a_run_that_loses_its_claim_while_it_completes_leaves_the_old_output_and_the_other_run_completes(
+    sink: Store, first: Writer, second: Writer, tmp_path: Path, threads: ThreadPoolExecutor, held_up: str, old: str
+) -> None:
+    if old == "an old output":
+        first.merge("error")
+    pause = Pause()
+    others: list[Future[Manifest]] = []
+
+    def claimed_by_second() -> None:
+        others.append(threads.submit(second.merge, "overwrite", pause))
+        pause.wait_until_reached()
+
+    loser = Writer(tmp_path, "loser", InterruptedSink(sink, **{held_up: claimed_by_second}))
+    try:
+        with pytest.raises(LostClaimError, match="job second has claimed it"):
+            loser.merge("overwrite")
+        if old == "an old output":
+            assert whose_output(sink) == "first"
+        else:
+            assert not sink.exists(MANIFEST_FILE)
+    finally:
+        pause.end()
+    assert others[0].result(PATIENCE_S).job_id == "second"
+    assert only_output(sink) == "second"
+
+
+def test_a_run_that_saw_the_manifest_of_a_loser_which_is_taken_back_completes_all_the_same(
+    sink: Store, first: Writer, tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    first.merge("error")
+    pause = Pause()
+    winner = Writer(tmp_path, "winner", InterruptedSink(sink, before=pause))
+    others: list[Future[Manifest]] = []
+
+    def about_to_be_completed_by_winner() -> None:
+        others.append(threads.submit(winner.merge, "overwrite"))
+        pause.wait_until_reached()
+
+    loser = Writer(tmp_path, "loser", InterruptedSink(sink, after=about_to_be_completed_by_winner))
+    try:
+        with pytest.raises(LostClaimError, match="job winner has claimed it"):
+            loser.merge("overwrite")
+        assert whose_output(sink) == "first"
+    finally:
+        pause.end()
+    assert others[0].result(PATIENCE_S).job_id == "winner"
+    assert only_output(sink) == "winner"

@@ -179,6 +179,47 @@ def test_an_object_is_moved(written: Written) -> None:
     assert store.read_bytes("deep/er/one") == b"a/one"
 
 
+PATTERNS = [("run[1]", "run1"), ("out*", "out-1"), ("ru?", "run"), ("[!a]", "b"), ("**", "deep/er")]
+
+
+@pytest.mark.parametrize(("folder", "other"), PATTERNS)
+def test_a_folder_whose_name_is_a_pattern_is_removed_and_not_what_matches_it(
+    written: Written, folder: str, other: str
+) -> None:
+    store = written(f"{folder}/results/one", f"{folder}/two", f"{other}/results/one", f"{other}/two")
+    store.folder(folder).remove()
+    assert store.names() == [f"{other}/results/one", f"{other}/two"]
+
+
+@pytest.mark.parametrize(("folder", "other"), PATTERNS)
+def test_an_object_whose_name_is_a_pattern_is_moved_and_not_what_matches_it(
+    written: Written, folder: str, other: str
+) -> None:
+    store = written(f"{folder}/w/one[2]*", f"{other}/w/one2", f"{other}/w/one[2]-")
+    inside = store.folder(f"{folder}/w")
+    inside.move("one[2]*", "quarantine/one[2]-*")
+    assert inside.names() == ["quarantine/one[2]-*"]
+    assert inside.read_bytes("quarantine/one[2]-*") == f"{folder}/w/one[2]*".encode()
+    assert store.names(other) == sorted([f"{other}/w/one2", f"{other}/w/one[2]-"])
+
+
+@pytest.mark.parametrize(("folder", "other"), PATTERNS)
+def test_objects_below_a_folder_whose_name_is_a_pattern_are_read_listed_and_deleted_exactly(
+    written: Written, folder: str, other: str
+) -> None:
+    store = written(f"{folder}/w/one", f"{other}/w/one", f"{other}/w/two")
+    inside = store.folder(f"{folder}/w")
+    assert inside.names() == ["one"]
+    assert [one.path for one in inside.objects("*")] == ["one"]
+    assert inside.content("one") == f"{folder}/w/one".encode()
+    assert (inside.exists("two"), inside.content("two")) == (False, None)
+    assert inside.write_if("two", b"here", None)
+    inside.write_table("table", pa.table({"number": [1, 2]}))
+    assert sum(batch.num_rows for batch in inside.scan_parquet("table", ["number"], 10)) == 2
+    inside.delete(["one", "two", "table"])
+    assert store.names() == [f"{other}/w/one", f"{other}/w/two"]
+
+
 def test_the_digest_of_what_was_written_is_that_of_what_is_read(store: Store) -> None:
     digest = store.write_table("one.parquet", pa.table({"number": list(range(5000))}))
     assert store.digest("one.parquet") == digest

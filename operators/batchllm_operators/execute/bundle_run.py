@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from batchllm_operators.errors import BatchLLMError, TransientError
-from batchllm_operators.execute.feeding import BundleStep, count, known_results, read_rows
+from batchllm_operators.execute.feeding import BundleStep, check_bundle, count, known_results, read_rows
 from batchllm_operators.execute.messages import AllRead, BundleDone, BundleEvent, Failed, PartWritten, Progress, Run
 from batchllm_operators.execute.part_writer import PartWriter
 from batchllm_operators.store import Store
@@ -23,7 +23,7 @@ class BundleRun:
         clock: seconds, increasing.
 
     Raises:
-        BatchLLMError: what earlier attempts have written cannot be read.
+        BatchLLMError: the bundle is damaged, or what earlier attempts have written cannot be read.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class BundleRun:
     ) -> None:
         self.name = command.bundle
         self.work = store = Store(command.work_uri, command.storage)
+        check_bundle(store, command.bundle, command.digest)
         done, self._counts = known_results(store, command.known_parts)
         self.requests = read_rows(store, command.bundle, command.sampling, done, command.rows)
         self._known_parts = command.known_parts

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
-from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.errors import BatchLLMError, DamagedObjectError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.result_parts import read_result_part
@@ -22,6 +22,20 @@ READ_ROWS = 256
 """Requests in memory ahead of the engine."""
 
 KEY_ROWS = 65_536
+
+
+def check_bundle(store: Store, bundle: str, digest: str) -> None:
+    """Look whether a bundle is what the planner wrote: checksums of pages leave out what stands between the pages.
+
+    Raises:
+        DamagedObjectError: it has another digest.
+    """
+    # A connection that breaks off can look like damage: only what looks so twice is.
+    if digest and store.digest(bundle) != digest and (found := store.digest(bundle)) != digest:
+        raise DamagedObjectError(
+            f"damaged bundle: expected digest {digest}, found {found}; run again: the plan is made anew",
+            uri=store.uri_of(bundle),
+        )
 
 
 def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes]) -> Iterator[Request]:

@@ -62,6 +62,8 @@ class Run(Record):
     kind: Literal["run"] = "run"
     bundle: str
     """Name of the bundle's object in the work folder."""
+    digest: str = ""
+    """Of that object; empty: the plan tells none."""
     work_uri: str
     storage: StorageOptions
     sampling: SamplingParameters

@@ -18,7 +18,7 @@ from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.engine_ahead import take_engine_ahead
 from batchllm_operators.execute.engine_logs import EngineLogs
-from batchllm_operators.execute.feeding import bundle_keys, known_results
+from batchllm_operators.execute.feeding import bundle_keys, check_bundle, known_results
 from batchllm_operators.execute.handle import (
     BundleCallbacks,
     EngineHandle,
@@ -156,6 +156,7 @@ class EnginePool:
         written = self._written[attempt.bundle.name]
         command = Run(
             bundle=attempt.bundle.name,
+            digest=attempt.bundle.digest,
             work_uri=self._work.uri,
             storage=self._work.options,
             sampling=self._sampling,
@@ -177,6 +178,7 @@ class EnginePool:
         """Answer all requests of a bundle that can be answered, and say of the others that engines die on them."""
         bundle, written = attempt.bundle, self._written[attempt.bundle.name]
         done, _ = known_results(self._work, written)
+        check_bundle(self._work, bundle.name, bundle.digest)
         keys = bundle_keys(self._work, bundle.name)
         unfinished = [row for row, key in enumerate(keys) if key not in done]
 

@@ -137,7 +137,7 @@ def spill_results(
     """Give every other row the chosen copy of its request's result; rows with one request share one."""
     columns = ["request_key", *(field.name for field in OUTPUT_FIELDS)]
     for part in chosen.parts:
-        table = checked_result_part(work, parts[part]).select(columns)
+        table = checked_result_part(work, parts[part], columns)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         taken = chosen.taken_from(part, numbers, known)
         positions, rows = index.rows_of(numbers[taken])

@@ -16,7 +16,7 @@ import orjson
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.records import MANIFEST_FILE, InputObject, Manifest
+from batchllm_operators.records import MANIFEST_FILE, Manifest
 from batchllm_operators.store import Store
 
 IN_PROGRESS_FILE = "_in_progress.json"
@@ -48,7 +48,6 @@ class SinkClaim:
         self._mode = mode
         self._token = uuid4().hex[:8]
         self._content = canonical_json({"job_id": job_id, "token": self._token})
-        self._old_manifest: InputObject | None = None
         self._completed = False
 
     def __enter__(self) -> SinkClaim:
@@ -63,7 +62,6 @@ class SinkClaim:
             if self._mode == "error":
                 refuse_claim_of_another(self._sink, self._job_id)
             if self._sink.write_if(IN_PROGRESS_FILE, self._content, found):
-                self._old_manifest = self._sink.object(MANIFEST_FILE)
                 return self
         raise TransientError("sink: other runs claim it at the same moment", job_id=self._job_id, uri=self._sink.uri)
 
@@ -107,32 +105,52 @@ class SinkClaim:
         """Make this run's files the output; only then do the files of an old one go, and the claim.
 
         Raises:
-            LostClaimError: another run has claimed the sink, or completed it.
+            LostClaimError: another run has claimed the sink, or completed it; the old output is as it was.
+            TransientError: others write the manifest at the same time, again and again.
         """
-        self.require()
         content = manifest.model_dump_json(indent=2).encode()
-        if not self._sink.write_if(MANIFEST_FILE, content, self._old_manifest):
-            raise LostClaimError(
-                "sink: another run has completed it meanwhile; nothing of this run is left there, and its answers are"
-                " kept in the work folder",
-                job_id=self._job_id,
-                uri=self._sink.uri,
-            )
+        old = self._replace_manifest(content)
         self._completed = True
         try:
+            # Listed before the last look at the claim: whoever takes it after that look has written nothing yet.
+            others = self._files_besides(manifest)
             self.require()
         except LostClaimError:
             # It was lost between the look and the write: whoever has it finds the sink as it was.
-            if self._sink.content(MANIFEST_FILE) == content:
-                self._sink.delete([MANIFEST_FILE])
+            self._take_back(content, old)
             self._completed = False
             raise
-        kept = {file.name for file in manifest.files}
-        others = [name for name in data_files(self._sink) if name not in kept]
-        if self._mode == "error":
-            others = [name for name in others if job_of_file(name) == self._job_id]
         self._sink.delete(others)
         self.release()
+
+    def _replace_manifest(self, content: bytes) -> bytes | None:
+        """Write this run's manifest; returns what stood in its place, or None."""
+        for _ in range(_ATTEMPTS):
+            before, old = self._sink.object(MANIFEST_FILE), self._sink.content(MANIFEST_FILE)
+            # After the look: what comes to stand there later, and is not taken back, is of a run that has the claim.
+            self.require()
+            if self._sink.write_if(MANIFEST_FILE, content, before):
+                return old
+            # A run that has lost its claim may have written its manifest and taken it back meanwhile.
+        raise TransientError(
+            "sink: other runs write its manifest at the same moment", job_id=self._job_id, uri=self._sink.uri
+        )
+
+    def _files_besides(self, manifest: Manifest) -> list[str]:
+        """The output files in the folder that are in the way of this output."""
+        kept = {file.name for file in manifest.files}
+        others = [name for name in data_files(self._sink) if name not in kept]
+        return others if self._mode == "overwrite" else [name for name in others if job_of_file(name) == self._job_id]
+
+    def _take_back(self, content: bytes, old: bytes | None) -> None:
+        """Put the old manifest, or none, in the place of this run's own, if that is still there."""
+        mine = self._sink.object(MANIFEST_FILE)
+        if self._sink.content(MANIFEST_FILE) != content:
+            return
+        if old is None:
+            self._sink.delete([MANIFEST_FILE])
+        else:
+            self._sink.write_if(MANIFEST_FILE, old, mine)
 
     def release(self) -> None:
         """Give the claim up, if it is still this run's own."""
