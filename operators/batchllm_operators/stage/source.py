@@ -93,10 +93,11 @@ class Source(ABC):
         self.store = found.store
         self.objects = list(found.objects)
         self.left_out = found.left_out
+        self._verdicts = found.verdicts
 
     def look_again(self) -> list[InputObject]:
         """What `objects` would be if the source were opened now."""
-        return list(source_objects(self.spec).objects)
+        return list(source_objects(self.spec, self._verdicts).objects)
 
     def object_uris(self) -> list[str]:
         """URIs of the input objects."""
