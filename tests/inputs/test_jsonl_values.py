@@ -54,6 +54,7 @@ def test_values_of_many_types_are_json_text_in_parquet_with_all_their_digits(car
 TYPED: list[tuple[str, list[str], str, list[Any]]] = [
     ("integers", ["1", "null", str(2**63 - 1)], "int64", [1, None, 2**63 - 1]),
     ("integers and fractions", ["1", "0.5"], "double", [1.0, 0.5]),
+    ("fractions are doubles", ["0.1234567890123456789012345"], "double", [0.12345678901234568]),
     ("digits beside fractions", [str(2**53 + 1), "0.5"], "json", [str(2**53 + 1), "0.5"]),
     ("beyond 64 bits", ["1", BIG], "json", ["1", BIG]),
     ("texts", ['"a"', '""'], "string", ["a", ""]),

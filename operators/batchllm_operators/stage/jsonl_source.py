@@ -13,7 +13,7 @@ from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.input_objects import FoundInput
 from batchllm_operators.stage.json_lines import JsonLine, member_texts, read_json_lines
-from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_column, json_schema, writable_type
+from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
 from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
 from batchllm_operators.stage.spec import SourceSpec
 
@@ -123,7 +123,7 @@ class JsonlSource(Source):
     def _column(self, values: list[Any], field: pa.Field) -> pa.Array:
         if field.name in self._types:
             return _converted(values, field.type)[0]
-        return json_column(values, field.type)
+        return pa.array(values, field.type)
 
     def _see(self, lines: list[JsonLine]) -> None:
         self.has_columns = self.has_columns or any(line.fault is None for line in lines)
