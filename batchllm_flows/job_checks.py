@@ -86,7 +86,7 @@ def _prompt(settings: StagerSettings, source: list[Source], needed: list[dict[st
 def _columns(source: Source, needed: dict[str, frozenset[str]]) -> str:
     for field, columns in needed.items():
         source.require_columns(columns, field)
-    carried = len(source.schema.names) or "all"
+    carried = "all" if source.spec.columns is None else len(source.carried())
     used = ", ".join(f"{field} {', '.join(sorted(columns))}" for field, columns in needed.items() if columns)
     return f"{used or 'the prompt uses none'}; carried to the sink: {carried}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -118,3 +119,16 @@ def test_validate_knows_the_columns_that_a_name_could_mean(tmp_path: Path, batch
     shown = batchllm("validate", write_job(tmp_path, tiny_llama, rows, prompt=prompt))
     assert shown.exit_code == 1
     assert 'row["product-id"]' in shown.stdout, shown.stdout
+
+
+def test_validate_reads_no_rows(
+    tmp_path: Path, batchllm: Batchllm, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_file = write_job(tmp_path, tiny_llama)
+    stamps = pa.table({"question": ["why?"], "t": pa.array([1], pa.timestamp("ns"))})
+    pq.write_table(stamps, tmp_path / "in" / "z.parquet", use_deprecated_int96_timestamps=True)
+    scanned: list[str] = []
+    monkeypatch.setattr(Store, "scan_parquet", lambda _store, name, *_arguments, **_options: scanned.append(name))
+    shown = batchllm("validate", str(job_file))
+    assert shown.exit_code == 0, shown.stdout
+    assert not scanned

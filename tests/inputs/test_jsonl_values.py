@@ -11,6 +11,7 @@ import pytest
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.stage.readers import BATCH_ROWS
+from batchllm_operators.stage.row_stager import RowStager
 from tests.inputs.carried import ANSWER, Carried
 from tests.inputs.conftest import Carry
 
@@ -53,6 +54,7 @@ def test_values_of_many_types_are_json_text_in_parquet_with_all_their_digits(car
 TYPED: list[tuple[str, list[str], str, list[Any]]] = [
     ("integers", ["1", "null", str(2**63 - 1)], "int64", [1, None, 2**63 - 1]),
     ("integers and fractions", ["1", "0.5"], "double", [1.0, 0.5]),
+    ("fractions are doubles", ["0.1234567890123456789012345"], "double", [0.12345678901234568]),
     ("digits beside fractions", [str(2**53 + 1), "0.5"], "json", [str(2**53 + 1), "0.5"]),
     ("beyond 64 bits", ["1", BIG], "json", ["1", BIG]),
     ("texts", ['"a"', '""'], "string", ["a", ""]),
@@ -166,6 +168,45 @@ def test_a_late_key_named_like_an_output_column_is_found_in_staging(carry: Carry
     with pytest.raises(TerminalError, match="names of output columns: completion"):
         carry(lines(*LATE, '{"completion":1}'), form="jsonl")
     assert not (tmp_path / "job" / "results").exists()
+
+
+def test_a_late_key_named_like_an_output_column_is_found_before_any_row_is_staged(
+    carry: Carry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RowStager, "stage", lambda *_: pytest.fail("a row was staged"))
+    with pytest.raises(TerminalError, match="names of output columns: completion"):
+        carry(lines(*LATE, *LATE, '{"completion":1}'), form="jsonl")
+
+
+@pytest.mark.parametrize(
+    ("template", "late", "told"),
+    [
+        ("{{ a-b }}", "a-b", "'a-b' is a column, and here it is an expression"),
+        ("{{ true }}", "true", "'true' is a constant of Jinja and a column"),
+        ("{% for n in [1] %}{{ loop.index }}{% endfor %}", "loop", "'loop' is the loop itself"),
+    ],
+)
+@pytest.mark.parametrize("columns", [None, ["a"]])
+def test_a_template_that_could_mean_a_late_key_is_refused(
+    carry: Carry, tmp_path: Path, template: str, late: str, told: str, columns: list[str] | None
+) -> None:
+    given = lines(*['{"a":1,"b":2}'] * 1500, f'{{"{late}":1}}')
+    with pytest.raises(TerminalError, match=told):
+        carry(given, form="jsonl", prompt={"kind": "template", "template": template}, columns=columns)
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_name_means_the_same_wherever_its_key_first_occurs(carry: Carry, tokenizer: Any) -> None:
+    prompt = {"kind": "template", "template": "{{ row or 'none' }}"}
+    late = carry(lines(*LATE, '{"row":"x"}'), form="jsonl", prompt=prompt)
+    assert late.tokens[0] == tokenizer("none")["input_ids"]
+    assert late.tokens[-1] == tokenizer("x")["input_ids"]
+
+
+def test_keys_after_a_batch_of_bad_lines_are_columns_too(carry: Carry) -> None:
+    prompt = {"kind": "template", "template": "{{ nowhere }}"}
+    with pytest.raises(TerminalError, match="no such column: nowhere; columns: text"):
+        carry(lines(*["{"] * BATCH_ROWS, '{"text":"x"}'), form="jsonl", prompt=prompt)
 
 
 def test_a_named_type_is_that_of_the_column_and_of_prompts(carry: Carry, tokenizer: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,6 +66,30 @@ def test_a_folder_is_read_whole_or_what_is_left_out_is_named(carry: Carry) -> No
     assert told.startswith("5 objects beside the input: ")
     assert not any(name in told for name in SILENT if name != "0.jsonl")
     assert staged.model_copy(update={"left_out_objects": 9}).left_out_text().endswith(" and 4 more")
+
+
+def test_an_object_is_looked_into_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.jsonl").write_bytes(rows(0))
+    (tmp_path / "settings.json").write_bytes(b'{\n  "a": 1\n}\n')
+    (tmp_path / "1.json").write_bytes(b'{"text":"%s"}\n' % (b"x" * (1 << 20)))
+    reads: list[tuple[str, int]] = []
+    reader = Store.reader
+
+    @contextmanager
+    def noting(store: Store, name: str) -> Iterator[IO[bytes]]:
+        with reader(store, name) as file:
+            yield file
+            reads.append((name, file.tell()))
+
+    monkeypatch.setattr(Store, "reader", noting)
+    source = open_source(SourceSpec(uri=str(tmp_path), format="jsonl"))
+    assert dict(reversed(reads))["1.json"] < 256 << 10  # the first read; then its rows are read
+    reads.clear()
+    assert source.look_again() == source.objects
+    assert not reads
+    (tmp_path / "settings.json").write_bytes(rows(1))
+    assert [one.path for one in source.look_again()] == ["0.jsonl", "1.json", "settings.json"]
+    assert [name for name, _ in reads] == ["settings.json"]
 
 
 def test_a_folder_of_parquet_names_what_else_is_there(carry: Carry, tmp_path: Path) -> None:

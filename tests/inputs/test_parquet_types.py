@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.store import Store
 from tests.inputs.conftest import Carry
 
 FAR = dt.datetime(9999, 12, 31)
@@ -105,6 +106,47 @@ def test_far_years_beside_nanoseconds_of_96_bits_are_refused_until_the_job_names
         carry(folder)
     output = carry(folder, name="pinned", schema={"t": "timestamp[us]"})
     assert output.column("t")[0] == [FAR, NEAR.replace(microsecond=678901)]
+
+
+def test_each_column_of_96_bits_has_the_unit_that_its_own_values_need(carry: Carry, tmp_path: Path) -> None:
+    columns = {
+        "far": pa.array([FAR, None], pa.timestamp("us")),
+        "n": pa.array([1, 2]),
+        "fine": pa.array([1_577_934_245_678_901_234, -1], pa.timestamp("ns")),
+    }
+    folder = written(tmp_path / "in", pa.table(columns), use_deprecated_int96_timestamps=True)
+    output = carry(folder, prompt=template("{{ n }} {{ fine }}"))
+    assert output.table["far"].to_pylist() == [FAR, None]
+    assert [row["fine"] for row in output.rows] == ["2020-01-02 03:04:05.678901234", "1969-12-31 23:59:59.999999999"]
+
+
+@pytest.mark.parametrize("pinned", [None, {"t": "timestamp[ns]"}])
+def test_a_year_beyond_nanoseconds_is_refused_where_the_column_has_nanoseconds(
+    carry: Carry, tmp_path: Path, pinned: dict[str, str] | None
+) -> None:
+    folder = int96(tmp_path / "in", [FAR], pa.timestamp("us"), "a")
+    written(folder, pa.table({"t": pa.array([1], pa.timestamp("ns"))}), "b")
+    with pytest.raises(TerminalError, match="'t' has timestamps of 96 bits with nanoseconds, beside a year"):
+        carry(folder, schema=pinned or {})
+
+
+def test_a_column_of_96_bits_that_nobody_uses_is_not_read(
+    carry: Carry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamps = {"a": pa.array([FAR], pa.timestamp("us")), "b": pa.array([1_577_934_245_678_901_234], pa.timestamp("ns"))}
+    for name, values in stamps.items():
+        table = pa.table({"t": values, "n": [1]})
+        folder = written(tmp_path / "in", table, name, use_deprecated_int96_timestamps=True)
+    scanned: list[str] = []
+    scan = Store.scan_parquet
+
+    def noting(store: Store, name: str, columns: list[str], *arguments: Any, **options: Any) -> Any:
+        scanned.extend(columns)
+        return scan(store, name, columns, *arguments, **options)
+
+    monkeypatch.setattr(Store, "scan_parquet", noting)
+    assert carry(folder, prompt=template("{{ n }}"), columns=["n"]).errors == [None, None]
+    assert set(scanned) == {"n"}
 
 
 def test_text_that_is_no_utf8_is_its_rows_error_and_survives(carry: Carry, tmp_path: Path) -> None:

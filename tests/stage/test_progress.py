@@ -35,7 +35,11 @@ def test_each_step_has_its_own_rate_and_a_total_that_is_not_known_is_not_said() 
             progress.update(step, 0)
             clock.now += 100
             progress.update(step, 5000)
-    assert lines == ["5,000 fields read, 50 rows/s", "5,000 rows staged, 50 rows/s"]
+    assert lines == [
+        "5,000 rows searched for columns, 50 rows/s",
+        "5,000 fields read, 50 rows/s",
+        "5,000 rows staged, 50 rows/s",
+    ]
 
 
 def test_in_a_terminal_there_is_a_bar_and_no_line_in_the_log() -> None:

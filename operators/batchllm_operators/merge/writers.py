@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO
 
 import orjson
@@ -18,8 +18,6 @@ from batchllm_operators.store import Store, parquet_writer
 
 _ROW_GROUP_ROWS = 16_384
 _ROW_GROUP_BYTES = 64 << 20
-
-FileWriter = Callable[[IO[bytes], pa.Schema, Iterator[pa.Table]], int]
 
 
 def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec) -> tuple[Iterator[pa.Table], pa.Schema]:
@@ -122,12 +120,12 @@ def _write_jsonl(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table])
     for table in tables:
         texts = table.column(0).cast(pa.large_binary()).to_pylist()
         answers = zip(*map(json_values, table.columns[1:]), strict=True)
+        lines = []
         for text, answer in zip(texts, answers, strict=True):
             members = orjson.dumps(dict(zip(names, answer, strict=True)))
             # Both are objects in JSON: without the brace between them they are one.
-            file.write(text.rstrip()[:-1].rstrip())
-            file.write(b"" if text[1:].strip() == b"}" else b",")
-            file.write(members[1:])
-            file.write(b"\n")
+            between = b"" if text[1:].strip() == b"}" else b","
+            lines.append(b"%s%s%s\n" % (text.rstrip()[:-1].rstrip(), between, members[1:]))
+        file.write(b"".join(lines))  # at once: each write is hashed
         rows += len(table)
     return rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from fsspec.utils import glob_translate
 
@@ -16,6 +17,9 @@ from batchllm_operators.wording import first_of
 _GLOB_MARKS = frozenset("*?[")
 _NO_DATA_SUFFIXES = (".crc", ".md5", ".sha256")
 
+Verdicts: TypeAlias = dict[InputObject, TerminalError | None]
+"""Version of an object -> why it is not of the source's format; None where it is."""
+
 
 @dataclass(frozen=True)
 class FoundInput:
@@ -26,12 +30,14 @@ class FoundInput:
         objects: sorted by path, with what tells one version of an object from another.
         left_out: objects below the folder that may be data and are not taken, each with the reason.
         is_listed: whether a folder was listed; an object or a glob is what the user spelled out.
+        verdicts: on the objects that were looked into because their names leave open what they hold.
     """
 
     store: Store
     objects: tuple[InputObject, ...]
     left_out: tuple[str, ...] = ()
     is_listed: bool = False
+    verdicts: Verdicts = field(default_factory=dict)
 
 
 def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> FoundInput:

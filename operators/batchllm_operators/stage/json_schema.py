@@ -1,7 +1,8 @@
 """Arrow types for JSON values, whose columns need not have one type.
 
-Where the values of a column go together without a loss it has their Arrow type, else it is JSON text (`arrow.json`):
-then `1.0` and `"1.0"` stay apart, and integers keep all their digits. JSON text are columns with
+Where the values of a column go together it has their Arrow type, else it is JSON text (`arrow.json`): then `1.0` and
+`"1.0"` stay apart. Integers keep all their digits; a number with a fraction or an exponent is a double of about 16
+digits, unless its column is JSON text. JSON text are columns with
 
 - values of several types (text beside numbers, objects beside lists), also within objects and lists;
 - integers beyond 64 bits, or beyond 2**53 beside numbers with a fraction;
@@ -61,11 +62,6 @@ def writable_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(writable_type(kind.value_type))
     return pa.int64() if pa.types.is_int32(kind) else pa.string() if pa.types.is_null(kind) else kind
-
-
-def json_column(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """The values as an array of the type that `unified` found for them."""
-    return pa.array(values, kind)
 
 
 def converted_column(values: list[Any], kind: pa.DataType) -> pa.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -13,7 +13,7 @@ from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.input_objects import FoundInput
 from batchllm_operators.stage.json_lines import JsonLine, member_texts, read_json_lines
-from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_column, json_schema, writable_type
+from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
 from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
 from batchllm_operators.stage.spec import SourceSpec
 
@@ -28,12 +28,12 @@ class JsonlSource(Source):
     def __init__(self, spec: SourceSpec, found: FoundInput) -> None:
         super().__init__(spec, found)
         self._types = spec.types()
-        self._is_read_through = False
+        self.has_columns = False
+        self._keys = dict.fromkeys(self._types)
         with closing(self._line_batches()) as batches:
             first = next(batches, [])
-        self.has_columns = any(line.fault is None for line in first)
-        self._keys = dict.fromkeys(self._types)
         self._see(first)
+        self._is_read_through = len(first) < BATCH_ROWS or (spec.limit is not None and spec.limit <= BATCH_ROWS)
 
     @property
     def columns(self) -> list[str]:
@@ -43,26 +43,37 @@ class JsonlSource(Source):
     @property
     def schema(self) -> pa.Schema:
         """Nothing is known of the types before the rows are read."""
-        self._carried()
+        self.carried()
         return pa.schema([])
 
     def missing(self, names: Collection[str]) -> list[str]:
         """Which of these are no columns of any row; rows are read until all are found, at most once to the end."""
         missing = super().missing(names)
-        if not missing or self._is_read_through:
-            return missing
+        if missing and not self._is_read_through:
+            with closing(self._reading_through()) as reading:
+                for _ in reading:
+                    missing = super().missing(names)
+                    if not missing:
+                        break
+        return missing
+
+    def find_all_columns(self, progress: Callable[[int], None]) -> None:
+        """Read all rows for their keys, unless that is done."""
+        if not self._is_read_through:
+            for rows in self._reading_through():
+                progress(rows)
+
+    def _reading_through(self) -> Generator[int]:
+        """Sees the keys of all rows, batch by batch; yields the number of rows so far."""
         rows = 0
         with closing(self._line_batches()) as batches:
             for lines in batches:
                 self._see(lines)
-                missing = super().missing(names)
-                if not missing:
-                    return []
                 rows += len(lines)
+                yield rows
                 if self.spec.limit is not None and rows >= self.spec.limit:
                     break
         self._is_read_through = True
-        return missing
 
     def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, whole; a key of `columns` that a line lacks is null."""
@@ -112,9 +123,10 @@ class JsonlSource(Source):
     def _column(self, values: list[Any], field: pa.Field) -> pa.Array:
         if field.name in self._types:
             return _converted(values, field.type)[0]
-        return json_column(values, field.type)
+        return pa.array(values, field.type)
 
     def _see(self, lines: list[JsonLine]) -> None:
+        self.has_columns = self.has_columns or any(line.fault is None for line in lines)
         self._keys.update(dict.fromkeys(key for line in lines for key in line.record))
 
     def _line_batches(self) -> Generator[list[JsonLine]]:

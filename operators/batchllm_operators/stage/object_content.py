@@ -16,6 +16,7 @@ import pyarrow as pa
 from batchllm_operators.errors import TerminalError
 
 _CHUNK_BYTES = 4 << 20
+_SNIFFED_BYTES = 64 << 10  # enough to tell lines from one document
 _HEAD_BYTES = 16
 _COMPRESSIONS = {
     ".gz": ("gzip", b"\x1f\x8b"),
@@ -57,15 +58,22 @@ def json_chunks(file: IO[bytes], name: str) -> Iterator[bytes]:
     Raises:
         TerminalError: no JSON Lines: says what the object is instead and what to do; or damaged compressed data.
     """
-    head = file.read(_HEAD_BYTES)
-    file.seek(0)
-    compression = _compression(head, name)
-    chunks = _unpacked(file, compression, name)
+    chunks = _unpacked(file, _compression(_head(file), name), name, _CHUNK_BYTES)
     first = next(chunks, b"")
     _refuse_other_content(first, name)
     if first:
         yield first
     yield from chunks
+
+
+def refuse_other_than_json_lines(file: IO[bytes], name: str) -> None:
+    """Look at the beginning of an object, by the rules of `json_chunks`.
+
+    Raises:
+        TerminalError: as there.
+    """
+    first = next(_unpacked(file, _compression(_head(file), name), name, _SNIFFED_BYTES), b"")
+    _refuse_other_content(first, name)
 
 
 def other_than_parquet(head: bytes) -> str | None:
@@ -98,10 +106,16 @@ def _compression(head: bytes, name: str) -> str | None:
     return found
 
 
-def _unpacked(file: IO[bytes], ending: str | None, name: str) -> Iterator[bytes]:
+def _head(file: IO[bytes]) -> bytes:
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    return head
+
+
+def _unpacked(file: IO[bytes], ending: str | None, name: str, chunk_bytes: int) -> Iterator[bytes]:
     try:
         content = _reader(file, ending)
-        while chunk := content.read(_CHUNK_BYTES):
+        while chunk := content.read(chunk_bytes):
             yield chunk
     except _DAMAGES as error:
         raise _damaged(name, ending, error) from error
@@ -136,7 +150,7 @@ def _refuse_other_content(first: bytes, name: str) -> None:
             raise _not_what_it_says(name, what)
     if first.startswith(_UTF16):
         raise _not_what_it_says(name, "text in UTF-16 or UTF-32: convert it to UTF-8")
-    lines = [line for line in first.removeprefix(codecs.BOM_UTF8)[: 64 << 10].split(b"\n", 16) if line.strip()]
+    lines = [line for line in first.removeprefix(codecs.BOM_UTF8)[:_SNIFFED_BYTES].split(b"\n", 16) if line.strip()]
     if not lines or _holds_an_object(lines[0]) or (len(lines) > 1 and _holds_an_object(lines[1])):
         return
     begin = lines[0].strip()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import orjson
@@ -30,6 +29,7 @@ from batchllm_operators.store import Store
 
 Int96Unit = Literal["us", "ns"]
 """Unit in which timestamps of 96 bits are read: no unit of 64 bits holds both their digits and their years."""
+_UNITS: tuple[Int96Unit, Int96Unit] = ("us", "ns")
 _FOOTER_READERS = 16
 _HEAD_BYTES = 16
 
@@ -86,9 +86,10 @@ class ParquetSource(Source):
         self.rows = rows if spec.limit is None else min(rows, spec.limit)
         self._pinned = spec.types()
         self._fitting: set[str] = set()
+        self._units: dict[str, Int96Unit] = {}
         self._columns = self._over_all_objects("us")
         self.require_columns(self._pinned, "source.schema")
-        self._refuse_conflicts(self._carried())
+        self._refuse_conflicts(self.carried())
 
     @property
     def columns(self) -> list[str]:
@@ -98,7 +99,7 @@ class ParquetSource(Source):
     @property
     def schema(self) -> pa.Schema:
         """Schema of the columns that go to the sink."""
-        return self._settled(self._carried())
+        return self._settled(self.carried())
 
     def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, with just these columns."""
@@ -116,12 +117,11 @@ class ParquetSource(Source):
 
     def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema."""
-        unit = self._unit_of(schema)
         for one in self.objects:
-            present = [name for name in schema.names if name in self._footers[one.path].types]
+            present = [field for field in schema if field.name in self._footers[one.path].types]
             waiting: list[pa.Table] = []
             waiting_rows = 0
-            for batch in self.store.scan_parquet(one.path, present, BATCH_ROWS, int96_unit=unit):
+            for batch in self._scan(one.path, present):
                 if waiting and waiting_rows + batch.num_rows > BATCH_ROWS:
                     yield pa.concat_tables(waiting)
                     waiting, waiting_rows = [], 0
@@ -163,57 +163,78 @@ class ParquetSource(Source):
         return known if common.equals(known.kind) else _Column(common, path)
 
     def _settled(self, names: list[str]) -> pa.Schema:
-        """Schema of these columns, whose values all fit into it."""
-        columns = self._settled_columns
+        """Schema of these columns, whose values all fit into it; values of no other column are looked at."""
         self._refuse_conflicts(names)
-        schema = pa.schema([(name, columns[name].kind) for name in names])
+        self._settle_units([name for name in names if name not in self._units and self._unit_is_open(name)])
+        schema = pa.schema([(name, self._columns[name].kind) for name in names])
         self._refuse_values_that_do_not_fit(schema)
         return schema
 
-    @cached_property
-    def _settled_columns(self) -> dict[str, _Column]:
-        """The columns with the unit that their timestamps of 96 bits need, which is found by a look at all of them."""
-        if self._int96_unit() == "ns":
-            self._columns = self._over_all_objects("ns")
-            self._refuse_conflicts(self._carried())
-        return self._columns
-
-    def _int96_unit(self) -> Int96Unit:
-        """Microseconds, unless a timestamp has more digits.
+    def _settle_units(self, names: list[str]) -> None:
+        """Find the unit that each of these columns of 96 bits needs, by a look at its values.
 
         Raises:
-            TerminalError: one has more digits, and another (or the type that the job names) has no nanoseconds.
+            TerminalError: a value has more digits than microseconds, and another of its column (or the type that the
+                job names) has no nanoseconds.
         """
-        digits: tuple[str, str] | None = None
-        far: tuple[str, str] | None = None
+        with_digits, with_far_years = self._int96_needs(names)
+        finer = self._over_all_objects("ns") if with_digits else {}
+        for name in names:
+            if name in with_digits and name not in self._pinned:
+                self._columns[name] = finer[name]
+            self._refuse_conflicts([name])
+            self._units[name] = _unit_of(self._columns[name].kind)
+            if name in with_far_years and self._units[name] == "ns":
+                column = self._columns[name]
+                raise TerminalError(
+                    f"source: column {name!r} has timestamps of 96 bits with nanoseconds, beside a year that"
+                    f" nanoseconds do not reach ({name!r} in {with_far_years[name]}): name the type in"
+                    f" source.schema to read them without, for example {{{name}: timestamp[us]}}",
+                    uri=self.store.uri_of(with_digits.get(name, column.path)),
+                )
+
+    def _int96_needs(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Columns with digits that only nanoseconds have, and with years that only microseconds reach.
+
+        Returns:
+            Twice column -> path of the first object that shows it.
+        """
+        with_digits: dict[str, str] = {}
+        with_far_years: dict[str, str] = {}
         for path, footer in self._footers.items():
-            names = sorted(footer.int96 - self._pinned.keys() - footer.ambiguous)
-            if not names:
+            present = [name for name in names if name in footer.int96]
+            if not present:
                 continue
-            scans = [self.store.scan_parquet(path, names, BATCH_ROWS, int96_unit=unit) for unit in ("ns", "us")]
-            for fine, coarse in zip(*scans, strict=True):
-                for name in names:
+            scans = [self.store.scan_parquet(path, present, BATCH_ROWS, int96_unit=unit) for unit in _UNITS]
+            for coarse, fine in zip(*scans, strict=True):
+                for name in present:
                     has_digits, has_far_years = _needs(fine.column(name), coarse.column(name))
-                    digits = digits or ((name, path) if has_digits else None)
-                    far = far or ((name, path) if has_far_years else None)
-        pinned = [name for name, kind in self._pinned.items() if self._is_int96(name) and not _is_in_nanoseconds(kind)]
-        if digits is None:
-            return "us"
-        if far is not None or pinned:
-            other = f"a year that nanoseconds do not reach ({far[0]!r} in {far[1]})" if far else f"{pinned[0]!r}"
-            raise TerminalError(
-                f"source: column {digits[0]!r} has timestamps of 96 bits with nanoseconds, beside {other}: name the"
-                f" type in source.schema to read them without, for example {{{digits[0]}: timestamp[us]}}",
-                uri=self.store.uri_of(digits[1]),
-            )
-        return "ns"
+                    if has_digits:
+                        with_digits.setdefault(name, path)
+                    if has_far_years:
+                        with_far_years.setdefault(name, path)
+        return with_digits, with_far_years
 
-    def _unit_of(self, schema: pa.Schema) -> Int96Unit:
-        """The unit that staging found, as the schema shows it."""
-        kinds = [field.type for field in schema if self._is_int96(field.name)]
-        return "ns" if any(_is_in_nanoseconds(kind) for kind in kinds) else "us"
+    def _scan(self, path: str, fields: list[pa.Field]) -> Iterator[pa.RecordBatch]:
+        """Batches of an object with these columns, timestamps of 96 bits in the unit of their field."""
+        names = [field.name for field in fields]
+        units = {field.name: _unit_of(field.type) for field in fields if field.name in self._footers[path].int96}
+        if len(set(units.values())) < 2:
+            unit = next(iter(units.values()), "us")
+            yield from self.store.scan_parquet(path, names, BATCH_ROWS, int96_unit=unit)
+            return
+        fine_names = [name for name, unit in units.items() if unit == "ns"]
+        coarse_names = [name for name in names if name not in fine_names]
+        parts = zip(_UNITS, (coarse_names, fine_names), strict=True)
+        scans = [self.store.scan_parquet(path, part, BATCH_ROWS, int96_unit=unit) for unit, part in parts]
+        for coarse, fine in zip(*scans, strict=True):
+            columns = [(fine if name in fine_names else coarse).column(name) for name in names]
+            yield pa.RecordBatch.from_arrays(columns, names=names)
 
-    def _is_int96(self, name: str) -> bool:
+    def _unit_is_open(self, name: str) -> bool:
+        """Whether the values of a column say, in the end, in which unit its timestamps of 96 bits are read."""
+        if name in self._pinned and _unit_of(self._pinned[name]) == "us":
+            return False
         return any(name in footer.int96 for footer in self._footers.values())
 
     def _refuse_conflicts(self, names: Collection[str]) -> None:
@@ -224,18 +245,17 @@ class ParquetSource(Source):
 
     def _refuse_values_that_do_not_fit(self, schema: pa.Schema) -> None:
         """Look at the values of columns whose type differs between objects, before any other work is done."""
-        unit = self._unit_of(schema)
         unseen = pa.schema([field for field in schema if field.name not in self._fitting])
         for path, footer in self._footers.items():
             doubtful = [
                 field
                 for field in unseen
-                if field.name in footer.types and not always_fits(footer.type_of(field.name, unit), field.type)
+                if field.name in footer.types
+                and not always_fits(footer.type_of(field.name, _unit_of(field.type)), field.type)
             ]
             if not doubtful:
                 continue
-            names = [field.name for field in doubtful]
-            for batch in self.store.scan_parquet(path, names, BATCH_ROWS, int96_unit=unit):
+            for batch in self._scan(path, doubtful):
                 for field in doubtful:
                     self._refuse_unfit(batch.column(field.name), field, path)
         self._fitting.update(unseen.names)
@@ -328,8 +348,9 @@ def _with_unit(kind: pa.DataType, unit: Int96Unit) -> pa.DataType:
     )
 
 
-def _is_in_nanoseconds(kind: pa.DataType) -> bool:
-    return not _with_unit(kind, "us").equals(kind)
+def _unit_of(kind: pa.DataType) -> Int96Unit:
+    """The unit in which timestamps of 96 bits are read for a column of this type."""
+    return "us" if _with_unit(kind, "us").equals(kind) else "ns"
 
 
 def _needs(fine: pa.Array, coarse: pa.Array) -> tuple[bool, bool]:

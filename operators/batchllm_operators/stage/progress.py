@@ -18,6 +18,7 @@ LOG_SECONDS = 30.0
 class StageStep(StrEnum):
     """What is done with all rows, one after the other; the value is what a person reads."""
 
+    FIND_COLUMNS = "rows searched for columns"
     SCAN_FIELDS = "fields read"
     STAGE = "rows staged"
 

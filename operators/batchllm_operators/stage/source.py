@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -81,7 +81,7 @@ class Source(ABC):
     Attributes:
         objects: fingerprint of the input.
         left_out: objects beside them that look like data and are not read, each with the reason.
-        has_columns: whether `columns` is known; not so for JSONL without one readable row.
+        has_columns: whether `columns` is known; not so for JSONL without one readable row so far.
         rows: number of rows; None where only reading them tells (JSONL).
     """
 
@@ -93,10 +93,11 @@ class Source(ABC):
         self.store = found.store
         self.objects = list(found.objects)
         self.left_out = found.left_out
+        self._verdicts = found.verdicts
 
     def look_again(self) -> list[InputObject]:
         """What `objects` would be if the source were opened now."""
-        return list(source_objects(self.spec).objects)
+        return list(source_objects(self.spec, self._verdicts).objects)
 
     def object_uris(self) -> list[str]:
         """URIs of the input objects."""
@@ -116,6 +117,13 @@ class Source(ABC):
 
         Raises:
             TerminalError: `source.columns` names a column that does not exist, or values do not fit.
+        """
+
+    def find_all_columns(self, progress: Callable[[int], None]) -> None:  # noqa: B027 - most formats know them
+        """Make `columns` those of all rows; JSONL is read through for it, once.
+
+        Args:
+            progress: called with the number of rows read so far.
         """
 
     def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
@@ -172,8 +180,8 @@ class Source(ABC):
         """Which of these are no columns of any row, sorted."""
         return sorted(set(names) - set(self.columns))
 
-    def _carried(self) -> list[str]:
-        """Columns that go to the sink."""
+    def carried(self) -> list[str]:
+        """Names of the columns that go to the sink; of JSONL without a selection, those of the rows read so far."""
         if self.spec.columns is None:
             return self.columns
         self.require_columns(self.spec.columns, "source.columns")

@@ -34,7 +34,7 @@ from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
-from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec
+from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, SamplingSpec, TemplatePrompt
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
@@ -99,6 +99,10 @@ def stage_rows(
         refuse_output_names(sink_schema(done).names, output_prefix)
         return done
     started = time.monotonic()
+    if source.spec.columns is None or isinstance(prompt, ChatPrompt | TemplatePrompt):
+        # A name that a late row brings may be an output column's, or what an expression of a template could mean.
+        source.find_all_columns(partial(progress, StageStep.FIND_COLUMNS))
+    refuse_output_names(source.carried(), output_prefix)
     settings = StagerSettings(
         prompt=prompt,
         sampling=sampling,
@@ -111,9 +115,7 @@ def stage_rows(
     needed = settings.columns()
     for field_name, columns in needed.items():
         source.require_columns(columns, field_name)
-    if source.has_columns:  # looking for a column may have found others
-        settings = settings.model_copy(update={"source_columns": tuple(source.columns)})
-    schema = _SinkSchema(source.schema, output_prefix)
+    schema = _SinkSchema(source.schema)
     writer = _PartWriter(work)
     batches: Iterator[RowBatch] = map(schema.seen, source.batches(frozenset[str]().union(*needed.values())))
     sharing = None
@@ -185,20 +187,13 @@ def _encoded(schema: pa.Schema, source: Source) -> str:
 class _SinkSchema:
     """The schema of the input columns, as the batches seen so far show it."""
 
-    def __init__(self, schema: pa.Schema, output_prefix: str) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
-        self._output_prefix = output_prefix
-        refuse_output_names(schema.names, output_prefix)
 
     def seen(self, batch: RowBatch) -> RowBatch:
-        """Takes note of a batch on its way.
-
-        Raises:
-            TerminalError: an input column has the name of an output column.
-        """
+        """Takes note of a batch on its way."""
         if not batch.schema.equals(self.schema):
             self.schema = unified([self.schema, batch.schema])
-            refuse_output_names(self.schema.names, self._output_prefix)
         return batch
 
 
