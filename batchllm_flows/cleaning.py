@@ -6,13 +6,12 @@ import re
 import time
 from dataclasses import dataclass
 
-from batchllm_flows.job_status import size_text
 from batchllm_flows.work_folders import OwnedFolder, find_work_folders, read_job_file
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store, StoredObject
-from batchllm_operators.wording import counted
+from batchllm_operators.wording import counted, size_text
 
 RUNNING_SECONDS = 2 * 3600.0
 """A folder written to within this time counts as a running job's, however little the user asks for: a job writes a part

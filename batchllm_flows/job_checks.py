@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from batchllm_flows.job import BatchJob
-from batchllm_flows.job_status import size_text
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
@@ -14,7 +13,7 @@ from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits
-from batchllm_operators.wording import counted
+from batchllm_operators.wording import counted, size_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from batchllm_operators.records import (
 )
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
-from batchllm_operators.wording import counted
+from batchllm_operators.wording import counted, size_text
 
 Summary = TypeVar("Summary", StageSummary, PlanSummary)
 
@@ -114,15 +114,6 @@ def status_text(status: JobStatus) -> str:
     return "\n".join(lines)
 
 
-def size_text(size: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def _staged(status: JobStatus) -> str:
     if status.rows is None:
         return "no"
@@ -134,7 +125,7 @@ def _answered(status: JobStatus) -> str:
     parts = f"in {counted(status.parts, 'part')}"
     if status.requests is None:
         return "the work folder was cleaned" if status.complete else f"0 requests {parts}"
-    return f"{status.answered:,} of {status.requests:,} requests {parts}, {status.left:,} left"
+    return f"{status.answered:,} of {counted(status.requests, 'request')} {parts}, {status.left:,} left"
 
 
 def _read(kind: type[Summary], work: Store, name: str, names: set[str]) -> Summary | None:

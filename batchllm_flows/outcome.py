@@ -8,10 +8,11 @@ from batchllm_operators.wording import counted
 
 
 def report_line(report: JobReport) -> str:
-    """For example `3,201 rows, 4 errors, 47 % saved`."""
+    """For example `3,201 rows, 4 errors, 16 truncated, 47 % saved`."""
     pieces = [
         counted(report.rows_out, "row"),
         counted(report.rows_error, "error"),
+        f"{report.truncated_rows:,} truncated",
         f"{100 * report.saving:.0f} % saved",
     ]
     if report.already_complete:

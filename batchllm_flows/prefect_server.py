@@ -15,6 +15,9 @@ from batchllm_operators.errors import TerminalError
 STARTUP_SECONDS = 120
 STARTUP_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 
+OUR_LOGGERS = ("batchllm_flows", "batchllm_operators")
+"""The loggers above those of all our modules."""
+
 _LOGGER = logging.getLogger(__name__)
 _ADVICE = (
     "to use one that runs: `prefect server start` in another terminal, then "
@@ -30,6 +33,9 @@ def prepare_prefect(timeout_s: int | None) -> None:
     """
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    # What the steps warn of stands in the log of the flow run too; what is said outside of one is only printed.
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OUR_LOGGERS))
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     if timeout_s is not None:
         os.environ[STARTUP_VARIABLE] = str(timeout_s)
     os.environ.setdefault(STARTUP_VARIABLE, str(STARTUP_SECONDS))

@@ -38,6 +38,7 @@ from batchllm_operators.records import (
 )
 from batchllm_operators.result_parts import checked_result_part
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
 
 READERS = 8
 """Objects read at a time: reading mostly waits for the disk or the network."""
@@ -102,9 +103,9 @@ def verify_output(sink: SinkSpec) -> Verification:
 def verification_markdown(found: Verification) -> str:
     """What `verify_output` found, to be read."""
     if not found.faults:
-        lines = [f"{found.output_uri}: whole. {found.objects:,} objects read, {found.rows:,} rows."]
+        lines = [f"{found.output_uri}: whole. {counted(found.objects, 'object')} read, {counted(found.rows, 'row')}."]
     else:
-        lines = [f"{found.output_uri}: {len(found.faults):,} of {found.objects:,} checks failed.", ""]
+        lines = [f"{found.output_uri}: {len(found.faults):,} of {counted(found.objects, 'check')} failed.", ""]
         lines += [f"- `{fault.uri}`: {fault.what}" for fault in found.faults]
         lines += [
             "",
@@ -133,7 +134,9 @@ def _output_file(output: Store, file: OutputFile, known: str | None) -> list[Fau
     if digest != file.digest:
         return [_fault(output, file.name, f"expected digest {file.digest}, found {digest}")]
     rows = _rows_of(output, file.name)
-    return [] if rows == file.rows else [_fault(output, file.name, f"expected {file.rows} rows, found {rows}")]
+    if rows == file.rows:
+        return []
+    return [_fault(output, file.name, f"expected {counted(file.rows, 'row')}, found {rows:,}")]
 
 
 def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
@@ -145,7 +148,9 @@ def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
     ]
     rows = sum(file.rows for file in manifest.files)
     if rows != manifest.rows:
-        faults.append(_fault(output, MANIFEST_FILE, f"expected {manifest.rows} rows in all files, it lists {rows}"))
+        faults.append(
+            _fault(output, MANIFEST_FILE, f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}")
+        )
     return faults
 
 

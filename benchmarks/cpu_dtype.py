@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
-from batchllm_operators.execute.devices import cpu_name
 from batchllm_operators.execute.engine import Engine, Request, VllmEngine
+from batchllm_operators.execute.processor import cpu_name
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.stage.spec import SamplingParameters
 

@@ -12,7 +12,7 @@ from batchllm_flows.commands.failures import EXIT_FAILED, fail
 from batchllm_flows.commands.options import AsJson, EndpointUrl
 from batchllm_flows.commands.output import print_result, set_up_logs
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.wording import counted
+from batchllm_operators.wording import counted, size_text
 
 FolderUri = Annotated[str, typer.Argument(help="folder of a job's output, or a work folder", show_default=False)]
 
@@ -73,7 +73,6 @@ def clean(
 ) -> None:
     """List, and with --yes delete, work folders of complete or abandoned jobs; reports and outputs stay."""
     from batchllm_flows.cleaning import find_old_folders, parse_age, remove_folders
-    from batchllm_flows.job_status import size_text
 
     try:
         age = parse_age(older_than)

@@ -21,19 +21,17 @@ EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint, where it is 
 _TEMPLATE_MARKS = ("{{", "{%")
 
 
-def load_job(job_file: Path, settings: list[str] | None, **overrides: Any) -> BatchJob:
+def load_job(job_file: Path, settings: list[str] | None) -> BatchJob:
     """The job of a file with the fields that `--set` sets.
 
     Args:
         job_file: the file.
         settings: `KEY.PATH=VALUE` each.
-        overrides: further fields, by the name of the path with `__` for its dots.
 
     Raises:
         InvalidJobError: see `BatchJob.from_file`.
     """
-    values = dict(_setting(one) for one in settings or [])
-    return BatchJob.from_file(job_file, values | {name.replace("__", "."): value for name, value in overrides.items()})
+    return BatchJob.from_file(job_file, dict(_setting(one) for one in settings or []))
 
 
 def _setting(setting: str) -> tuple[str, Any]:

@@ -12,18 +12,18 @@ from typing import Any
 
 import typer
 
+from batchllm_flows.prefect_server import OUR_LOGGERS
 from batchllm_operators.terminal import QUIET_VARIABLE
 
-# Only what is not set already: who debugs a library sets its level.
+# Only what is not set already: who debugs a library sets its level. vLLM writes to the log files of its engines, which
+# are kept where a run fails, and its records tell the phases of its start.
 _QUIET = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PYTHONWARNINGS": "ignore",
     "TRANSFORMERS_VERBOSITY": "critical",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
 }
-_OUR_LOGGERS = ("batchllm_flows", "batchllm_operators")
 
 
 class _WithoutTraceback(logging.Formatter):
@@ -66,9 +66,11 @@ def set_up_logs(*, quiet: bool = False) -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         return
-    for name in _OUR_LOGGERS:
+    for name in OUR_LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
+        # Once Prefect is imported, its handler of the root logger would print each line again.
+        logger.propagate = False
         if not logger.handlers:
             handler = _StandardError()
             handler.setFormatter(_WithoutTraceback(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import RowErrorExample
+from batchllm_operators.wording import counted
 
 EXAMPLES_OF_A_KIND = 3
 MESSAGE_CHARACTERS = 300
@@ -51,8 +52,9 @@ def refuse_too_many_errors(
         counts = ", ".join(f"{code} {count}" for code, count in kinds)
         shown = "; ".join(f"row {one.row_id}: {one.message}" for code, _ in kinds for one in examples.get(code, ()))
         raise TerminalError(
-            f"{errors} of {rows} rows have errors, more than max_error_fraction {max_error_fraction} allows: {counts}; "
-            f"{shown}; mend the rows or the prompt, or set execution.max_error_fraction"
+            f"{errors:,} of {counted(rows, 'row')} {'has' if rows == 1 else 'have'} errors, more than "
+            f"max_error_fraction {max_error_fraction} allows: {counts}; {shown}; mend the rows or the prompt, or set "
+            "execution.max_error_fraction"
         )
 
 

@@ -20,6 +20,19 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def size_text(size: int) -> str:
+    """Bytes in two or three digits and decimal units: `1 byte`, `350 MB`, `1.2 GB`."""
+    if size < 1000:
+        return counted(size, "byte")
+    number, units = size / 1000, iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    # Already from 999.5 it would be rounded to four digits.
+    while number >= 999.5 and (larger := next(units, None)) is not None:
+        number, unit = number / 1000, larger
+    digits = f"{number:.1f}".removesuffix(".0") if number < 9.95 else f"{number:,.0f}"
+    return f"{digits} {unit}"
+
+
 def first_of(names: Sequence[str], number: int | None = None, *, most: int = 5) -> str:
     """The first of some names, and how many more there are: `a, b and 3 more`.
 

@@ -28,5 +28,6 @@ def batchllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Batchllm]:
         yield lambda *arguments: CliRunner().invoke(app, [str(one) for one in arguments])
     logging.disable(logging.NOTSET)
     for logger in ours:
+        logger.propagate = True
         logger.handlers.clear()
         logger.setLevel(logging.NOTSET)

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import LogSort
 
 from batchllm_flows import __version__
+from tests.commands import job_folders
 from tests.commands.conftest import Batchllm
+from tests.faults.damage import damage, truncate
 from tests.flows.jobs import job_values, questions, write_input
 
 
@@ -130,6 +134,37 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
     assert json.loads(rewritten.stdout)["rows_out"] == 30
 
 
+def test_a_warning_of_a_step_is_printed_once_and_stands_in_the_log_of_its_flow_run(
+    tmp_path: Path, environment: dict[str, str], tiny_llama: str
+) -> None:
+    no_engine = {"engine_python": str(tmp_path / "no-python"), "calibrate": False}
+    job_file = job_folders.write_job(tmp_path, tiny_llama, execution=no_engine)
+    run, staged = job_folders.planned_job(job_file)
+    job_folders.answer(run, staged, 0, 8)
+    damage(run.work, staged.parts[0].name, truncate)
+
+    done = in_a_process(["run", str(job_file)], environment)
+
+    assert done.returncode == 0, done.stderr
+    warning = f"{staged.parts[0].name} is damaged and now stands as"
+    lines = [line for line in done.stderr.splitlines() if "is damaged and now" in line]
+    assert len(lines) == 1, done.stderr
+    assert warning in lines[0]
+    with get_client(sync_client=True) as client:
+        messages = [one.message for one in client.read_logs(sort=LogSort.TIMESTAMP_DESC)]
+    assert sum(warning in message and run.work.uri in message for message in messages) == 1
+
+
+def test_quiet_leaves_the_logs_of_engines_alone_which_go_to_files(
+    tmp_path: Path, batchllm: Batchllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    monkeypatch.delenv("PREFECT_LOGGING_LEVEL", raising=False)
+    assert batchllm("plan", write_job(tmp_path, str(tmp_path)), "--quiet").stderr.count("\n") == 1
+    assert os.environ["PREFECT_LOGGING_LEVEL"] == "CRITICAL"
+    assert "VLLM_LOGGING_LEVEL" not in os.environ
+
+
 def test_ctrl_c_in_a_terminal_ends_a_run_with_130_and_the_server_hears_of_it(tmp_path: Path, tiny_llama: str) -> None:
     write_input(str(tmp_path / "in"), questions())
     path = write_job(tmp_path, tiny_llama)
@@ -143,11 +178,16 @@ def test_ctrl_c_in_a_terminal_ends_a_run_with_130_and_the_server_hears_of_it(tmp
         start_new_session=True,
     ) as process:
         assert process.stderr is not None
-        started = any("Beginning flow run" in line for line in process.stderr)
+        before: list[str] = []
+        for line in process.stderr:
+            before.append(line)
+            if "Beginning flow run" in line:
+                break
         # A terminal sends it to all processes of the command.
         os.killpg(process.pid, signal.SIGINT)
         told = process.stderr.read()
-    assert started
+    assert "Beginning flow run" in before[-1]
+    assert sum("waiting for a temporary Prefect server" in line for line in before) == 1
     assert process.returncode == 130, told
     assert "batchllm: interrupted; what is done is kept" in told
     assert "Finished in state Crashed" in told

@@ -81,3 +81,7 @@ def _members(annotation: Any) -> list[Any]:
 def test_the_table_of_fields_names_every_field_of_a_job() -> None:
     told = set(re.findall(r"^\| `([a-z_.]+)` \|", README, flags=re.MULTILINE))
     assert told == set(models(BatchJob, ""))
+
+
+def test_lines_outside_tables_are_within_120_characters() -> None:
+    assert [line for line in README.splitlines() if len(line) > 120 and not line.startswith("|")] == []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.devices import DeviceShare, cpu_name, device_shares, gpus_of_machine
+from batchllm_operators.execute.devices import DeviceShare, device_shares, gpus_of_machine
 
 
 def test_the_visible_gpus_are_taken_from_the_environment_before_the_driver(tmp_path: Path) -> None:
@@ -35,13 +35,3 @@ def test_without_gpus_the_engines_share_the_cores() -> None:
 
 def test_more_engines_than_cores_are_not_bound_to_any() -> None:
     assert device_shares(3, 1, [], [0, 1]) == [DeviceShare()] * 3
-
-
-def test_a_cpu_has_the_name_that_linux_gives_it_or_that_of_its_kind(tmp_path: Path) -> None:
-    told = tmp_path / "cpuinfo"
-    told.write_text(
-        "processor\t: 0\nmodel name\t: Abacus 9000: fast\nprocessor\t: 1\nmodel name\t: Abacus 9000: fast\n"
-    )
-    assert cpu_name(told) == "Abacus 9000: fast"
-    told.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
-    assert cpu_name(told) == cpu_name(tmp_path / "none") != ""

@@ -12,7 +12,7 @@ import pytest
 from batchllm_kernels.vllm_plugin.load_phases import PhaseHandler, last_phase, phase_of
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
-from batchllm_operators.execute.load_watch import LoadWatch, download_folder, readable_bytes
+from batchllm_operators.execute.load_watch import LoadWatch, download_folder
 from batchllm_operators.execute.messages import EnginePhase, Load, Loading
 from batchllm_operators.execute.spec import ModelSpec
 
@@ -91,7 +91,6 @@ def test_only_a_model_of_the_hub_is_downloaded(tmp_path: Path) -> None:
     assert download_folder(ModelSpec(id=str(tmp_path))) is None
     model = ModelSpec(id="org/name", engine_args={"download_dir": str(tmp_path)})
     assert download_folder(model) == tmp_path / "models--org--name"
-    assert [readable_bytes(size) for size in (0, 350_000_000, 1_240_000_000)] == ["0 MB", "350 MB", "1.2 GB"]
 
 
 def nothing(*_: object) -> None:
@@ -118,6 +117,23 @@ def test_a_handle_tells_what_its_engine_does_until_the_first_tokens(
     log = Path(first.detail.removeprefix("log: "))
     assert log.parent.is_dir()
     assert log.suffix == ".log"
+
+
+def test_first_tokens_last_until_something_is_computed(
+    make_handle: Callable[..., LocalEngineHandle], told_engine: Callable[..., str], load_command: Load, work: Any
+) -> None:
+    known_parts: tuple[str, ...] = ()
+    for requests, known in ((4, 0), (6, 4)):
+        told: list[object] = []
+        handle = make_handle(python=told_engine(), on_status=lambda _, status, told=told: told.append(status))
+        handle.load(load_command)
+        told.clear()
+        run = work.run_command(work.write_bundle(f"of {requests}", requests=requests), known_parts=known_parts)
+        on_progress = lambda _, counts, told=told: told.append(counts.requests)  # noqa: E731
+        known_parts = handle.run_bundle(run, BundleCallbacks(on_progress, nothing, nothing)).parts
+        # Before the first step it tells what earlier attempts have given, which is nothing computed.
+        assert told[:3] == [Loading(phase=EnginePhase.FIRST_TOKENS), known, None]
+        assert told[-1] == requests
 
 
 def test_the_end_of_the_log_stands_with_a_fault_of_the_engine_that_explains_nothing(

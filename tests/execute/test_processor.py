@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchllm_operators.execute.processor import processor
+from batchllm_operators.execute.processor import cpu_name, processor
 
 ZEN3 = "flags\t\t: fpu sse4_2 avx avx2 fma"
 SKYLAKE = "flags\t\t: fpu avx2 avx512f avx512bw avx512_vnni"
@@ -72,3 +72,13 @@ def test_the_older_name_of_the_limit_counts_too(tmp_path: Path) -> None:
 
 def test_a_machine_without_cpuinfo_has_nothing_special(tmp_path: Path) -> None:
     assert processor({}, tmp_path / "none", "x86_64").fast_bf16 is False
+
+
+def test_a_cpu_has_the_name_that_linux_gives_it_or_that_of_its_kind(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(
+        "processor\t: 0\nmodel name\t: Abacus 9000: fast\nprocessor\t: 1\nmodel name\t: Abacus 9000: fast\n"
+    )
+    assert cpu_name(told) == "Abacus 9000: fast"
+    told.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
+    assert cpu_name(told) == cpu_name(tmp_path / "none") != ""

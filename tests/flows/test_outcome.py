@@ -41,7 +41,7 @@ def test_a_run_ends_with_a_message_and_its_report(tmp_path: Path, tiny_llama: st
     this_job = answered_job(tmp_path, tiny_llama)
     state = batch_inference(this_job, return_state=True)
     assert state.is_completed()
-    assert message_of_run(state).startswith("8 rows, 0 errors, ")
+    assert message_of_run(state).startswith("8 rows, 0 errors, 0 truncated, ")
     assert message_of_run(state).endswith(" % saved")
     assert isinstance(state.result(), JobReport)
     # Again, as a plain call: complete already.

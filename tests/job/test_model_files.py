@@ -86,26 +86,27 @@ def test_a_copy_that_keeps_times_is_the_same_model_and_one_that_does_not_is_anot
         assert (model_versions(ModelSpec(id=str(copy))) == before) == (name == "kept")
 
 
-def test_a_tokenizer_folder_of_its_own_counts(model: Path, tmp_path: Path) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    before = job_id(model, tokenizer=str(tokenizer))
-    rewrite("tokenizer.json")(tokenizer)
-    assert job_id(model, tokenizer=str(tokenizer)) != before
-    draft = {"speculative_config": {"model": str(tokenizer)}}
+def test_the_folder_of_a_draft_model_counts(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    draft = {"speculative_config": {"model": str(folder)}}
     before = job_id(model, **draft)
-    rewrite("config.json")(tokenizer)
+    rewrite("config.json")(folder)
     assert job_id(model, **draft) != before
 
 
-def test_a_hub_id_is_the_commit_that_the_cache_has_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_the_commit_that_the_cache_has_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     spec = ModelSpec(id="owner/model")
-    assert model_versions(spec) == {}
+    with caplog.at_level("INFO"):
+        assert model_versions(spec) == {}
+    assert caplog.messages == ["looking up owner/model on the hub"]
     assert pinned(spec) == spec
     repository = tmp_path / "models--owner--model"
     (repository / "refs").mkdir(parents=True)

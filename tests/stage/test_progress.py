@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 
+from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.progress import StageProgress, StageStep
+from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
+from batchllm_operators.stage.step import stage_source
 
 
 class Clock:
@@ -17,14 +22,14 @@ class Clock:
         return self.now
 
 
-def test_without_a_terminal_a_line_comes_now_and_then() -> None:
+def test_without_a_terminal_a_line_comes_more_often_than_every_10_seconds() -> None:
     lines: list[str] = []
     clock = Clock()
     with StageProgress(40_000, None, lines.append, clock=clock) as progress:
         for rows in range(1000, 41_000, 1000):
             progress.update(StageStep.STAGE, rows)
             clock.now += 1
-    assert lines == ["31,000 of 40,000 rows staged, 1,000 rows/s"]
+    assert lines == [f"{rows:,} of 40,000 rows staged, 1,000 rows/s" for rows in range(6000, 40_000, 5000)]
 
 
 def test_each_step_has_its_own_rate_and_a_total_that_is_not_known_is_not_said() -> None:
@@ -55,3 +60,19 @@ def test_in_a_terminal_there_is_a_bar_and_no_line_in_the_log() -> None:
     assert "10,000 of 10,000 rows staged, 90 rows/s" in shown
     assert "━" in shown
     assert lines == []
+
+
+def test_the_tokenizer_is_named_before_it_is_loaded(tmp_path: Path, tiny_llama: str) -> None:
+    lines: list[str] = []
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    stage_source(
+        SourceSpec(uri=str(tmp_path / "in.jsonl"), format="jsonl"),
+        ColumnPrompt(kind="column", column="text"),
+        SamplingSpec(),
+        ModelSpec(id=tiny_llama),
+        str(tmp_path / "work"),
+        StorageOptions(),
+        log=lines.append,
+    )
+    assert lines[0] == f"loading the tokenizer of {tiny_llama}"
+    assert lines[-1].startswith("staged 1 row: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,11 +86,14 @@ def test_a_tokenizer_process_that_dies_is_a_transient_error(stage: Stage) -> Non
 
 
 def test_a_model_that_cannot_be_used_is_said_by_the_processes_before_any_row_is_read(
-    stage: Stage, tmp_path: Path
+    stage: Stage, tmp_path: Path, tiny_llama: str
 ) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(Path(tiny_llama) / "config.json", model)
     for processes in (1, 2):
         with pytest.raises(TerminalError, match=r"model\.id: cannot load the tokenizer of"):
-            stage([{"text": "x"}], model={"engine_args": {"tokenizer": str(tmp_path)}}, processes=processes)
+            stage([{"text": "x"}], model={"id": str(model)}, processes=processes)
         assert not (tmp_path / "work").exists()
 
 

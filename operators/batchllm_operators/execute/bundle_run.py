@@ -53,7 +53,7 @@ class BundleRun:
         self._began = clock()
         self._all_read = False
         self._told = self._counts
-        self.tell_progress()
+        send(Progress(bundle=self.name, counts=self._counts, computed=False))
 
     @property
     def has_news(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ from batchllm_operators.records import Record
 from batchllm_operators.wording import counted
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class DeviceShare(Record):
@@ -34,15 +32,6 @@ def gpus_of_machine(environment: Mapping[str, str] = os.environ, driver: Path = 
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
     return [str(index) for index, _ in enumerate(sorted(driver.iterdir()))] if driver.is_dir() else []
-
-
-def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
-    """The model of this machine's CPU, as Linux names it; its architecture where Linux does not."""
-    for line in cpu_info.read_text(errors="replace").splitlines() if cpu_info.is_file() else []:
-        field, _, value = line.partition(":")
-        if field.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.machine()
 
 
 def device_shares(engines: int, gpus_per_engine: int, gpus: Sequence[str], cores: Sequence[int]) -> list[DeviceShare]:

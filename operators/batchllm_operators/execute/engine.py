@@ -13,15 +13,15 @@ from batchllm_kernels.vllm_plugin import ATTENTION_VARIABLE, scheduler_path
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.execute.devices import cpu_name
 from batchllm_operators.execute.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
 from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
 from batchllm_operators.execute.engine_settings import dtype_name, engine_settings
 from batchllm_operators.execute.model_shape import read_model_config
-from batchllm_operators.execute.processor import processor
+from batchllm_operators.execute.processor import cpu_name, processor
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.wording import counted
 
 if TYPE_CHECKING:
     from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice
@@ -337,7 +337,7 @@ def _device_name() -> str:
 
     if not current_platform.is_cpu():
         return str(current_platform.get_device_name())
-    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{cpu_name()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
 
 
 def _check_model_folder(identity: str) -> None:

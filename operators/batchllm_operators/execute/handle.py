@@ -215,7 +215,8 @@ class LocalEngineHandle:
                 self.on_status(self._name, Loading(phase=EnginePhase.FIRST_TOKENS))
             while True:
                 event = events.get()
-                if not self._has_computed:
+                begins = isinstance(event, Progress) and not event.computed
+                if not self._has_computed and not begins:
                     self._has_computed = True
                     self.on_status(self._name, None)
                 if isinstance(event, Progress):

@@ -12,6 +12,7 @@ from types import TracebackType
 from batchllm_kernels.vllm_plugin.load_phases import last_phase
 from batchllm_operators.execute.messages import EnginePhase, Loading
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.wording import size_text
 
 LOOK_SECONDS = 1.0
 DOWNLOAD_PAUSE_SECONDS = 5.0
@@ -88,7 +89,7 @@ class LoadWatch:
                 self._grew_at = self._clock()
             self._bytes = max(size, self._bytes)
             if self._clock() - self._grew_at < DOWNLOAD_PAUSE_SECONDS:
-                return Loading(phase=EnginePhase.DOWNLOAD, detail=readable_bytes(self._bytes - self._first_bytes))
+                return Loading(phase=EnginePhase.DOWNLOAD, detail=size_text(self._bytes - self._first_bytes))
         told = None if self._phases is None else last_phase(self._phases)
         return Loading(phase=EnginePhase.WEIGHTS if told is None else EnginePhase(told))
 
@@ -114,8 +115,3 @@ def folder_bytes(folder: Path) -> int:
             except FileNotFoundError:
                 continue  # a part that has just got its final name
     return total
-
-
-def readable_bytes(size: int) -> str:
-    """A size as a person says it: `350 MB`, `1.2 GB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

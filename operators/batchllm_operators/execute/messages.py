@@ -121,11 +121,13 @@ class Loaded(Record):
 
 
 class Progress(Record):
-    """Event: the engine has computed tokens since its last message; also its sign of life."""
+    """Event: the engine has computed tokens since its last message, which is its sign of life, or begins a bundle."""
 
     kind: Literal["progress"] = "progress"
     bundle: str
     counts: BundleCounts
+    computed: bool = True
+    """Whether it has computed anything of the bundle; False: it begins, with what earlier attempts have given."""
 
 
 class AllRead(Record):

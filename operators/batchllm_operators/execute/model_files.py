@@ -6,6 +6,7 @@ another model under the id of the same job.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.spec import ModelSpec
 
+_LOGGER = logging.getLogger(__name__)
+
 SMALL_FILE_BYTES = 1 << 20
 """Up to this size the content of a file counts, and not its time."""
 
 _WITHOUT_INFLUENCE = (".md", ".png", ".jpg", ".svg", ".lock", ".log")
 _IN_EVERY_MODEL = "config.json"
-_ON_HUB = ("model", "tokenizer", "hf_config_path")
+_ON_HUB = ("model", "hf_config_path")
 """What is looked up on the hub where it is no path: a `generation_config` may be a word of vLLM's, `auto`."""
 
 
@@ -29,8 +32,8 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     Of a local folder: the digest of each small file (configuration, chat template, generation settings, vocabulary),
     and size and modification time of each large one (weights), by name. Reading the weights would take minutes, so a
     copy of a folder is another model unless the copy keeps the times (`cp -p`, `rsync -a`). Of a hub id: the commit
-    that its branch has now, or had when it was last fetched where the hub does not answer. A tokenizer,
-    configuration or draft model named in `engine_args` counts likewise.
+    that its branch has now, or had when it was last fetched where the hub does not answer. A configuration or draft
+    model named in `engine_args` counts likewise.
 
     Raises:
         TerminalError: a file cannot be read, or a model is not in the cache and the hub does not answer.
@@ -39,7 +42,6 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     draft = arguments.get("speculative_config")
     named = {
         "model": (model.id, model.revision),
-        "tokenizer": (arguments.get("tokenizer"), arguments.get("tokenizer_revision", model.revision)),
         "hf_config_path": (arguments.get("hf_config_path"), None),
         "generation_config": (arguments.get("generation_config"), None),
         "draft": (draft.get("model"), draft.get("revision")) if isinstance(draft, dict) else (None, None),
@@ -100,6 +102,7 @@ def _commit(name: str, revision: str | None) -> str | None:
     try:
         # The hub is asked where a branch stands now, as the tokenizer and the engine would; where it does not answer,
         # the cache says where it stood.
+        _LOGGER.info("looking up %s on the hub", name)
         cached = hf_hub_download(name, _IN_EVERY_MODEL, revision=revision)
     except LocalEntryNotFoundError as error:
         if constants.is_offline_mode():

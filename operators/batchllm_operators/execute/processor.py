@@ -49,12 +49,11 @@ def processor(
         cpu_info: as Linux writes it.
         architecture: as `platform.machine` names it; default: this machine's.
     """
-    text = cpu_info.read_text(errors="replace") if cpu_info.is_file() else ""
     machine = (architecture or platform.machine()).lower()
     if machine in _X86:
-        return _x86(_words(text, "flags"), environment)
+        return _x86(set(_told_of_cpu("flags", cpu_info).split()), environment)
     if machine in _ARM:
-        features = _words(text, "Features")
+        features = _told_of_cpu("Features", cpu_info).split()
         has = "bf16" in features
         reason = f"the processor has {'' if has else 'no '}Arm bf16 instructions"
         return Processor(has, fast_fp16="asimdhp" in features, avx512=False, reason=reason)
@@ -74,7 +73,13 @@ def _x86(flags: set[str], environment: Mapping[str, str]) -> Processor:
     return Processor(True, fp16, avx512, f"the processor has {found}")
 
 
-def _words(cpu_info: str, field: str) -> set[str]:
-    """What the first line of this name says; cores are taken to be alike."""
-    lines = (line.partition(":") for line in cpu_info.splitlines())
-    return next((set(value.split()) for name, _, value in lines if name.strip() == field), set())
+def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
+    """The model of this machine's CPU, as Linux names it; its architecture where Linux does not."""
+    return _told_of_cpu("model name", cpu_info) or platform.machine()
+
+
+def _told_of_cpu(field: str, cpu_info: Path) -> str:
+    """What the first line of this name says; cores are taken to be alike. Empty where there is none."""
+    text = cpu_info.read_text(errors="replace") if cpu_info.is_file() else ""
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == field), "")

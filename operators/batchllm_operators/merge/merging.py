@@ -118,7 +118,9 @@ def merge_results(
                 files = write_output(rows, output_schema, sink, sink_spec, claim)
         written = sum(file.rows for file in files)
         if written != stage.rows:
-            raise TerminalError(f"merge: {stage.rows} rows went in, {written} came out", job_id=job_id, uri=sink.uri)
+            raise TerminalError(
+                f"merge: {counted(stage.rows, 'row')} went in, {written:,} came out", job_id=job_id, uri=sink.uri
+            )
         refuse_changed_input(source, source.look_again(), fingerprint)
         samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
         work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())

@@ -23,6 +23,7 @@ from batchllm_operators.records import FORMAT_VERSION, MANIFEST_FILE, Manifest, 
 from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.store import Store
+from batchllm_operators.wording import counted
 
 
 def check_sink(
@@ -98,7 +99,7 @@ def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
         if file.name not in sizes:
             faults[file.name] = "it is missing"
         elif sizes[file.name] != file.bytes:
-            faults[file.name] = f"expected {file.bytes} bytes, found {sizes[file.name]}"
+            faults[file.name] = f"expected {counted(file.bytes, 'byte')}, found {sizes[file.name]:,}"
     return faults
 
 

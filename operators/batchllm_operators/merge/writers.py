@@ -15,6 +15,7 @@ from batchllm_operators.records import OutputFile, output_fields
 from batchllm_operators.stage.arrow_values import json_values
 from batchllm_operators.stage.readers import ROW_JSON, Source
 from batchllm_operators.store import Store, parquet_writer
+from batchllm_operators.wording import counted
 
 _ROW_GROUP_ROWS = 16_384
 _ROW_GROUP_BYTES = 64 << 20
@@ -67,12 +68,12 @@ def write_output(
 def _verify(file: OutputFile, sink: Store) -> None:
     stored = sink.object(file.name)
     if stored is None or stored.size != file.bytes:
-        found = "nothing" if stored is None else f"{stored.size} bytes"
-        raise TransientError(f"sink: wrote {file.bytes} bytes, found {found}", uri=sink.uri_of(file.name))
+        found = "nothing" if stored is None else counted(stored.size, "byte")
+        raise TransientError(f"sink: wrote {counted(file.bytes, 'byte')}, found {found}", uri=sink.uri_of(file.name))
     if file.name.endswith(".parquet"):
         _, rows = sink.parquet_schema(file.name)
         if rows != file.rows:
-            raise TransientError(f"sink: wrote {file.rows} rows, found {rows}", uri=sink.uri_of(file.name))
+            raise TransientError(f"sink: wrote {counted(file.rows, 'row')}, found {rows:,}", uri=sink.uri_of(file.name))
 
 
 class _TableStream:

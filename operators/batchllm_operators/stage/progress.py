@@ -12,7 +12,8 @@ from rich.progress import Progress, TaskID, TimeRemainingColumn
 
 from batchllm_operators.terminal import progress_bar
 
-LOG_SECONDS = 30.0
+LOG_SECONDS = 5.0
+"""Lines come between batches of some seconds, so that no pause is longer than 10 s."""
 
 
 class StageStep(StrEnum):

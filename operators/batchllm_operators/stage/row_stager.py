@@ -21,6 +21,7 @@ from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, TokensPrompt
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 from batchllm_operators.stage.value_text import NotDataError, value_text
+from batchllm_operators.wording import counted
 
 
 class StagerSettings(Record):
@@ -120,7 +121,8 @@ class RowStager:
         limit = self._settings.limits.max_model_len
         if prompt_tokens < limit:
             return None
-        message = f"the prompt has {prompt_tokens} tokens and max_model_len is {limit}: no room for a completion"
+        tokens = counted(prompt_tokens, "token")
+        message = f"the prompt has {tokens} and max_model_len is {limit}: no room for a completion"
         return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
     def _request(self, tokens: npt.NDArray[np.int32], sampled: SampledRow, row_index: int) -> dict[str, Any]:

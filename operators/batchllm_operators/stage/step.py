@@ -47,13 +47,15 @@ def stage_source(
         tokenizer_processes: processes that render and tokenise.
         fingerprint: the input objects as they were when the job began; default: as they are now.
         output_prefix: of the names of the output columns.
-        log: takes a line on how far it is, where there is no terminal, and one at the end.
+        log: takes a line at the start and at the end, and where there is no terminal some on how far it is.
 
     Raises:
         TerminalError: see `stage_rows`.
         TransientError: the store does not answer.
     """
     rows = open_source(source)
+    # From the hub, or of a large vocabulary, that takes long.
+    log(f"loading the tokenizer of {model.id}")
     with StageProgress(rows.rows, terminal(), log) as progress:
         summary = stage_rows(
             rows,

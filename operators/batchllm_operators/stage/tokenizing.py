@@ -60,7 +60,7 @@ class PromptTokenizer:
     """Makes token ids of prompts as vLLM would, but for text of rows that looks like special tokens.
 
     Args:
-        model: whose tokenizer to load; `engine_args.tokenizer` names another one, as for vLLM.
+        model: whose tokenizer to load.
         special_tokens: what becomes of text of rows that looks like a special token.
 
     Attributes:
@@ -71,20 +71,18 @@ class PromptTokenizer:
     """
 
     def __init__(self, model: ModelSpec, special_tokens: Literal["as_text", "allow"] = "as_text") -> None:
-        name = str(model.engine_args.get("tokenizer", model.id))
-        revision = model.engine_args.get("tokenizer_revision", model.revision)
-        _refuse_missing_folder(name)
+        _refuse_missing_folder(model.id)
         from transformers import AutoTokenizer
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=_trusts_remote_code(model)
+                model.id, revision=model.revision, trust_remote_code=_trusts_remote_code(model)
             )
             self._encoder = TokenEncoder(self._tokenizer, special_tokens)
         except _LOAD_ERRORS as error:
-            raise _not_loaded("tokenizer", name, error) from error
+            raise _not_loaded("tokenizer", model.id, error) from error
         self.special_tokens = self._encoder.special_tokens
-        self._name = name
+        self._name = model.id
 
     def require_chat_template(self) -> None:
         """Refuse a model without chat template.
