@@ -130,6 +130,7 @@ def test_a_run_reports_row_errors_with_3_and_its_report_is_found_again(
         assert "Traceback" not in refused.stderr
     report_file.unlink()
     rewritten = in_a_process(["run", path, "--json", "--quiet", "--set", "sampling.max_tokens=2"], environment)
+    assert rewritten.returncode == 3, rewritten.stderr
     assert json.loads(rewritten.stdout)["computed_requests"] == 0
     assert json.loads(rewritten.stdout)["rows_out"] == 30
 
@@ -170,8 +171,10 @@ def test_ctrl_c_in_a_terminal_ends_a_run_with_130_and_the_server_hears_of_it(tmp
     path = write_job(tmp_path, tiny_llama)
     # With a temporary server of its own, which a terminal's Ctrl-C must not reach before the run has told it.
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    # A terminal's commands hear of Ctrl-C; where these tests run in the background, they inherit that it is ignored.
+    as_in_a_terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     with subprocess.Popen(
-        [sys.executable, "-c", "from batchllm_flows.cli import main; main()", "run", path],
+        [sys.executable, "-c", f"{as_in_a_terminal}; from batchllm_flows.cli import main; main()", "run", path],
         env=environment | {"HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(tmp_path / "prefect")},
         stderr=subprocess.PIPE,
         text=True,

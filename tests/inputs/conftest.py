@@ -14,9 +14,12 @@ from tests.inputs.carried import Carried, carried
 Carry = Callable[..., Carried]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(tiny_llama: str) -> Iterator[str]:
-    """A model whose tokenizer is loaded from disk once: the tests here stage hundreds of inputs of a few rows."""
+    """A model whose tokenizer is loaded from disk once: the tests here stage hundreds of inputs of a few rows.
+
+    For a module only: what vLLM loads in other tests has arguments that cannot be cached.
+    """
     import transformers
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +43,7 @@ def carry(model: str, tmp_path: Path) -> Carry:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
