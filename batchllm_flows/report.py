@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from batchllm_flows import __version__
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import DamagedObjectError, TerminalError
+from batchllm_operators.merge.sink import work_of_output
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import (
@@ -322,7 +323,7 @@ def _work_of(sink: SinkSpec) -> Store:
     if not store.exists(MANIFEST_FILE):
         raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=store.uri)
     manifest = _load(Manifest, store, MANIFEST_FILE, "read it with that version")
-    return Store(manifest.work_uri, sink.storage)
+    return work_of_output(store, manifest)
 
 
 def _load(kind: type[Kind], store: Store, name: str, advice: str) -> Kind:

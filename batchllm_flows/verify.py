@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.claim import data_files
-from batchllm_operators.merge.sink import changed_files, read_manifest
+from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import (
     ATTENTION_TRACE_FOLDER,
@@ -86,7 +86,7 @@ def verify_output(sink: SinkSpec) -> Verification:
     manifest = read_manifest(output)
     if manifest is None:
         raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=output.uri)
-    work = Store(manifest.work_uri, sink.storage)
+    work = work_of_output(output, manifest)
     checks = [*_output_checks(output, manifest), *_work_checks(work, manifest)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers:
         found = list(readers.map(lambda check: check(), checks))

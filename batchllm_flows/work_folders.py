@@ -8,7 +8,7 @@ import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.sink import check_sink, read_manifest
+from batchllm_operators.merge.sink import check_sink, read_manifest, work_of_output
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import JOB_FILE, WORK_FOLDER, Manifest
 from batchllm_operators.spec import StorageOptions
@@ -26,8 +26,16 @@ class OwnedFolder:
     sink: SinkSpec
 
     def manifest(self) -> Manifest | None:
-        """Of the job's complete output; None where that is not complete, or another job's."""
-        return check_sink(Store(self.sink.uri, self.sink.storage), "overwrite", self.job_id)
+        """Of the job's complete output; None where that is not complete, or another job's.
+
+        The folder around the work folder is looked at first: a sink may have been moved or copied with all it holds.
+        """
+        outputs = [Store(self.sink.uri, self.sink.storage)]
+        around, _, folder = self.work.uri.rpartition("/")[0].rpartition("/")
+        if folder == WORK_FOLDER:
+            outputs.insert(0, Store(around, self.work.options))
+        found = (check_sink(output, "overwrite", self.job_id) for output in outputs)
+        return next((manifest for manifest in found if manifest is not None), None)
 
 
 def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
@@ -77,12 +85,21 @@ def read_job_file(work: Store) -> OwnedFolder:
 
 
 def _work_of_output(sink: Store) -> Store | None:
-    """The work folder of the output in a folder, which `execution.work_uri` may have put anywhere."""
+    """The work folder of the output in a folder, which `execution.work_uri` may have put anywhere.
+
+    That of a sink that this one is a copy of is not its own.
+    """
     try:
         manifest = read_manifest(sink)
     except TerminalError:
         return None  # damaged, or not one of ours: what it belongs to is not known
-    return None if manifest is None else Store(manifest.work_uri, sink.options)
+    if manifest is None:
+        return None
+    work = work_of_output(sink, manifest)
+    if work.path_from(sink) is not None or not work.exists(JOB_FILE):
+        return work
+    owner = read_job_file(work)
+    return work if Store(owner.sink.uri, owner.sink.storage).uri == sink.uri else None
 
 
 def _folder_of(name: str) -> str:

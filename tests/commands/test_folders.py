@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -190,3 +191,26 @@ def test_a_complete_job_without_such_errors_stays_complete(done: JobRun) -> None
     run = open_run(done.job, retry_errors=True)
     assert run.complete is not None
     assert not run.reopened
+
+
+def test_a_moved_output_is_the_complete_output_of_its_job(batchllm: Batchllm, done: JobRun) -> None:
+    grow_old(done.work, 30)
+    moved = Path(done.sink.uri).rename(f"{done.sink.uri}-moved")
+    assert json.loads(batchllm("status", moved, "--json").stdout)[0]["complete"]
+    (found,) = find_old_folders(str(moved), StorageOptions(), 7 * DAY)
+    assert found.work.uri == str(moved / "_batchllm" / done.job_id)
+    assert found.folders != (".",), "the report of a complete job stays"
+    verified = json.loads(batchllm("verify", moved, "--json").stdout)
+    assert verified["work_uri"] == found.work.uri
+    assert batchllm("report", moved).exit_code == 0
+
+
+def test_a_copy_of_an_output_stands_for_nothing_of_the_original(batchllm: Batchllm, done: JobRun) -> None:
+    grow_old(done.work, 30)
+    copy = Path(f"{done.sink.uri}-copy")
+    shutil.copytree(done.sink.uri, copy)
+    (found,) = find_old_folders(str(copy), StorageOptions(), 7 * DAY)
+    assert found.work.uri == str(copy / "_batchllm" / done.job_id)
+    shutil.rmtree(copy / "_batchllm")
+    with pytest.raises(TerminalError, match="no job here"):
+        find_old_folders(str(copy), StorageOptions(), 7 * DAY)
