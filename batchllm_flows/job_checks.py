@@ -37,7 +37,7 @@ def check_job(job: BatchJob) -> Iterator[Check]:
     yield _checked("engine_args", lambda: _engine_arguments(job))
     yield _checked("model", lambda: _model(job, settings))
     if settings:
-        yield _checked("prompt", lambda: _prompt(settings[0], source, needed))
+        yield _checked("prompt", lambda: _prompt(settings, source, needed))
     if source and needed:
         yield _checked("columns", lambda: _columns(source[0], needed[0]))
     if needed:
@@ -75,11 +75,11 @@ def _model(job: BatchJob, found: list[StagerSettings]) -> str:
     return f"{job.model.id}: {limits.max_model_len:,} tokens of prompt and completion, vocabulary {limits.vocab_size:,}"
 
 
-def _prompt(settings: StagerSettings, source: list[Source], needed: list[dict[str, frozenset[str]]]) -> str:
-    if source and source[0].has_columns:  # names that could mean a column are told only where the columns are known
-        settings = settings.model_copy(update={"source_columns": tuple(source[0].columns)})
-    needed.append(settings.columns())
-    return f"kind {settings.prompt.kind}"
+def _prompt(found: list[StagerSettings], source: list[Source], needed: list[dict[str, frozenset[str]]]) -> str:
+    if source and source[0].has_columns:  # what a name means is known only where the columns are
+        found[0] = found[0].model_copy(update={"source_columns": tuple(source[0].columns)})
+    needed.append(found[0].columns())
+    return f"kind {found[0].prompt.kind}"
 
 
 def _columns(source: Source, needed: dict[str, frozenset[str]]) -> str:
@@ -92,7 +92,7 @@ def _columns(source: Source, needed: dict[str, frozenset[str]]) -> str:
 
 def _tokenizer(settings: StagerSettings) -> str:
     tokenizer = PromptTokenizer(settings.model)
-    if not prompt_renderer(settings.prompt, settings.limits.vocab_size).is_chat:
+    if not prompt_renderer(settings.prompt, settings.limits.vocab_size, columns=settings.source_columns).is_chat:
         return f"loads; prompts of kind {settings.prompt.kind} need no chat template"
     tokenizer.require_chat_template()
     return "loads, with a chat template"

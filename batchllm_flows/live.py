@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextvars import copy_context
 from types import TracebackType
 from typing import cast
@@ -16,6 +17,7 @@ from batchllm_operators.terminal import progress_bar, terminal
 from batchllm_operators.wording import counted
 
 REFRESH_SECONDS = 2.0
+LOG_SECONDS = 30.0
 
 
 class LiveProgress:
@@ -26,6 +28,7 @@ class LiveProgress:
         artifact_key: key of the Prefect artifact.
         status: what the engines do until their first tokens, to be shown in the place of a progress of nothing.
         refresh_seconds: between two looks at the board.
+        log_seconds: between two lines of the flow's log on how far the engines are, from their first tokens on.
 
     The terminal bar stands on standard error, where that is a terminal, unless `BATCHLLM_QUIET` is set. Faults of the
     Prefect API are warned of once and never leave the block: a display must not fail the job.
@@ -38,8 +41,11 @@ class LiveProgress:
         *,
         status: EngineStatus | None = None,
         refresh_seconds: float = REFRESH_SECONDS,
+        log_seconds: float = LOG_SECONDS,
     ) -> None:
         self._board = board
+        self._log_seconds = log_seconds
+        self._logged_at = time.monotonic()
         self._status = status
         self._key = artifact_key
         self._refresh_seconds = refresh_seconds
@@ -81,6 +87,13 @@ class LiveProgress:
     def _refresh(self) -> None:
         while not self._stop.wait(self._refresh_seconds):
             self._show()
+            self._log()
+
+    def _log(self) -> None:
+        loads = self._status is not None and self._status.line()  # which the log is told of already
+        if not loads and time.monotonic() - self._logged_at >= self._log_seconds:
+            self._logged_at = time.monotonic()
+            self._logger.info("%s", progress_line(self._board.snapshot()))
 
     def _show(self) -> None:
         snapshot = self._board.snapshot()

@@ -53,5 +53,7 @@ def _value(path: str, text: str) -> Any:
         raise typer.BadParameter(
             f"--set {path}: {text!r} is no YAML value ({fault}); a text needs quotes, as in --set '{path}=\"...\"'"
         ) from error
-    # To YAML, `Title: {{ title }}` is a mapping.
-    return text if is_template and isinstance(value, dict) else value
+    # To YAML, `Title: {{ title }}` and `{{ title }}` are mappings, and only one in braces of its own is meant as one.
+    begin = text.lstrip()
+    is_mapping = begin.startswith("{") and not begin.startswith(_TEMPLATE_MARKS)
+    return text if is_template and isinstance(value, dict) and not is_mapping else value

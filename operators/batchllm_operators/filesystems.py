@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +21,18 @@ S3_SCHEMES = ("s3", "s3a")
 def remote_filesystem(scheme: str, options: StorageOptions) -> Any:
     """The client of an object store, one for equal options, environment and process."""
     if scheme not in S3_SCHEMES:
+        _refuse_more_arguments(fsspec.get_filesystem_class(scheme))
         return fsspec.filesystem(scheme)
     environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     return _s3_filesystem(options, environment, os.getpid())
+
+
+def _refuse_more_arguments(kind: type) -> None:
+    """Raises TypeError where a filesystem cannot be made without arguments: half made, some print when they end."""
+    parameters = [*inspect.signature(kind.__init__).parameters.values()][1:]  # type: ignore[misc]
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise TypeError(f"it needs {', '.join(needed)}")
 
 
 @lru_cache(maxsize=16)

@@ -31,6 +31,12 @@ def refusing_unknown_schemes(uri: str) -> Iterator[None]:
         package = _PACKAGES.get(scheme)
         install = f"pip install {package}" if package else str(error)
         raise TerminalError(f"{scheme}:// needs a package that is not installed: {install}", uri=uri) from error
+    except TypeError as error:
+        # Its filesystem takes arguments that a job cannot give, as `ftp://` does.
+        raise TerminalError(
+            f"{scheme}:// cannot be opened by its address alone ({error}); expected s3://bucket/prefix or a local path",
+            uri=uri,
+        ) from error
     except ValueError as error:
         raise TerminalError(
             f"unknown scheme {scheme}://; expected s3://bucket/prefix or a local path", uri=uri

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from batchllm_flows.commands.options import load_job
 from batchllm_flows.job import BatchJob
 from batchllm_operators.store import Store
 from tests.commands.conftest import Batchllm
@@ -132,3 +133,28 @@ def test_validate_reads_no_rows(
     shown = batchllm("validate", str(job_file))
     assert shown.exit_code == 0, shown.stdout
     assert not scanned
+
+
+def test_validate_knows_a_column_that_is_named_like_a_function_of_jinja(
+    tmp_path: Path, batchllm: Batchllm, tiny_llama: str
+) -> None:
+    rows = pa.table({"range": ["from 3 to 5"], "id": ["x"]})
+    prompt = {"kind": "template", "template": "{{ range }}"}
+    shown = batchllm("validate", write_job(tmp_path, tiny_llama, rows, prompt=prompt))
+    assert shown.exit_code == 0, shown.stdout
+    assert "prompts of kind template need no chat template" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"kind": "template", "template": "{{ text }}"}', {"kind": "template", "template": "{{ text }}"}),
+        ("{{ text }}", "{{ text }}"),
+        ("Text: {{ text }}", "Text: {{ text }}"),
+    ],
+)
+def test_a_setting_may_be_a_mapping_or_a_template(tmp_path: Path, tiny_llama: str, text: str, value: object) -> None:
+    path = write_job(tmp_path, tiny_llama)
+    field = "prompt" if isinstance(value, dict) else "prompt.user"
+    job = load_job(path, [f"{field}={text}"])
+    assert job.prompt.model_dump(exclude_defaults=True) == value if field == "prompt" else job.prompt.user == value

@@ -130,6 +130,25 @@ def test_progress_goes_on_after_the_api_was_away_and_warns_once(
     assert len(warnings) == 1
 
 
+def test_the_log_of_the_flow_tells_how_far_the_engines_are(
+    prefect_server: None, flow_run_log: list[logging.LogRecord]
+) -> None:
+    from prefect import flow
+
+    board = a_board()
+    do_half(board)
+
+    @flow
+    def job() -> str:
+        with LiveProgress(board, "logged-progress", refresh_seconds=0.05, log_seconds=0.0):
+            wait_for(lambda: any(" of " in record.getMessage() for record in flow_run_log))
+        return "done"
+
+    assert job() == "done"
+    lines = [record.getMessage() for record in flow_run_log if "tokens/s" in record.getMessage()]
+    assert lines[0].startswith("10 of 20 requests")
+
+
 def test_an_api_that_is_away_from_begin_to_end_fails_nothing(api: UnreliableApi) -> None:
     from prefect import flow
 

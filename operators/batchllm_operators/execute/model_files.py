@@ -96,13 +96,15 @@ def _file_version(file: Path) -> list[str | int]:
 
 def _commit(name: str, revision: str | None) -> str | None:
     """The commit of a hub id; None where there is none, and then staging says why the model cannot be loaded."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         # The hub is asked where a branch stands now, as the tokenizer and the engine would; where it does not answer,
         # the cache says where it stood.
-        _LOGGER.info("looking up %s on the hub", name)
+        cached = try_to_load_from_cache(name, _IN_EVERY_MODEL, revision=revision)
+        if not isinstance(cached, str) and not constants.is_offline_mode():
+            _LOGGER.info("fetching the configuration of %s", name)
         cached = hf_hub_download(name, _IN_EVERY_MODEL, revision=revision)
     except LocalEntryNotFoundError as error:
         if constants.is_offline_mode():
