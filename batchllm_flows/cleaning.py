@@ -100,7 +100,7 @@ def _judged(work: Store, written_before: float) -> FoundFolder:
     newest = max(one.modified for one in objects)
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(newest))
     if newest > written_before:
-        return FoundFolder(work, owner.job_name, f"last written {written}")
+        return FoundFolder(work, owner.job_name, f"last written {written}: too young, or its job may be running")
     if _holds_data(owner, objects):
         return FoundFolder(work, owner.job_name, "input or output of the job stands in it")
     if owner.manifest() is None:

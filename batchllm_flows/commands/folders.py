@@ -67,7 +67,9 @@ def verify(
 
 def clean(
     uri: FolderUri,
-    older_than: Annotated[str, typer.Option(metavar="AGE", help="without a write for so long: 12h, 7d, 2w")] = "7d",
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="without a write for so long: 12h, 7d, 2w; at least 2h, as a job may run")
+    ] = "7d",
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it the folders are only listed")] = False,
     endpoint_url: EndpointUrl = None,
 ) -> None:
