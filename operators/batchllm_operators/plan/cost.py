@@ -241,3 +241,8 @@ def _differ(values: Floats) -> bool:
 
 def _rate(seconds_per_token: float) -> float:
     return 1 / seconds_per_token if seconds_per_token > 1 / _FASTEST else _FASTEST
+
+
+def usd_of(seconds: float, usd_per_hour: float) -> float:
+    """The price of so many seconds, in USD; in hundred-millionths, since a job of milliseconds has a price too."""
+    return round(usd_per_hour * seconds / 3600, 8)

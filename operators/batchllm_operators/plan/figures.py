@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm_operators.plan.block_size import planned_block_size
+from batchllm_operators.plan.cost import usd_of
 from batchllm_operators.plan.forming import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
@@ -17,7 +18,6 @@ from batchllm_operators.records import BundleInfo, GroupInfo, PlanSummary, Share
 
 LARGEST_GROUPS = 10
 LARGEST_PREFIXES = 40
-SECONDS_PER_HOUR = 3600
 
 Number = TypeVar("Number", np.int64, np.float64)
 
@@ -87,9 +87,7 @@ def summarise(
         expected_prefill_seconds=round(float(plan.prefill_seconds.sum()), 3),
         expected_decode_seconds=round(float(plan.decode_seconds.sum()), 3),
         expected_seconds=round(finished, 3),
-        expected_usd=None
-        if usd_per_worker_hour is None
-        else round(usd_per_worker_hour * workers * finished / SECONDS_PER_HOUR, 4),
+        expected_usd=None if usd_per_worker_hour is None else usd_of(workers * finished, usd_per_worker_hour),
         seconds=0.0,
     )
 
