@@ -65,15 +65,19 @@ class BatchJob(SpecModel):
         except ValidationError as error:
             raise InvalidJobError(explain(error), uri=str(path)) from error
 
-    def job_id(self, fingerprint: list[InputObject]) -> str:
+    def job_id(self, fingerprint: list[InputObject], pinned: ModelSpec | None = None) -> str:
         """Id of this job on this input: what decides the answers counts; sink, execution and planning do not.
 
         The files of the model count, see `model_versions`, and so does the format of the work folder. Of planning, the
         order of the fields does where it is part of the prompt.
+
+        Args:
+            fingerprint: the objects of the input.
+            pinned: the model with the commit that a hub id stands for, where the caller knows it; the id is the same.
         """
         spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
         del spec["source"]["storage"]
-        spec["model_versions"] = model_versions(self.model)
+        spec["model_versions"] = model_versions(pinned or self.model)
         spec["format_version"] = FORMAT_VERSION
         if isinstance(self.prompt, FieldsPrompt):
             spec["field_order"] = self.planning.field_order

@@ -15,7 +15,7 @@ from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import work_of_output
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.cost import usd_of
+from batchllm_operators.plan.cost import USD_DECIMALS, usd_of
 from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import (
     MANIFEST_FILE,
@@ -371,6 +371,6 @@ def _price(
     executed: Sequence[ExecutedPlan], usd_per_engine_hour: float, engines: int, seconds: StepSeconds
 ) -> ExpectedActual:
     return ExpectedActual(
-        expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), 8),
+        expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), USD_DECIMALS),
         actual=usd_of(engines * seconds.execute, usd_per_engine_hour),
     )

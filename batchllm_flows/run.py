@@ -53,7 +53,9 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     """
     check_engine_arguments(job.model)
     source = open_source(job.source)
-    identity = job.job_id(source.objects)
+    # Looked up once: what is loaded from here on is of the commit that the id counts.
+    model = pinned(job.model)
+    identity = job.job_id(source.objects, model)
     work, sink = job.work_store(identity), job.sink_store()
     refuse_overlap(source, sink, work)
     _refuse_work_of_another(work, identity)
@@ -76,8 +78,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
             "input": [one.model_dump() for one in source.objects],
         }
         work.write_bytes(JOB_FILE, canonical_json(content))
-    # The id is that of the job as written; what is loaded from here on is of the commit that the id counts.
-    job = job.model_copy(update={"model": pinned(job.model)})
+    job = job.model_copy(update={"model": model})
     return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
 
 

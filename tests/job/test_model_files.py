@@ -137,3 +137,27 @@ def test_a_branch_of_the_hub_is_where_it_stands_now_and_not_where_it_was_fetched
 
 def test_a_folder_is_no_hub_id(model: Path) -> None:
     assert pinned(ModelSpec(id=str(model))) == ModelSpec(id=str(model))
+
+
+def test_a_branch_of_the_hub_is_looked_up_once_for_the_id_and_for_what_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str | None] = []
+
+    def download(name: str, file: str, *, revision: str | None) -> str:
+        asked.append(revision)
+        return f"/cache/snapshots/{'a' * 40}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    job = BatchJob.model_validate(
+        {
+            "source": {"uri": "in", "format": "parquet"},
+            "prompt": {"kind": "template", "template": "{{ text }}"},
+            "model": {"id": "owner/model"},
+            "sink": {"uri": "out"},
+        }
+    )
+    alone = job.job_id([])
+    asked.clear()
+    assert job.job_id([], pinned(job.model)) == alone
+    assert asked == [None, "a" * 40], "a commit is found in the cache"

@@ -38,6 +38,9 @@ RATES = ("step_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"
 BUSY_LOAD = 1.5
 """Load average per core above which others took their share of the machine; loading the model alone makes about 1."""
 
+USD_DECIMALS = 8
+"""A job of milliseconds has a price too."""
+
 _FASTEST = 1e12
 """Tokens a second of what takes no measurable time."""
 
@@ -244,5 +247,5 @@ def _rate(seconds_per_token: float) -> float:
 
 
 def usd_of(seconds: float, usd_per_hour: float) -> float:
-    """The price of so many seconds, in USD; in hundred-millionths, since a job of milliseconds has a price too."""
-    return round(usd_per_hour * seconds / 3600, 8)
+    """The price of so many seconds, in USD."""
+    return round(usd_per_hour * seconds / 3600, USD_DECIMALS)
