@@ -27,18 +27,18 @@ def paged_attention(
         query: [tokens, heads, head_size]; tokens of one request stand together.
         key_cache, value_cache: [blocks, block_size, kv_heads, head_size].
         block_table: int32 [requests, max_blocks].
-        seq_lens: int32 [requests], with the tokens of this step.
+        seq_lens: int32 [requests], with the tokens of this step; 0 for padding.
         query_start_loc: int32 [requests + 1], first query token of each request.
         scale: factor of the scores before the softmax.
 
     Returns:
-        NaN for query tokens that no request has.
+        NaN for query tokens that no request has, and for those of padding.
     """
     output = torch.full(query.shape, torch.nan, dtype=torch.float32, device=query.device)
     for request, (start, end) in enumerate(pairwise(query_start_loc.tolist())):
-        if start == end:
-            continue
         length = int(seq_lens[request])
+        if start == end or not length:
+            continue
         keys, values = (_gather(cache, block_table[request], 0, length) for cache in (key_cache, value_cache))
         positions = torch.arange(length - (end - start), length, device=query.device)
         seen = torch.arange(length, device=query.device) <= positions[:, None]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
 
 import numpy as np
 
-from batchllm_kernels.attention.prefix_sharing import Bools, Int32s, Int64s, SharedPrefixes, find_shared_prefixes
+from batchllm_kernels.attention.prefix_sharing import Int32s, Int64s, find_shared_prefixes
+from batchllm_kernels.attention.shared_runs import SharedRuns, no_runs, worthwhile_runs
 
 DIRECT = -1  # OUT_SLOT of an own item that writes the output
 STRAGGLER = 4  # on a device that is full, an own range is split when it is so many times as long as a program's share
@@ -180,10 +180,11 @@ def plan_work(block_table: Int32s, seq_lens: Int32s, shape: PlanShape, *, share:
     """
     _check(block_table, seq_lens, shape)
     lengths = seq_lens.astype(np.int64)
-    nodes = _no_nodes()
+    nodes = no_runs()
     if share:
         # the block of the query token itself is never shared, so that no mask is needed
-        nodes = _worthwhile(find_shared_prefixes(block_table, (lengths - 1) // shape.block_size), shape)
+        prefixes = find_shared_prefixes(block_table, (lengths - 1) // shape.block_size)
+        nodes = worthwhile_runs(prefixes, shape.block_size, shape.shared_tile_tokens, shape.partial_cost_tokens)
     node_splits = _node_splits(nodes, shape)
     own = _own_ranges(nodes, lengths, shape)
     slots = _number_slots(nodes, node_splits.count, own)
@@ -217,66 +218,6 @@ def _check(block_table: Int32s, seq_lens: Int32s, shape: PlanShape) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nodes:
-    """Runs of KV tokens that are read together, as columns; a parent stands before its children."""
-
-    request: Int64s  # whose block table row is read
-    kv_start: Int64s
-    kv_end: Int64s
-    row_count: Int64s
-    row_token: Int64s  # query tokens of all nodes, one node after the other
-    level_rows: list[int]  # rows of each level of the trie; a level names a token at most once
-
-
-def _no_nodes() -> _Nodes:
-    empty = np.zeros(0, dtype=np.int64)
-    return _Nodes(empty, empty, empty, empty, empty, [])
-
-
-def _worthwhile(prefixes: SharedPrefixes, shape: PlanShape) -> _Nodes:
-    """The nodes whose sharing saves more traffic than their partial results cost.
-
-    From the deepest level up, a node left out hands its blocks to whoever reads below it: `reads` counts how often
-    each of its KV tokens would then be read.
-    """
-    count = len(prefixes.parent)
-    if not count:
-        return _no_nodes()
-    first_member, members = prefixes.member_start[:-1], np.diff(prefixes.member_start)
-    together = -(-members // shape.shared_tile_tokens)
-    saved_tokens = (prefixes.end_block - prefixes.first_block) * shape.block_size
-    price = shape.partial_cost_tokens * members
-    reads = members.copy()
-    kept = np.zeros(count, dtype=bool)
-    for level in range(len(prefixes.level_start) - 2, -1, -1):
-        at = slice(prefixes.level_start[level], prefixes.level_start[level + 1])
-        kept[at] = (reads[at] - together[at]) * saved_tokens[at] > price[at]
-        reads[at] = np.where(kept[at], together[at], reads[at])
-        if level:
-            np.add.at(reads, prefixes.parent[at], reads[at] - members[at])
-    kept_rows = members * kept
-    return _Nodes(
-        request=prefixes.members[first_member[kept]],
-        kv_start=_first_block_read(prefixes, kept)[kept] * shape.block_size,
-        kv_end=prefixes.end_block[kept] * shape.block_size,
-        row_count=members[kept],
-        row_token=prefixes.members[np.repeat(kept, members)],
-        level_rows=[int(kept_rows[a:b].sum()) for a, b in pairwise(prefixes.level_start)],
-    )
-
-
-def _first_block_read(prefixes: SharedPrefixes, kept: Bools) -> Int64s:
-    """int64 [nodes]: the end of the nearest kept ancestor, where a node's reading starts."""
-    start = np.zeros(len(kept), dtype=np.int64)
-    read_to = np.where(kept, prefixes.end_block, 0)
-    for level in range(1, len(prefixes.level_start) - 1):
-        at = slice(prefixes.level_start[level], prefixes.level_start[level + 1])
-        start[at] = read_to[prefixes.parent[at]]
-        read_to[at] = np.where(kept[at], read_to[at], start[at])
-    return start
-
-
-@dataclass(frozen=True, slots=True)
 class _Splits:
     """How KV ranges are cut: the number of splits of each, and the KV tokens of one (the last may have fewer)."""
 
@@ -302,7 +243,7 @@ def _longest(reading: int, rows: Int64s, shape: PlanShape, *, shares: int = 1) -
     return np.maximum(shortest, int(4 * shape.partial_cost_tokens) * rows)
 
 
-def _node_splits(nodes: _Nodes, shape: PlanShape) -> _Splits:
+def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
     """All tiles of a node are split alike, so that a token's splits do not depend on who shares its tile."""
     kv_tokens = nodes.kv_end - nodes.kv_start
     if not shape.split_shared:
@@ -322,7 +263,7 @@ class _OwnRanges:
     splits: _Splits
 
 
-def _own_ranges(nodes: _Nodes, lengths: Int64s, shape: PlanShape) -> _OwnRanges:
+def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRanges:
     """From the end of what a row shares to its query token."""
     start = np.zeros(len(lengths), dtype=np.int64)
     start[nodes.row_token] = np.repeat(nodes.kv_end, nodes.row_count)  # of the deepest node, which stands last
@@ -344,7 +285,7 @@ class _Slots:
     total: int
 
 
-def _number_slots(nodes: _Nodes, node_splits: Int64s, own: _OwnRanges) -> _Slots:
+def _number_slots(nodes: SharedRuns, node_splits: Int64s, own: _OwnRanges) -> _Slots:
     row_splits = np.repeat(node_splits, nodes.row_count)
     before = np.zeros(len(row_splits), dtype=np.int64)
     tokens = int(own.token[-1]) + 1 if len(own.token) else 0
@@ -368,11 +309,11 @@ def _number_slots(nodes: _Nodes, node_splits: Int64s, own: _OwnRanges) -> _Slots
     )
 
 
-def _shared_items(nodes: _Nodes, splits: _Splits, shape: PlanShape) -> Int32s:
+def _shared_items(nodes: SharedRuns, splits: _Splits, shape: PlanShape) -> Int32s:
     """Nodes cut into tiles of rows and splits of KV tokens; the tiles that read the same keys stand together."""
     tiles = -(-nodes.row_count // shape.shared_tile_tokens)
     node, number = _ragged(tiles * splits.count)
-    split, tile = np.divmod(number, tiles[node])
+    split, tile = number // tiles[node], number % tiles[node]
     first_row = tile * shape.shared_tile_tokens
     kv_start = nodes.kv_start[node] + split * splits.tokens[node]
     kv_end = np.minimum(nodes.kv_end[node], kv_start + splits.tokens[node])
@@ -384,32 +325,37 @@ def _shared_items(nodes: _Nodes, splits: _Splits, shape: PlanShape) -> Int32s:
         kv_end,
         split,
     )
-    return items.take((kv_start - kv_end).argsort(kind="stable"), axis=0)
+    return _longest_first(items, kv_end - kv_start)
 
 
 def _own_items(own: _OwnRanges, slots: _Slots) -> Int32s:
-    if len(own.token) and own.splits.count.max() == 1:  # the common case, and several times as fast
-        kv_start, kv_end = own.kv_start, own.kv_end
-        items = _columns(own.token, kv_start, kv_end, slots.first_shared, slots.first_own, np.full_like(kv_end, DIRECT))
-    else:
+    several = own.splits.count > 1
+    if several.any():
         of, split = _ragged(own.splits.count)
         kv_start = own.kv_start[of] + split * own.splits.tokens[of]
         kv_end = np.minimum(own.kv_end[of], kv_start + own.splits.tokens[of])
-        items = _columns(
-            own.token[of],
-            kv_start,
-            kv_end,
-            slots.first_shared[of],
-            np.where(split == 0, slots.first_own[of], slots.first_shared[of]),
-            np.where(own.splits.count[of] > 1, slots.first_own[of] + split, DIRECT),
-        )
-    return items.take((kv_start - kv_end).argsort(kind="stable"), axis=0)
+        token, first_slot, end_slot = own.token[of], slots.first_shared[of], slots.first_own[of]
+        out_slot = end_slot + split
+        out_slot[~several[of]] = DIRECT
+        end_slot[split > 0] = first_slot[split > 0]
+    else:  # the same in a fraction of the time
+        kv_start, kv_end, token = own.kv_start, own.kv_end, own.token
+        first_slot, end_slot = slots.first_shared, slots.first_own
+        out_slot = np.full(len(token), DIRECT, dtype=np.int64)
+    items = _columns(token, kv_start, kv_end, first_slot, end_slot, out_slot)
+    return _longest_first(items, kv_end - kv_start)
 
 
 def _merges(own: _OwnRanges, slots: _Slots) -> Int32s:
     several = np.flatnonzero(own.splits.count > 1)
     first = slots.first_own[several]
     return _columns(own.token[several], first, first + own.splits.count[several])
+
+
+def _longest_first(items: Int32s, kv_tokens: Int64s) -> Int32s:
+    """Items of equal length stay in their order."""
+    sorted_items: Int32s = items.take((-kv_tokens).argsort(kind="stable"), axis=0)
+    return sorted_items
 
 
 def _ragged(count: Int64s) -> tuple[Int64s, Int64s]:
@@ -420,7 +366,7 @@ def _ragged(count: Int64s) -> tuple[Int64s, Int64s]:
 
 def _columns(*columns: Int64s) -> Int32s:
     """int32 [length, columns], row by row in memory."""
-    table = np.empty((len(columns[0]), len(columns)), dtype=np.int32)
+    table: Int32s = np.empty((len(columns[0]), len(columns)), dtype=np.int32)
     for at, column in enumerate(columns):
         table[:, at] = column
     return table
