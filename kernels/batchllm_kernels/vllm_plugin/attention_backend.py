@@ -25,7 +25,9 @@ from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
+from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
+from batchllm_kernels.vllm_plugin.runner_tables import keep_host_tables
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -118,6 +120,12 @@ class SharedMetadataBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
             raise _refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
+        try:
+            keep_host_tables(vllm_config)
+        except ValueError as error:
+            record(str(error))
+            raise
+        self._block_size = kv_cache_spec.block_size
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # the stock class has it
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self._planner = StepPlanner(
@@ -151,15 +159,16 @@ class SharedMetadataBuilder:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # the stock class has it
         metadata.prefix_shared_plan = decision = None
         if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
-            # exact without drafts, and on the host already; None where a runner does not keep them there
-            lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-            metadata.prefix_shared_plan = self._planner.plan(
-                common_attn_metadata.block_table_tensor,
-                common_attn_metadata.seq_lens if lengths is None else lengths,
-                common_attn_metadata.query_start_loc_cpu,
-                common_attn_metadata.max_seq_len,
-            )
-            decision = self._planner.decision
+            longest = common_attn_metadata.max_seq_len
+            block_table = rows_of_step(common_attn_metadata, -(-longest // self._block_size))
+            if block_table is not None:
+                metadata.prefix_shared_plan = self._planner.plan(
+                    block_table,
+                    common_attn_metadata.seq_lens_cpu_upper_bound,  # exact without drafts
+                    common_attn_metadata.query_start_loc_cpu,
+                    longest,
+                )
+                decision = self._planner.decision
         if self._trace is not None:
             self._trace.write(
                 requests=common_attn_metadata.num_reqs,
