@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import quantiles
 
 from batchllm_kernels.attention.cost import Calibration
-from batchllm_kernels.bench.measure import SHARED, MeasuredPoint
+from batchllm_kernels.bench.measure import MeasuredPoint
+from batchllm_kernels.bench.ours import SHARED
 
 MINIMUM_GAIN = 0.05
 LARGE_BYTES = 100e6  # above, a launch is a small part of the time
@@ -24,7 +25,7 @@ def fit_calibration(source: str, measured: Sequence[MeasuredPoint], matmul_flops
     stock = [
         one.stock.bytes_moved / one.microseconds[one.best_other] * 1e6
         for one in measured
-        if one.stock.bytes_moved > LARGE_BYTES
+        if one.best_other and one.stock.bytes_moved > LARGE_BYTES
     ]
     shared = [
         one.shared.bytes_moved / one.microseconds[SHARED] * 1e6

@@ -1,88 +1,100 @@
-"""Search for launch parameters on a device, once, offline."""
+"""Search for launch parameters on a device, once, offline: each candidate is checked, then timed on several steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
+from math import exp, log
+from statistics import mean
+from typing import Any
 
 import torch
 
 from batchllm_kernels.attention.launch import launch_planned_attention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.attention.tuning import Tuning
 from batchllm_kernels.attention.work_plan import PlanShape, plan_work
-from batchllm_kernels.bench.measure import MAX_ERROR, GridPoint, Timer, WrongResultError, point_inputs
+from batchllm_kernels.bench.grid import GridPoint
+from batchllm_kernels.bench.layered_step import LayeredStep, layered_step
+from batchllm_kernels.bench.measure import checked_errors
+from batchllm_kernels.bench.results import Row
+from batchllm_kernels.bench.setup import Setup
+from batchllm_kernels.bench.timers import LayerCall
 
-POINTS = (GridPoint(2000, 16, 200, 32, 8), GridPoint(2048, 128, 64, 64, 8), GridPoint(256, 2, 512, 32, 8))
-
-
-def candidates(*, quick: bool = False) -> Iterator[Tuning]:
-    """Launch parameters to try; `quick` tries two."""
-    if quick:
-        yield Tuning(16, 64, 32, 4, 5)
-        yield Tuning(16, 64, 64, 4, 3)
-        return
-    for wide, kv_tile, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 5, 7)):
-        yield Tuning(16, wide, kv_tile, warps, stages)
-
-
-def best_tuning(
-    head_size: int, dtype: torch.dtype, device: torch.device, timer: Timer, *, quick: bool = False
-) -> tuple[Tuning, float]:
-    """The parameters with the least time over all points, and that time in microseconds.
-
-    Candidates that do not fit the device or are wrong are left out.
-
-    Raises:
-        RuntimeError: when none works.
-    """
-    from triton.runtime.errors import OutOfResources
-
-    best: tuple[Tuning, float] | None = None
-    for tuning in candidates(quick=quick):
-        try:
-            time = sum(_time(point, tuning, head_size, dtype, device, timer) for point in POINTS)
-        except (OutOfResources, WrongResultError):
-            continue
-        if best is None or time < best[1]:
-            best = (tuning, time)
-    if best is None:
-        raise RuntimeError(f"head_size {head_size}, {dtype}: expected launch parameters that work, got none")
-    return best
+POINTS = (
+    GridPoint(2000, 16, requests=512),
+    GridPoint(2048, 128, own=64, heads=64, requests=512),
+    GridPoint(256, 2, own=512, requests=256),
+)
 
 
-def _time(
-    point: GridPoint, tuning: Tuning, head_size: int, dtype: torch.dtype, device: torch.device, timer: Timer
-) -> float:
-    """Microseconds of one point.
+def candidates(setup: Setup, *, quick: bool = False) -> dict[str, Tuning]:
+    """Launch parameters to try, by a name each, the likely ones first; `quick` tries few."""
+    if quick or setup.rehearsal:
+        made = [Tuning(16, 64, 32, 4, 5), Tuning(16, 64, 64, 4, 3)]
+    else:
+        made = [Tuning(16, *rest) for rest in product((64, 32, 128), (32, 64, 128), (4, 8), (5, 3, 2, 7))]
+    return {" ".join(f"{name}={value}" for name, value in asdict(tuning).items()): tuning for tuning in made}
+
+
+def measured(setup: Setup, tuning: Tuning) -> Row:
+    """Microseconds of a layer on each point with these parameters.
 
     Raises:
-        WrongResultError: when the result is off by more than `MAX_ERROR`.
+        WrongResultError: when a result is wrong.
     """
-    point = GridPoint(point.prefix, point.degree, point.own, point.heads, point.kv_heads, head_size)
-    step = point.step()
-    inputs = point_inputs(step, point, device, dtype)
+    times = {}
+    for point in setup.points(important=False) if setup.rehearsal else POINTS:
+        inputs = layered_step(point, setup.device, setup.dtype, layers=setup.layers)
+        calls = {"tuned": _call(inputs, tuning)}
+        checked_errors(calls, inputs)
+        times[point.key] = setup.timer(calls, inputs.layers)["tuned"]
+    return {"parameters": asdict(tuning), "microseconds": times}
+
+
+def best(rows: Sequence[Row]) -> dict[str, Any]:
+    """The parameters with the least geometric mean of their times over the points, each relative to its best.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    if not rows:
+        raise ValueError("candidates: expected one that was measured, got none")
+    least = {point: min(row["microseconds"][point] for row in rows) for point in rows[0]["microseconds"]}
+
+    def relative(row: Row) -> float:
+        return exp(mean(log(row["microseconds"][point] / least[point]) for point in least))
+
+    parameters: dict[str, Any] = min(rows, key=relative)["parameters"]
+    return parameters
+
+
+def _call(inputs: LayeredStep, tuning: Tuning) -> LayerCall:
+    point = inputs.point
     shape = PlanShape(
         block_size=point.block_size,
         queries_per_kv_head=point.heads // point.kv_heads,
-        element_bytes=dtype.itemsize,
+        element_bytes=inputs.query.itemsize,
         narrow_tile_rows=tuning.narrow_tile_rows,
         wide_tile_rows=tuning.wide_tile_rows,
     )
+    step = inputs.step
     plan = plan_work(step.block_table, step.seq_lens, step.query_start_loc, shape)
-    buffers = PlanBuffers.of_plan(plan, point.heads, point.head_size, device)
-    output = torch.empty_like(inputs[0])
-    scale = head_size**-0.5
+    buffers = PlanBuffers.of_plan(plan, point.heads, point.head_size, inputs.device)
 
-    def call() -> torch.Tensor:
-        launch_planned_attention(*inputs, scale, buffers, tuning, output)
-        return output
+    def call(layer: int) -> torch.Tensor:
+        launch_planned_attention(
+            inputs.query,
+            *inputs.caches[layer],
+            inputs.block_table,
+            inputs.seq_lens,
+            inputs.query_start_loc,
+            inputs.scale,
+            buffers,
+            tuning,
+            inputs.output,
+        )
+        return inputs.output
 
-    some = slice(0, 8)
-    query, keys, values, table, lengths, starts = inputs
-    expected = paged_attention(query[some], keys, values, table[some], lengths[some], starts[:9], scale)
-    error = float((call()[some].float() - expected).abs().max() / expected.abs().max())
-    if not error <= MAX_ERROR:
-        raise WrongResultError(f"{tuning}: expected a relative error of at most {MAX_ERROR}, got {error:.3g}")
-    return timer(call)
+    return call
