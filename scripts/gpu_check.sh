@@ -100,11 +100,12 @@ for tool in memcheck racecheck; do
         say "$tool: exit status $?"
     fi
 done
-begin time-important 22 && bench "$limit" --device cuda --quick
+begin time-important 20 && bench "$limit" --device cuda --quick
 begin calibrate 2 && bench "$limit" --calibrate
-begin tune 16 && bench "$limit" --tune --quick
+begin compile_candidates 8 && parallel "$limit" --compile-candidates --quick
+begin tune 12 && bench "$limit" --tune --quick
 begin replay 6 && bench "$limit" --replay
-begin profile 10 && {
+begin profile 8 && {
     if [ -n "${REHEARSAL:-}" ]; then
         bench "$limit" --profile
     else

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ Report = dict[str, Any]
 ARCHITECTURES = ("sm80", "sm90")
 HEAD_SIZES = (64, 80, 96, 128, 256)
 PROFILED_POINTS = 4
-STAGES = ("facts", "check", "calibrate", "tune", "replay", "profile")
+STAGES = ("facts", "check", "calibrate", "compile_candidates", "tune", "replay", "profile")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     modes.add_argument("--device", choices=["cuda"], help="measure the grid, correctness first")
     modes.add_argument("--calibrate", action="store_true", help="measure what the cost gate needs, print its entry")
     modes.add_argument("--tune", action="store_true", help="search launch parameters, print the table's entries")
+    modes.add_argument(
+        "--compile-candidates", action="store_true", help="compile what --tune tries, several processes with --part"
+    )
     modes.add_argument("--replay", action="store_true", help="captured steps, replayed with changed plans")
     modes.add_argument("--profile", action="store_true", help="run the points of --results that miss their goals once")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -43,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="file of JSON lines to add to, and to go on from")
     parser.add_argument("--seconds", type=float, help="begin nothing new after so long")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="K/N", help="the cases K, K + N...; K from 0")
+    parser.add_argument("--stage-name", help="of the results, where it is not the mode's")
     parser.add_argument("--flash-attention-3", type=Path, help="library of vLLM's wheel, see scripts/fa3_library.py")
     parser.add_argument(
         "--rehearsal", action="store_true", help="tiny shapes in Triton's interpreter; times mean nothing"
@@ -85,19 +90,20 @@ def _on_device(options: argparse.Namespace) -> int:
         sys.stderr.write("device: expected a CUDA device, got none\n")
         return 2
     from batchllm_kernels.bench import stages
-    from batchllm_kernels.bench.results import Deadline, ResultsFile
+    from batchllm_kernels.bench.results import Deadline, ResultsFile, Scope
     from batchllm_kernels.bench.setup import cuda_setup, rehearsal_setup
 
     setup = (rehearsal_setup if options.rehearsal else cuda_setup)(options.flash_attention_3)
-    scope = stages.Scope(options.quick, options.part, Deadline(options.seconds))
+    scope = Scope(options.quick, options.part, Deadline(options.seconds))
     name = next((name for name in STAGES if getattr(options, name)), "time")
-    results = ResultsFile(options.results, name)
+    results = ResultsFile(options.results, options.stage_name or name)
     if name == "time":
         whole = stages.time_stage(setup, results, scope, important=options.quick)
     elif name == "profile":
         whole = stages.profile_stage(setup, results, scope, most=PROFILED_POINTS)
     else:
-        whole = getattr(stages, f"{name}_stage")(setup, results, scope)
+        stage: Callable[..., bool] = getattr(stages, f"{name}_stage")
+        whole = stage(setup, results, scope)
     return 1 if results.failures else 0 if whole else 3
 
 

@@ -23,22 +23,18 @@ def fit_calibration(source: str, measured: Sequence[MeasuredPoint], matmul_flops
         ValueError: without at least two points of each kind that move 100 MB.
     """
     stock = [
-        one.stock.bytes_moved / one.microseconds[one.best_other] * 1e6
+        one.dense_bytes / one.microseconds[one.best_other] * 1e6
         for one in measured
-        if one.best_other and one.stock.bytes_moved > LARGE_BYTES
+        if one.best_other and one.dense_bytes > LARGE_BYTES
     ]
-    shared = [
-        one.shared.bytes_moved / one.microseconds[SHARED] * 1e6
-        for one in measured
-        if one.shared.bytes_moved > LARGE_BYTES
-    ]
+    shared = [one.minimum_bytes / one.microseconds[SHARED] * 1e6 for one in measured if one.minimum_bytes > LARGE_BYTES]
     if len(stock) < 2 or len(shared) < 2:
         raise ValueError(
             f"measured: expected at least 2 points of 100 MB on each path, got {len(stock)} and {len(shared)}"
         )
     shared_bytes_per_second = quantiles(shared, n=4)[0]
-    small = min(measured, key=lambda one: one.shared.bytes_moved)
-    overhead = small.microseconds[SHARED] / 1e6 - small.shared.bytes_moved / shared_bytes_per_second
+    small = min(measured, key=lambda one: one.minimum_bytes)
+    overhead = small.microseconds[SHARED] / 1e6 - small.minimum_bytes / shared_bytes_per_second
     return Calibration(
         source=source,
         stock_bytes_per_second=quantiles(stock, n=4)[2],

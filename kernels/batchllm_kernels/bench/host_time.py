@@ -24,22 +24,37 @@ SMALL = GridPoint(256, 4, own=32, requests=8)  # so little work that the device 
 LARGE = GridPoint(2000, 16, own=200, requests=1024)
 
 
-class _NoLaunch:
-    """A kernel that takes its arguments and does nothing."""
+class _Compiled:
+    """A compiled kernel that does nothing."""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return self._run
 
     @staticmethod
-    def _run(*_: object, **__: object) -> None:
+    def _run(*_: object) -> None:
         return None
+
+
+class _Kernel:
+    """A kernel that is never compiled."""
+
+    def __getitem__(self, grid: object) -> Callable[..., _Compiled]:
+        return self._compile
+
+    @staticmethod
+    def _compile(*_: object, **__: object) -> _Compiled:
+        return _Compiled()
 
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Our kernels are prepared and not launched, so that only our own Python is measured, on any machine."""
+    """Launches that are prepared meanwhile start nothing, so that only our own Python is measured, on any machine."""
     namespace = vars(launch)
-    replaced = {"attend_items_kernel": _NoLaunch(), "merge_partials_kernel": _NoLaunch(), "INTERPRETED": True}
+    kernels = ("attend_shared_kernel", "attend_own_kernel", "merge_splits_kernel")
+    replaced = {name: _Kernel() for name in kernels} | {
+        "INTERPRETED": True,  # no device is asked for
+        "interpreted_launcher": launch.compiled_launcher,
+    }
     kept = {name: namespace[name] for name in replaced}
     namespace.update(replaced)
     try:
@@ -51,10 +66,13 @@ def without_launches() -> Iterator[None]:
 def layer_microseconds(device: torch.device) -> dict[str, float]:
     """Median host time of one layer's call: "without launches", and on a CUDA device "with launches"."""
     inputs = layered_step(SMALL, device, torch.bfloat16, layers=2)
-    call = our_call(inputs, plan_of(inputs, share=True))
+    plan = plan_of(inputs, share=True)
+    call = our_call(inputs, plan, every_launch=False)
     with without_launches():
+        call(0)
         times = {"without launches": _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)}
     if device.type == "cuda":
+        call = our_call(inputs, plan, every_launch=False)
         call(0)
         times["with launches"] = _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)
     return times
@@ -64,7 +82,7 @@ def step_microseconds(device: torch.device) -> dict[str, float]:
     """Median host time of what a step pays once: the plan, and bringing it to the device; 1,024 requests in groups."""
     step = LARGE.step()
     inputs = layered_step(GridPoint(16, 1, own=16, requests=1), device, torch.bfloat16, layers=1)
-    large = replace(inputs, point=LARGE, step=step)
+    large = replace(inputs, point=LARGE, step=step)  # no plan looks at the tensors
     plan = plan_of(large, share=True)
     buffers = PlanBuffers.of_plan(plan, LARGE.heads, LARGE.head_size, device)
     return {

@@ -55,15 +55,16 @@ class LayeredStep:
     @property
     def unique_bytes(self) -> int:
         """Keys and values with every shared block counted once, queries and outputs: no kernel can move less."""
-        return self.step.unique_kv_tokens * self._kv_token_bytes + self._query_bytes
+        return self.step.unique_kv_tokens * self.kv_token_bytes + self._query_bytes
 
     @property
     def dense_bytes(self) -> int:
         """The same where every request reads its whole context."""
-        return int(self.step.seq_lens.sum()) * self._kv_token_bytes + self._query_bytes
+        return int(self.step.seq_lens.sum()) * self.kv_token_bytes + self._query_bytes
 
     @property
-    def _kv_token_bytes(self) -> int:
+    def kv_token_bytes(self) -> int:
+        """Bytes of the keys and values of one token in one layer."""
         return int(2 * self.point.kv_heads * self.point.head_size * self.query.itemsize)
 
     @property

@@ -11,12 +11,22 @@ from typing import Any
 
 import torch
 
-from batchllm_kernels.attention.cost import StepCost, planned_cost, stock_cost
 from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.bench.flash_attention_3 import FlashAttention3
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import LayeredStep, layered_step
-from batchllm_kernels.bench.ours import SHARED, UNSHARED, our_call, plan_of, shape_of
+from batchllm_kernels.bench.ours import (
+    IDLE,
+    OURS,
+    OWN_LAUNCH,
+    SHARED,
+    UNSHARED,
+    idle_call,
+    launches_alone,
+    our_call,
+    own_bytes,
+    plan_of,
+)
 from batchllm_kernels.bench.rivals import FLASH_ATTENTION_3_NAMES, rivals
 from batchllm_kernels.bench.timers import LayerCall, Timer
 
@@ -36,12 +46,12 @@ class MeasuredPoint:
         point: what was measured.
         requests: that decode.
         layers: that were run one after the other, each with its own cache.
-        microseconds: median time of a layer of each implementation.
+        microseconds: median time of a layer of each implementation, and of our launches alone (`ours.OURS`).
         skipped: implementations that are missing, and why.
         error: largest relative error of the shared path against the reference.
-        shared, stock: modelled cost of both paths.
         minimum_bytes: unique keys and values, queries and outputs.
         dense_bytes: the same where every request reads its whole context.
+        own_bytes: what the own launch reads and writes when shared parts are read apart.
     """
 
     point: GridPoint
@@ -50,21 +60,35 @@ class MeasuredPoint:
     microseconds: dict[str, float]
     skipped: dict[str, str]
     error: float
-    shared: StepCost
-    stock: StepCost
     minimum_bytes: int
     dense_bytes: int
+    own_bytes: int
 
     @property
     def best_other(self) -> str | None:
         """The fastest implementation that is not ours, None without one."""
-        others = {name: time for name, time in self.microseconds.items() if name not in (SHARED, UNSHARED)}
+        others = {name: time for name, time in self.microseconds.items() if name not in OURS}
         return min(others, key=others.__getitem__, default=None)
 
     @property
     def speedup(self) -> float | None:
         """Time of the fastest other implementation over that of the shared path, None without one."""
         return None if self.best_other is None else self.microseconds[self.best_other] / self.microseconds[SHARED]
+
+    @staticmethod
+    def of_row(row: dict[str, Any]) -> MeasuredPoint:
+        """From a row of results."""
+        return MeasuredPoint(
+            point=GridPoint(**row["point"]),
+            requests=row["requests"],
+            layers=row["layers"],
+            microseconds=row["microseconds"],
+            skipped=row["skipped"],
+            error=row["relative_error"],
+            minimum_bytes=round(row["unique_mb"] * 1e6),
+            dense_bytes=round(row["dense_mb"] * 1e6),
+            own_bytes=round(row["own_mb"] * 1e6),
+        )
 
     def row(self, copy_bytes_per_second: float) -> dict[str, Any]:
         """What a table shows."""
@@ -83,7 +107,8 @@ class MeasuredPoint:
             "unique_mb": self.minimum_bytes / 1e6,
             "dense_mb": self.dense_bytes / 1e6,
             "share_of_copy_bandwidth": self.minimum_bytes / seconds / copy_bytes_per_second,
-            "modelled_speedup": self.stock.bytes_moved / self.shared.bytes_moved,
+            "own_mb": self.own_bytes / 1e6,
+            "own_bytes_per_second": self.own_bytes / (self.microseconds[OWN_LAUNCH] / 1e6),
         }
 
 
@@ -113,18 +138,18 @@ def measure_point(
     calls: dict[str, LayerCall] = {name: our_call(inputs, plan) for name, plan in plans.items()}
     calls |= others.calls
     errors = checked_errors(calls, inputs)
-    step = inputs.step
+    calls |= launches_alone(inputs, plans[SHARED])
+    calls[IDLE] = idle_call(inputs, plans[SHARED])
     return MeasuredPoint(
         point=point,
-        requests=len(step.seq_lens),
+        requests=len(inputs.seq_lens),
         layers=inputs.layers,
         microseconds=timer(calls, inputs.layers),
         skipped=others.skipped,
         error=errors[SHARED],
-        shared=planned_cost(plans[SHARED], step.seq_lens, step.query_start_loc, point.model),
-        stock=stock_cost(step.seq_lens, step.query_start_loc, shape_of(point, device, dtype), point.model),
         minimum_bytes=inputs.unique_bytes,
         dense_bytes=inputs.dense_bytes,
+        own_bytes=own_bytes(inputs, plans[SHARED]),
     )
 
 

@@ -31,13 +31,10 @@ class CapturedStep:
         """`rows`: that the captured step is padded to; `point` gives caches and heads."""
         self.inputs: LayeredStep = layered_step(point, setup.device, setup.dtype, layers=LAYERS)
         self._shape = shape_of(point, setup.device, setup.dtype)
-        self.buffers = PlanBuffers(
-            PlanCapacity.of_steps(rows, rows, self._shape), point.heads, point.head_size, setup.device, fixed_grid=True
-        )
+        self.buffers = PlanBuffers(PlanCapacity.of_steps(rows, self._shape), point.heads, point.head_size, setup.device)
         width = self.inputs.block_table.shape[1]
         self.block_table = torch.zeros((rows, width), dtype=torch.int32, device=setup.device)
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=setup.device)
-        self.starts = torch.zeros(rows + 1, dtype=torch.int32, device=setup.device)
         self.query = torch.empty((rows, point.heads, point.head_size), dtype=setup.dtype, device=setup.device).normal_()
         self.outputs = [torch.empty_like(self.query) for _ in range(LAYERS)]
         self.load(self.inputs.step, share=True)
@@ -45,16 +42,13 @@ class CapturedStep:
 
     def load(self, step: DecodeStep, *, share: bool) -> None:
         """Brings a step to the addresses of the captured one; rows behind its requests are padding."""
-        rows = len(self.seq_lens)
         count = len(step.seq_lens)
-        table, lengths, starts = self.block_table.cpu().numpy(), np.zeros(rows, np.int32), np.zeros(rows + 1, np.int32)
-        table[:] = 0
+        table, lengths = np.zeros(self.block_table.shape, np.int32), np.zeros(len(self.seq_lens), np.int32)
         table[:count, : step.block_table.shape[1]] = step.block_table
         lengths[:count] = step.seq_lens
-        starts[:] = np.minimum(np.arange(rows + 1), count)
-        self.buffers.load(plan_work(table, lengths, starts, self._shape, share=share))
-        for target, source in ((self.block_table, table), (self.seq_lens, lengths), (self.starts, starts)):
-            target.copy_(torch.from_numpy(source))
+        self.buffers.load(plan_work(table, lengths, self._shape, share=share))
+        self.block_table.copy_(torch.from_numpy(table))
+        self.seq_lens.copy_(torch.from_numpy(lengths))
 
     def layer(self, number: int) -> torch.Tensor:
         """Attention of one layer."""
@@ -62,12 +56,11 @@ class CapturedStep:
             self.query,
             *self.inputs.caches[number],
             self.block_table,
-            self.seq_lens,
-            self.starts,
             scale=self.inputs.scale,
             plan=self.buffers,
             impl="triton",
             output=self.outputs[number],
+            every_launch=True,
         )
 
     def _run(self) -> None:
@@ -134,7 +127,9 @@ def replay_row(setup: Setup, point: GridPoint) -> dict[str, Any]:
         captured.load(step, share=share)
         times[name] = setup.timer({name: captured.layer}, LAYERS)[name]
     fitting = {
-        "sharing, launches of its size": our_call(captured.inputs, plan_of(captured.inputs, share=True)),
-        "nothing shared, launches of its size": our_call(captured.inputs, plan_of(captured.inputs, share=False)),
+        f"{name}, launches with work only": our_call(
+            captured.inputs, plan_of(captured.inputs, share=share), every_launch=False
+        )
+        for name, share in (("sharing", True), ("nothing shared", False))
     }
     return {"relative_errors": errors, "microseconds": times | setup.timer(fitting, LAYERS)}

@@ -6,13 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from batchllm_kernels.attention.cost import planned_cost, stock_cost
-from batchllm_kernels.attention.work_plan import plan_work
 from batchllm_kernels.bench.grid import GridPoint
-from batchllm_kernels.bench.measure import MeasuredPoint
-from batchllm_kernels.bench.ours import SHARED, UNSHARED, shape_of
+from batchllm_kernels.bench.ours import SHARED, UNSHARED
 from batchllm_kernels.bench.results import Row, read_rows
 from batchllm_kernels.bench.rivals import FLASH_ATTENTION_3, FLASH_ATTENTION_3_HEURISTIC
 
@@ -59,26 +54,6 @@ def missed_points(rows: list[Row], most: int) -> list[GridPoint]:
             worst[goal.point] = max(goal.shortfall, worst.get(goal.point, 0.0))
     points = {row["key"]: GridPoint(**row["point"]) for row in rows}
     return [points[key] for key in sorted(worst, key=worst.__getitem__, reverse=True)[:most]]
-
-
-def measured_point(row: Row, device: torch.device, dtype: torch.dtype) -> MeasuredPoint:
-    """A point from its row of results, with the cost model's view of it as it is now."""
-    point = GridPoint(**row["point"])
-    step = point.step()
-    shape = shape_of(point, device, dtype)
-    plan = plan_work(step.block_table, step.seq_lens, step.query_start_loc, shape)
-    return MeasuredPoint(
-        point=point,
-        requests=row["requests"],
-        layers=row["layers"],
-        microseconds=row["microseconds"],
-        skipped=row["skipped"],
-        error=row["relative_error"],
-        shared=planned_cost(plan, step.seq_lens, step.query_start_loc, point.model),
-        stock=stock_cost(step.seq_lens, step.query_start_loc, shape, point.model),
-        minimum_bytes=round(row["unique_mb"] * 1e6),
-        dense_bytes=round(row["dense_mb"] * 1e6),
-    )
 
 
 def summary(path: Path) -> str:

@@ -6,7 +6,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Row = dict[str, Any]
 class Deadline:
     """A point in time after which nothing new is begun."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         """`seconds`: from now; None for never."""
         self._at = None if seconds is None else time.monotonic() + seconds
 
@@ -24,6 +25,21 @@ class Deadline:
     def passed(self) -> bool:
         """Whether it is over."""
         return self._at is not None and time.monotonic() >= self._at
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much of a stage to run.
+
+    Attributes:
+        quick: fewer cases.
+        part: this process's share of the cases, as (number from 0, of how many).
+        deadline: after which nothing new is begun.
+    """
+
+    quick: bool = False
+    part: tuple[int, int] = (0, 1)
+    deadline: Deadline = field(default_factory=Deadline)
 
 
 class ResultsFile:
@@ -58,28 +74,38 @@ class ResultsFile:
         """Writes one result."""
         self._write({"stage": self.stage, "key": key, **result})
 
-    def collect(self, keys: Iterable[str], result: Callable[[str], Row], deadline: Deadline) -> bool:
-        """Adds the results of keys that the file has not yet; False when the deadline passed or a result failed.
+    def collect(
+        self, keys: Sequence[str], result: Callable[[str], Row], scope: Scope, *, marker: str | None = None
+    ) -> bool:
+        """Adds the results of keys that the file has not yet; whether it then has those of all.
 
-        An exception is written as the key's failure, so that the others are still tried; `failures` counts them.
+        An exception is written as the key's failure, so that the others are still tried; `failures` counts them. When
+        the file has everything, a line says so.
+
+        Args:
+            keys: of the stage.
+            result: gives the fields of one key.
+            scope: which of the keys are this process's, and until when.
+            marker: what is said to be complete; None for the stage.
         """
         done = {row["key"] for row in self.rows()}
-        whole = True
-        for key in keys:
+        number, parts = scope.part
+        for key in keys[number::parts]:
             if key in done:
                 continue
-            if deadline.passed:
+            if scope.deadline.passed:
                 return False
             start = time.monotonic()
             try:
-                self.add(key, **result(key), seconds=round(time.monotonic() - start, 2))
+                fields = result(key)
+                self.add(key, **fields, seconds=round(time.monotonic() - start, 2))
             except Exception as error:
                 traceback.print_exc()
                 self.add(key, failed=f"{type(error).__name__}: {error}"[:2000])
                 self.failures += 1
-                whole = False
+        whole = {row["key"] for row in self.rows()}.issuperset(keys)
         if whole:
-            self._write({"stage": self.stage, "complete": True})
+            self._write({"stage": marker or self.stage, "complete": True})
         return whole
 
     def _write(self, row: Row) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,33 +17,13 @@ from batchllm_kernels.bench.host_time import host_rows
 from batchllm_kernels.bench.measure import MeasuredPoint, measure_point
 from batchllm_kernels.bench.profiling import run_once
 from batchllm_kernels.bench.replay import replay_row
-from batchllm_kernels.bench.report import measured_point, missed_points
-from batchllm_kernels.bench.results import Deadline, ResultsFile, Row
+from batchllm_kernels.bench.report import missed_points
+from batchllm_kernels.bench.results import ResultsFile, Row, Scope
 from batchllm_kernels.bench.setup import Setup
 from batchllm_kernels.bench.timers import copy_bytes_per_second, matmul_flops_per_second
 
 REHEARSED_COPY, REHEARSED_MATMUL = 2**20, 64
 REPLAYED = (GridPoint(2000, 16, requests=256), GridPoint(2000, 1, requests=64), GridPoint(256, 8, own=40, requests=512))
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """How much of a stage to run.
-
-    Attributes:
-        quick: fewer cases.
-        part: this process's share of the cases, as (number from 0, of how many).
-        deadline: after which nothing new is begun.
-    """
-
-    quick: bool
-    part: tuple[int, int]
-    deadline: Deadline
-
-    def of(self, keys: list[str]) -> list[str]:
-        """This process's keys."""
-        number, parts = self.part
-        return keys[number::parts]
 
 
 def device_facts() -> Row:
@@ -77,13 +57,13 @@ def facts_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
             return {"flops_per_second": matmul_flops_per_second(setup.device, **_sized(setup, REHEARSED_MATMUL))}
         return {"rows": host_rows(setup.device)}
 
-    return results.collect(scope.of(["device", "copy", "matmul", "host"]), result, scope.deadline)
+    return results.collect(["device", "copy", "matmul", "host"], result, scope)
 
 
 def check_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """Every kernel against the reference."""
     cases = {case.name: case for case in check_cases(quick=scope.quick or setup.rehearsal)}
-    return results.collect(scope.of(list(cases)), lambda name: check(cases[name], setup.device), scope.deadline)
+    return results.collect(list(cases), lambda name: check(cases[name], setup.device), scope)
 
 
 def time_stage(setup: Setup, results: ResultsFile, scope: Scope, *, important: bool) -> bool:
@@ -98,7 +78,7 @@ def time_stage(setup: Setup, results: ResultsFile, scope: Scope, *, important: b
         _release(setup)
         return measured.row(bandwidth)
 
-    return results.collect(scope.of(list(points)), result, scope.deadline)
+    return results.collect(list(points), result, scope, marker="time-important" if important else None)
 
 
 def profile_stage(setup: Setup, results: ResultsFile, scope: Scope, *, most: int) -> bool:
@@ -110,34 +90,38 @@ def profile_stage(setup: Setup, results: ResultsFile, scope: Scope, *, most: int
         _release(setup)
         return {}
 
-    return results.collect(scope.of(list(points)), result, scope.deadline)
+    return results.collect(list(points), result, scope)
 
 
 def replay_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """Captured steps, replayed with changed plans."""
     points = {point.key: point for point in (setup.points(important=False) if setup.rehearsal else REPLAYED)}
-    return results.collect(scope.of(list(points)), lambda key: replay_row(setup, points[key]), scope.deadline)
+    return results.collect(list(points), lambda key: replay_row(setup, points[key]), scope)
+
+
+def compile_candidates_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
+    """Every candidate compiled and right, in several processes: the stage `tune` then only measures."""
+    candidates = tune.candidates(setup, quick=scope.quick)
+    return results.collect(list(candidates), lambda key: tune.compiled(setup, candidates[key]), scope)
 
 
 def tune_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """Launch parameters of each kernel, the likely ones first, and the entry of `tuning.json` that they give."""
     candidates = tune.candidates(setup, quick=scope.quick)
-    whole = results.collect(
-        scope.of(list(candidates)), lambda key: tune.measured(setup, candidates[key]), scope.deadline
-    )
+    whole = results.collect(list(candidates), lambda key: tune.measured(setup, candidates[key]), scope)
     results.of_stage("best").add("tuning.json", entry=best_tuning(results, setup))
     return whole
 
 
-def measured_points(results: ResultsFile, setup: Setup) -> list[MeasuredPoint]:
-    """What the stage `time` has measured so far, with the cost model's view of each point."""
-    return [measured_point(row, setup.device, setup.dtype) for row in results.of_stage("time").rows()]
+def measured_points(results: ResultsFile) -> list[MeasuredPoint]:
+    """What the stage `time` has measured so far."""
+    return [MeasuredPoint.of_row(row) for row in results.of_stage("time").rows()]
 
 
 def calibrate_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """The entry of `calibration.json` that the measured points give; the important points are measured before."""
     time_stage(setup, results.of_stage("time"), scope, important=True)
-    return results.collect(["calibration.json"], lambda _: {"entry": calibration(results, setup)}, Deadline(None))
+    return results.collect(["calibration.json"], lambda _: {"entry": calibration(results, setup)}, Scope())
 
 
 def calibration(results: ResultsFile, setup: Setup) -> dict[str, Any]:
@@ -149,12 +133,18 @@ def calibration(results: ResultsFile, setup: Setup) -> dict[str, Any]:
     facts = device_facts()
     flops = _fact(results, "matmul", "flops_per_second", lambda: matmul_flops_per_second(setup.device))
     source = f"measured with torch {facts['torch']}, triton {facts['triton']}"
-    return {facts["device"]: asdict(fit_calibration(source, measured_points(results, setup), flops))}
+    return {facts["device"]: asdict(fit_calibration(source, measured_points(results), flops))}
 
 
 def best_tuning(results: ResultsFile, setup: Setup) -> dict[str, Any]:
-    """The entry of `tuning.json` that the measured candidates give."""
-    return {device_architecture(setup.device): tune.best(results.of_stage("tune").rows())}
+    """The entry of `tuning.json` that the measured candidates give.
+
+    Raises:
+        ValueError: when a kernel has none.
+    """
+    bits = f"{8 * setup.dtype.itemsize} bits"
+    entry = tune.best(results.of_stage("tune").rows())
+    return {device_architecture(setup.device): {bits: {str(GridPoint(0, 1).head_size): entry}}}
 
 
 def _fact(results: ResultsFile, key: str, name: str, measure: Callable[[], float]) -> float:
