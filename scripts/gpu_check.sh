@@ -83,8 +83,10 @@ sanitize() {
         echo "rehearsed without a sanitizer" >>"$out/sanitizer.txt"
         return
     fi
+    local filters=(--kernel-regex kns=attend --kernel-regex kns=merge)
+    compute-sanitizer "${filters[@]}" "$python" -c pass >/dev/null 2>&1 || filters=() # another version of the tool
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$2" compute-sanitizer --tool "$1" --error-exitcode 9 \
-        --kernel-regex "kernel_substring=attend" --kernel-regex "kernel_substring=merge" --print-limit 20 \
+        "${filters[@]}" --print-limit 20 \
         "$python" -m batchllm_kernels.bench --check --quick --stage-name "$1" --results "$results" \
         >>"$out/sanitizer.txt" 2>&1
 }

@@ -106,10 +106,13 @@ def tuned_call(inputs: LayeredStep, plan: WorkPlan, tuning: Tuning | None = None
         inputs: the step.
         plan: made for these parameters.
         tuning: launch parameters, None for the table's.
-        only: the one launch to run, one of `KERNELS`; partial results that it reads are then whatever lies there.
+        only: the one launch to run, one of `KERNELS`; partial results that it reads are zeros then.
     """
     parameters = tuning or tuning_of(inputs.point, inputs.device, inputs.query.dtype)
     buffers = buffers_for(inputs, plan, tuning)
+    if only:
+        buffers.partials.zero_()
+        buffers.lses.zero_()
     prepared = launch.PreparedLaunches(
         inputs.query,
         *inputs.caches[0],

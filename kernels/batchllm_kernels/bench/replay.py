@@ -29,14 +29,14 @@ class CapturedStep:
 
     def __init__(self, setup: Setup, point: GridPoint, rows: int) -> None:
         """`rows`: that the captured step is padded to; `point` gives caches and heads."""
-        self.inputs: LayeredStep = layered_step(point, setup.device, setup.dtype, layers=LAYERS)
+        self.inputs: LayeredStep = layered_step(point, setup.device, setup.dtype, layers=setup.layers or LAYERS)
         self._shape = shape_of(point, setup.device, setup.dtype)
         self.buffers = PlanBuffers(PlanCapacity.of_steps(rows, self._shape), point.heads, point.head_size, setup.device)
         width = self.inputs.block_table.shape[1]
         self.block_table = torch.zeros((rows, width), dtype=torch.int32, device=setup.device)
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=setup.device)
         self.query = torch.empty((rows, point.heads, point.head_size), dtype=setup.dtype, device=setup.device).normal_()
-        self.outputs = [torch.empty_like(self.query) for _ in range(LAYERS)]
+        self.outputs = [torch.empty_like(self.query) for _ in self.inputs.caches]
         self.load(self.inputs.step, share=True)
         self.replay = setup.capture(self._run)
 
@@ -64,7 +64,7 @@ class CapturedStep:
         )
 
     def _run(self) -> None:
-        for number in range(LAYERS):
+        for number in range(self.inputs.layers):
             self.layer(number)
 
     def error(self) -> float:
@@ -125,11 +125,11 @@ def replay_row(setup: Setup, point: GridPoint) -> dict[str, Any]:
     times = {}
     for name, share in (("sharing", True), ("idle sharing", False)):
         captured.load(step, share=share)
-        times[name] = setup.timer({name: captured.layer}, LAYERS)[name]
+        times[name] = setup.timer({name: captured.layer}, captured.inputs.layers)[name]
     fitting = {
         f"{name}, launches with work only": our_call(
             captured.inputs, plan_of(captured.inputs, share=share), every_launch=False
         )
         for name, share in (("sharing", True), ("nothing shared", False))
     }
-    return {"relative_errors": errors, "microseconds": times | setup.timer(fitting, LAYERS)}
+    return {"relative_errors": errors, "microseconds": times | setup.timer(fitting, captured.inputs.layers)}

@@ -95,7 +95,7 @@ def profile_stage(setup: Setup, results: ResultsFile, scope: Scope, *, most: int
 
 def replay_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """Captured steps, replayed with changed plans."""
-    points = {point.key: point for point in (setup.points(important=False) if setup.rehearsal else REPLAYED)}
+    points = {point.key: point for point in (setup.points(important=True) if setup.rehearsal else REPLAYED)}
     return results.collect(list(points), lambda key: replay_row(setup, points[key]), scope)
 
 

@@ -73,7 +73,7 @@ def own_candidates(*, quick: bool) -> Iterator[OwnTuning]:
     """For the own launch."""
     if quick:
         for kv_tile, warps, stages in (
-            (16, 1, 4), (16, 1, 6), (16, 1, 8), (16, 2, 4), (16, 2, 6), (16, 4, 4), (16, 1, 3), (16, 4, 6),
+            (16, 1, 6), (16, 1, 8), (16, 2, 6), (16, 1, 4), (16, 4, 6), (16, 2, 4), (16, 2, 8), (16, 4, 4),
         ):  # fmt: skip
             yield OwnTuning(kv_tile, warps, stages)
         return
@@ -85,8 +85,8 @@ def shared_candidates(*, quick: bool) -> Iterator[SharedTuning]:
     """For the shared launch."""
     if quick:
         for low, high, kv_tile, warps, low_stages, high_stages, programs in (
-            (64, 128, 64, 4, 3, 2, 2), (64, 128, 64, 8, 3, 2, 2), (64, 128, 64, 8, 3, 3, 1), (64, 64, 64, 4, 3, 3, 2),
-            (64, 128, 128, 8, 2, 2, 1), (64, 64, 64, 4, 2, 2, 3), (64, 128, 32, 4, 4, 3, 2), (64, 64, 32, 4, 4, 4, 3),
+            (64, 64, 64, 4, 3, 3, 2), (64, 128, 64, 8, 3, 2, 2), (64, 64, 32, 4, 4, 4, 3), (64, 128, 64, 8, 3, 3, 1),
+            (64, 64, 64, 4, 2, 2, 3), (64, 128, 32, 8, 4, 3, 2), (64, 64, 32, 4, 3, 3, 4), (64, 128, 128, 8, 2, 2, 1),
         ):  # fmt: skip
             yield SharedTuning(low, high, kv_tile, warps, low_stages, high_stages, programs)
         return
