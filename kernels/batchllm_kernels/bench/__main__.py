@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m batchllm_kernels.bench", description=__doc__)
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--model", action="store_true", help="byte counts of every workload shape; needs no device")
+    modes.add_argument("--graph", action="store_true", help="launches of captured decode steps; needs no device")
     modes.add_argument("--plan", action="store_true", help="host time of a work plan; needs no device")
     modes.add_argument("--host", action="store_true", help="host time of a layer's call and of a step; needs no device")
     modes.add_argument("--compile", action="store_true", help="registers, shared memory and spills; needs no device")
@@ -54,7 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.model:
-        return _print(_model(options.block_size), options.json)
+        from batchllm_kernels.bench.byte_model import model_report
+
+        return _print(model_report(options.block_size), options.json)
+    if options.graph:
+        from batchllm_kernels.bench.graph_model import graph_report
+
+        return _print(graph_report(), options.json)
     if options.plan:
         return _print(_plan(), options.json)
     if options.host:
@@ -105,21 +112,6 @@ def _on_device(options: argparse.Namespace) -> int:
         stage: Callable[..., bool] = getattr(stages, f"{name}_stage")
         whole = stage(setup, results, scope)
     return 1 if results.failures else 0 if whole else 3
-
-
-def _model(block_size: int) -> Report:
-    from batchllm_kernels.attention.cost import ModelHeads
-    from batchllm_kernels.bench.byte_model import H100, model_step
-    from batchllm_kernels.bench.workloads import workload_steps
-
-    heads = ModelHeads(heads=32, kv_heads=8, head_size=128)
-    return {
-        "kind": "byte-count model of one layer of one decode step, nothing measured",
-        "heads": asdict(heads),
-        "block_size": block_size,
-        "device": asdict(H100),
-        "rows": [asdict(model_step(step, heads)) for step in workload_steps(block_size)],
-    }
 
 
 def _plan() -> Report:
