@@ -94,8 +94,9 @@ sanitize() {
 say "$(uname -m), $("$python" --version), budget $total s"
 nvidia-smi >>"$log" 2>&1 || say "nvidia-smi: not here"
 
-begin facts 6 && bench "$limit" --facts
-begin check 16 && parallel "$limit" --check
+begin facts 4 && bench "$limit" --facts
+begin check 15 && parallel "$limit" --check
+begin host 3 && bench "$limit" --host
 for tool in memcheck racecheck; do
     if begin "$tool" 7; then
         sanitize "$tool" "$limit"

@@ -14,10 +14,6 @@ import torch
 
 from batchllm_kernels.attention.cost import ModelHeads
 from batchllm_kernels.bench.byte_model import model_step
-from batchllm_kernels.bench.fit import fit_calibration
-from batchllm_kernels.bench.grid import GridPoint
-from batchllm_kernels.bench.measure import MeasuredPoint
-from batchllm_kernels.bench.ours import SHARED
 from batchllm_kernels.bench.workloads import SharingRequest, decode_step, groups, workload_steps
 
 HEADS = ModelHeads(heads=32, kv_heads=8, head_size=128)
@@ -87,21 +83,6 @@ def test_the_benchmark_needs_torch_and_triton_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def measured(stock_mb: float, shared_mb: float, stock_us: float, shared_us: float) -> MeasuredPoint:
-    times = {SHARED: shared_us, "other": stock_us}
-    return MeasuredPoint(GridPoint(48, 3), 6, 1, times, {}, 0.0, int(shared_mb * 1e6), int(stock_mb * 1e6), 0)
-
-
-def test_a_calibration_recovers_the_rates_of_a_device() -> None:
-    points = [measured(mb, mb / 2, mb / 3, 7 + mb / 2 / 2) for mb in (2, 4000, 5000, 6000, 7000)]  # 3 and 2 TB/s
-    calibration = fit_calibration("test", points, 9e14)
-    assert calibration.stock_bytes_per_second == pytest.approx(3e12, rel=0.01)
-    assert calibration.shared_bytes_per_second == pytest.approx(2e12, rel=0.01)
-    assert calibration.shared_overhead_seconds == pytest.approx(7e-6, rel=0.01)
-    with pytest.raises(ValueError, match="expected at least 2 points of 100 MB on each path, got 1 and 1"):
-        fit_calibration("test", points[:2], 9e14)
 
 
 MAX_STACK_BYTES = 16  # a few spilled registers outside the inner loop

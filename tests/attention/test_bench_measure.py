@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from batchllm_kernels.bench import check, layered_step, measure, replay, tune
+from batchllm_kernels.bench.calibrate import launch_seconds, measured_step
 from batchllm_kernels.bench.check import check_cases
+from batchllm_kernels.bench.fit import device_for_fit
 from batchllm_kernels.bench.flash_attention_3 import LIBRARY_VARIABLE, FlashAttention3, FlashAttention3UnavailableError
 from batchllm_kernels.bench.grid import GridPoint, important_points, whole_grid
-from batchllm_kernels.bench.host_time import layer_microseconds
+from batchllm_kernels.bench.host_time import WITH_LAUNCHES, WITHOUT_LAUNCHES, layer_microseconds
 from batchllm_kernels.bench.layered_step import layer_count
 from batchllm_kernels.bench.measure import MeasuredPoint, WrongResultError, measure_point
 from batchllm_kernels.bench.ours import IDLE, OWN_LAUNCH, SHARED, SHARED_LAUNCH, UNSHARED, our_call, plan_of
-from batchllm_kernels.bench.rivals import FLASH_ATTENTION_3, SDPA
+from batchllm_kernels.bench.rivals import FLASH_ATTENTION_3, FLASH_ATTENTION_3_HEURISTIC, SDPA
 from batchllm_kernels.bench.setup import Setup, rehearsal_setup
 from batchllm_kernels.bench.timers import LayerCall, wall_clock_times
 
@@ -222,6 +224,30 @@ def test_a_search_tries_both_kernels_from_its_start_and_nothing_twice() -> None:
 
 
 def test_the_kernels_run_as_before_when_host_time_was_measured(device: torch.device) -> None:
-    assert layer_microseconds(torch.device("cpu"))["without launches"] > 0
+    assert layer_microseconds(torch.device("cpu"))[WITHOUT_LAUNCHES] > 0
     inputs = layered_step.layered_step(TINY, device, torch.float32, layers=1)
     assert measure.checked_errors({"ours": our_call(inputs, plan_of(inputs, share=True))}, inputs)["ours"] < 1e-5
+
+
+def test_measured_points_become_steps_of_the_fit(device: torch.device) -> None:
+    bare = device_for_fit(l2_bytes=50e6, processors=132)
+    times = {
+        SHARED: 50.0,
+        SHARED_LAUNCH: 20.0,
+        OWN_LAUNCH: 28.0,
+        FLASH_ATTENTION_3: 90.0,
+        FLASH_ATTENTION_3_HEURISTIC: 80.0,
+    }
+    point = MeasuredPoint(GridPoint(2000, 16, requests=64), 64, 8, times, {}, 0.0, 10**8, 10**9, 10**7)
+    step = measured_step(point, bare, torch.device("cpu"), torch.bfloat16)
+    assert (step.stock, step.shared, step.own, step.whole) == pytest.approx((80e-6, 20e-6, 28e-6, 50e-6))
+    assert step.work.shared is not None
+    ours = step.work.shared.first_bytes + step.work.own.first_bytes
+    assert ours < step.work.stock.total_bytes
+    alone = replace(point, microseconds={SHARED: 50.0, OWN_LAUNCH: 28.0})
+    assert measured_step(alone, bare, torch.device("cpu"), torch.bfloat16).stock is None
+
+
+def test_a_launch_costs_the_host_what_a_call_takes_over_its_launches() -> None:
+    rows = [{"what": WITHOUT_LAUNCHES, "microseconds": 8.0}, {"what": WITH_LAUNCHES, "microseconds": 12.0}]
+    assert launch_seconds(rows) == pytest.approx(6e-6)

@@ -15,7 +15,7 @@ Report = dict[str, Any]
 ARCHITECTURES = ("sm80", "sm90")
 HEAD_SIZES = (64, 80, 96, 128, 256)
 PROFILED_POINTS = 4
-STAGES = ("facts", "check", "calibrate", "compile_candidates", "tune", "replay", "profile")
+STAGES = ("facts", "check", "host", "calibrate", "compile_candidates", "tune", "replay", "profile")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _print(graph_report(), options.json)
     if options.plan:
         return _print(_plan(), options.json)
-    if options.host:
+    if options.host and options.results is None:
         return _print(_host(), options.json)
     if options.compile:
         return _print(_compile(quick=options.quick), options.json)

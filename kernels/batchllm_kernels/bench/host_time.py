@@ -17,6 +17,9 @@ from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import layered_step
 from batchllm_kernels.bench.ours import our_call, plan_of
 
+WITHOUT_LAUNCHES, WITH_LAUNCHES = "a layer, without launches", "a layer, with launches"
+PLAN, LOAD = "a step, plan", "a step, load"
+
 CALLS_OF_A_LAYER = 400
 CALLS_OF_A_STEP = 40
 ROUNDS = 7
@@ -64,17 +67,17 @@ def without_launches() -> Iterator[None]:
 
 
 def layer_microseconds(device: torch.device) -> dict[str, float]:
-    """Median host time of one layer's call: "without launches", and on a CUDA device "with launches"."""
+    """Median host time of one layer's call: without launches, and on a CUDA device with them."""
     inputs = layered_step(SMALL, device, torch.bfloat16, layers=2)
     plan = plan_of(inputs, share=True)
     call = our_call(inputs, plan, every_launch=False)
     with without_launches():
         call(0)
-        times = {"without launches": _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)}
+        times = {WITHOUT_LAUNCHES: _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)}
     if device.type == "cuda":
         call = our_call(inputs, plan, every_launch=False)
         call(0)
-        times["with launches"] = _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)
+        times[WITH_LAUNCHES] = _microseconds(lambda: call(0), CALLS_OF_A_LAYER, device)
     return times
 
 
@@ -86,16 +89,15 @@ def step_microseconds(device: torch.device) -> dict[str, float]:
     plan = plan_of(large, share=True)
     buffers = PlanBuffers.of_plan(plan, LARGE.heads, LARGE.head_size, device)
     return {
-        "plan": _microseconds(lambda: plan_of(large, share=True), CALLS_OF_A_STEP, device),
-        "load": _microseconds(lambda: buffers.load(plan), CALLS_OF_A_STEP, device),
+        PLAN: _microseconds(lambda: plan_of(large, share=True), CALLS_OF_A_STEP, device),
+        LOAD: _microseconds(lambda: buffers.load(plan), CALLS_OF_A_STEP, device),
     }
 
 
 def host_rows(device: torch.device) -> list[dict[str, Any]]:
     """Rows of the report."""
-    layer = [{"what": f"a layer, {name}", "microseconds": time} for name, time in layer_microseconds(device).items()]
-    step = [{"what": f"a step, {name}", "microseconds": time} for name, time in step_microseconds(device).items()]
-    return layer + step
+    times = layer_microseconds(device) | step_microseconds(device)
+    return [{"what": name, "microseconds": time} for name, time in times.items()]
 
 
 def _microseconds(call: Callable[[], object], calls: int, device: torch.device) -> float:

@@ -75,7 +75,7 @@ def summary(path: Path) -> str:
     for goal in goals(timed):
         met = "met   " if goal.shortfall <= 1 else "MISSED"
         lines.append(f"{met} {goal.what}: {goal.got:.3g} of {goal.expected:.3g}, {goal.point}")
-    for stage in ("facts", "replay", "calibrate", "best"):
+    for stage in ("facts", "host", "replay", "calibrate", "best"):
         lines += [f"{stage} {row}" for row in by_stage.get(stage, {}).values()]
     return "\n".join(lines) + "\n"
 

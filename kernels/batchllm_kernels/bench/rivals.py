@@ -15,6 +15,10 @@ from batchllm_kernels.bench.timers import LayerCall
 FLASH_ATTENTION_3 = "FlashAttention 3, as in vLLM's CUDA graphs"
 FLASH_ATTENTION_3_HEURISTIC = "FlashAttention 3, splits by its heuristic"
 FLASH_ATTENTION_3_NAMES = (FLASH_ATTENTION_3, FLASH_ATTENTION_3_HEURISTIC)
+VLLM_TRITON, VLLM_FLASH = "vLLM unified attention", "vLLM FlashAttention"
+STOCK_NAMES = (*FLASH_ATTENTION_3_NAMES, VLLM_TRITON, VLLM_FLASH)
+"""vLLM's own attention."""
+
 SDPA = "torch SDPA on a copy for each request"
 MAX_DENSE_BYTES = 12 * 10**9
 
@@ -127,4 +131,4 @@ def _vllm(inputs: LayeredStep) -> dict[str, LayerCall]:
 
         return call
 
-    return {"vLLM unified attention": of(unified_attention), "vLLM FlashAttention": of(flash_attention)}
+    return {VLLM_TRITON: of(unified_attention), VLLM_FLASH: of(flash_attention)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 
 from batchllm_kernels.attention.tuning import device_architecture
 from batchllm_kernels.bench import tune
+from batchllm_kernels.bench.calibrate import calibrated
 from batchllm_kernels.bench.check import check, check_cases
-from batchllm_kernels.bench.fit import fit_calibration
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.host_time import host_rows
 from batchllm_kernels.bench.measure import MeasuredPoint, measure_point
@@ -46,18 +45,21 @@ def device_facts() -> Row:
 
 
 def facts_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
-    """Device, versions, the rates of copies and of matrix products, and the host's time of our calls."""
+    """Device, versions, the rates of copies and of matrix products."""
 
     def result(key: str) -> Row:
         if key == "device":
             return device_facts()
         if key == "copy":
             return {"bytes_per_second": copy_bytes_per_second(setup.device, **_sized(setup, REHEARSED_COPY))}
-        if key == "matmul":
-            return {"flops_per_second": matmul_flops_per_second(setup.device, **_sized(setup, REHEARSED_MATMUL))}
-        return {"rows": host_rows(setup.device)}
+        return {"flops_per_second": matmul_flops_per_second(setup.device, **_sized(setup, REHEARSED_MATMUL))}
 
-    return results.collect(["device", "copy", "matmul", "host"], result, scope)
+    return results.collect(["device", "copy", "matmul"], result, scope)
+
+
+def host_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
+    """The host's time of our calls, on a CUDA device with real launches too."""
+    return results.collect(["host"], lambda _: {"rows": host_rows(setup.device)}, scope)
 
 
 def check_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
@@ -69,7 +71,7 @@ def check_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
 def time_stage(setup: Setup, results: ResultsFile, scope: Scope, *, important: bool) -> bool:
     """Points of the grid, every implementation checked and then timed."""
     points = {point.key: point for point in setup.points(important=important)}
-    bandwidth = _fact(results, "copy", "bytes_per_second", lambda: copy_bytes_per_second(setup.device))
+    bandwidth = _copy_rate(results, setup)
 
     def result(key: str) -> Row:
         measured = measure_point(
@@ -113,11 +115,6 @@ def tune_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     return whole
 
 
-def measured_points(results: ResultsFile) -> list[MeasuredPoint]:
-    """What the stage `time` has measured so far."""
-    return [MeasuredPoint.of_row(row) for row in results.of_stage("time").rows()]
-
-
 def calibrate_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """The entry of `calibration.json` that the measured points give; the important points are measured before."""
     time_stage(setup, results.of_stage("time"), scope, important=True)
@@ -131,9 +128,11 @@ def calibration(results: ResultsFile, setup: Setup) -> dict[str, Any]:
         ValueError: when they are too few.
     """
     facts = device_facts()
-    flops = _fact(results, "matmul", "flops_per_second", lambda: matmul_flops_per_second(setup.device))
     source = f"measured with torch {facts['torch']}, triton {facts['triton']}"
-    return {facts["device"]: asdict(fit_calibration(source, measured_points(results), flops))}
+    points = [MeasuredPoint.of_row(row) for row in results.of_stage("time").rows()]
+    known = results.of_stage("host").rows()
+    host = known[0]["rows"] if known else host_rows(setup.device)
+    return {facts["device"]: asdict(calibrated(source, points, host, setup.device, setup.dtype))}
 
 
 def best_tuning(results: ResultsFile, setup: Setup) -> dict[str, Any]:
@@ -147,11 +146,11 @@ def best_tuning(results: ResultsFile, setup: Setup) -> dict[str, Any]:
     return {device_architecture(setup.device): {bits: {str(GridPoint(0, 1).head_size): entry}}}
 
 
-def _fact(results: ResultsFile, key: str, name: str, measure: Callable[[], float]) -> float:
+def _copy_rate(results: ResultsFile, setup: Setup) -> float:
     for row in results.of_stage("facts").rows():
-        if row["key"] == key:
-            return float(row[name])
-    return measure()
+        if row["key"] == "copy":
+            return float(row["bytes_per_second"])
+    return copy_bytes_per_second(setup.device, **_sized(setup, REHEARSED_COPY))
 
 
 def _sized(setup: Setup, size: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ LayerCall = Callable[[int], torch.Tensor]
 Timer = Callable[[Mapping[str, LayerCall], int], dict[str, float]]
 """Microseconds a layer of each implementation, from calls and a number of layers."""
 
-ROUNDS = 7
+ROUNDS = 5
 ROUND_MICROSECONDS = 2500.0
 MOST_REPLAYS = 50
 
@@ -28,11 +28,11 @@ def graph_replay_times(calls: Mapping[str, LayerCall], layers: int) -> dict[str,
     replayed some times in a row, so that what drifts meets all of them alike.
     """
     graphs = {name: captured(partial(_all_layers, call, layers)) for name, call in calls.items()}
-    replays = {name: _replays(graph) for name, graph in graphs.items()}
+    lengths = {name: _length(graph) for name, graph in graphs.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            times[name].append(_replay_microseconds(graph, replays[name]) / layers)
+            times[name].append(_round(graph, lengths[name]) / layers)
     return {name: median(values) for name, values in times.items()}
 
 
@@ -51,14 +51,21 @@ def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replays(graph: torch.cuda.CUDAGraph) -> int:
+def _length(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay, about."""
     _replay_microseconds(graph, 1)  # the first replay uploads the graph
-    return max(1, min(MOST_REPLAYS, math.ceil(ROUND_MICROSECONDS / _replay_microseconds(graph, 2))))
+    return _replay_microseconds(graph, 2)
+
+
+def _round(graph: torch.cuda.CUDAGraph, length: float) -> float:
+    replays = max(1, min(MOST_REPLAYS, math.ceil(ROUND_MICROSECONDS / length)))
+    if length < ROUND_MICROSECONDS:
+        graph.replay()  # keeps the device busy while the host records the event, so that no gap is counted
+    return _replay_microseconds(graph, replays)
 
 
 def _replay_microseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()  # keeps the device busy while the host records the event, so that no gap is counted
     start.record()
     for _ in range(replays):
         graph.replay()
