@@ -28,6 +28,11 @@ TRACE = "BATCHLLM_ATTENTION_TRACE"
 FOLDERS = (TRACE_FOLDER, ATTENTION_TRACE_FOLDER)
 
 
+def python_path(platform: Path) -> str:
+    """For processes that find a platform there, and all that this process finds."""
+    return os.pathsep.join([str(platform), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def asking(load: Load, attention: str) -> Load:
     model = load.model.model_copy(update={"attention": attention})
     return load.model_copy(update={"model": model})
@@ -64,7 +69,7 @@ def test_what_attention_decides_in_each_step_stands_in_the_work_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu_platform_plugin.announce(tmp_path / "platform")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "platform"), str(REPOSITORY)]))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "platform"))
     handle = make_handle()
     settings = {one.name: one for one in handle.load(asking(load_command, "shared")).settings}
     assert settings["attention"].value == "shared over CPU_ATTN"
@@ -203,7 +208,7 @@ def run_engines(
     cpu_platform_plugin.announce(folder / "platform")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(folder / "platform"), str(REPOSITORY)]),
+        "PYTHONPATH": python_path(folder / "platform"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(core_process)),
         TRACE: str(folder / "attention.jsonl"),
         **variables,

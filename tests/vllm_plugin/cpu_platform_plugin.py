@@ -17,7 +17,7 @@ def platform() -> str:
     STOCK_BACKENDS["CPU_ATTN"] = "tests.vllm_plugin.plain_cpu_backend.SharedOverCpu"
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _let_triton_be_interpreted()
-    name = "PiecewiseCpuPlatform" if REPLAYS_VARIABLE in os.environ else "CustomCpuPlatform"
+    name = "CapturingCpuPlatform" if REPLAYS_VARIABLE in os.environ else "CustomCpuPlatform"
     return f"tests.vllm_plugin.custom_cpu_platform.{name}"
 
 

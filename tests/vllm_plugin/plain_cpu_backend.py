@@ -22,6 +22,7 @@ from batchllm_kernels.vllm_plugin.attention_backend import (
     SharedAttentionImpl,
     SharedMetadataBuilder,
 )
+from tests.vllm_plugin.recorded_graph import launch
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -29,7 +30,7 @@ class PlainImpl(CPUAttentionBackendImpl):
         self, _layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        slots = slot_mapping[slot_mapping >= 0]
+        slots = slot_mapping.clamp(min=0)  # padding goes to vLLM's null block, so that shapes do not depend on it
         block, offset = slots // keys.shape[1], slots % keys.shape[1]
         keys[block, offset] = key[: len(slots)]
         values[block, offset] = value[: len(slots)]
@@ -39,7 +40,8 @@ class PlainImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output
-        assert attn_metadata.prefix_shared_plan is None, "a step with a plan came to the stock path"
+        rows = attn_metadata.decode_rows
+        assert rows is None or rows.prompts, "a step of decode rows with a plan came to the stock path"
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         lengths = attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc
         tokens = int(attn_metadata.query_start_loc[-1])
@@ -49,6 +51,12 @@ class PlainImpl(CPUAttentionBackendImpl):
 
 class SharedImpl(SharedAttentionImpl, PlainImpl):
     implementation = "triton" if HAS_TRITON else "reference"
+
+    def attend_decode_rows(self, *arguments: Any) -> None:
+        if HAS_TRITON:
+            super().attend_decode_rows(*arguments)
+        else:
+            launch(super().attend_decode_rows, *arguments)
 
 
 class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):

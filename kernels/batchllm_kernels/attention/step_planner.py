@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from batchllm_kernels.attention.api import plan_shape
@@ -102,4 +103,17 @@ class StepPlanner:
             return None
         self._pause = 0
         self._buffers.load(plan)
+        return self._buffers
+
+    def load_alone(self, seq_lens: torch.Tensor) -> PlanBuffers:
+        """A plan on the device in which every request reads its own context, one query token each.
+
+        Args:
+            seq_lens: int32 [requests], with the tokens of this step, on any device.
+        """
+        lengths = seq_lens.cpu().numpy()
+        columns = -(-int(lengths.max(initial=0)) // self._shape.block_size)
+        table = np.broadcast_to(np.int32(0), (len(lengths), columns))
+        starts = np.arange(len(lengths) + 1, dtype=np.int32)
+        self._buffers.load(plan_work(table, lengths, starts, self._shape, share=False))
         return self._buffers
