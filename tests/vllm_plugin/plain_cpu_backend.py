@@ -5,6 +5,7 @@ vLLM's CPU kernels pack the keys, so that the stock half of this backend is the 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from batchllm_kernels.vllm_plugin.attention_backend import (
     SharedMetadataBuilder,
 )
 from tests.vllm_plugin.recorded_graph import launch
+
+
+REFERENCE_VARIABLE = "TEST_REFERENCE_ATTENTION"
+"""Environment variable that asks for the reference where Triton could run too."""
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -50,10 +55,10 @@ class PlainImpl(CPUAttentionBackendImpl):
 
 
 class SharedImpl(SharedAttentionImpl, PlainImpl):
-    implementation = "triton" if HAS_TRITON else "reference"
+    implementation = "triton" if HAS_TRITON and REFERENCE_VARIABLE not in os.environ else "reference"
 
     def attend_decode_rows(self, *arguments: Any) -> None:
-        if HAS_TRITON:
+        if self.implementation == "triton":
             super().attend_decode_rows(*arguments)
         else:
             launch(super().attend_decode_rows, *arguments)
