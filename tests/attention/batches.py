@@ -9,13 +9,16 @@ import torch
 
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.reference import paged_attention
+from batchllm_kernels.attention.reference import paged_attention, planned_attention
 from batchllm_kernels.attention.work_plan import PlanShape, WorkPlan, plan_work
 
 
 @dataclass
 class Request:
-    """A request of a step: `shares` names prefixes, each a (name, blocks) pair, that stand before its own tokens."""
+    """A request of a step: `shares` names prefixes, each a (name, blocks) pair, that stand before its own tokens.
+
+    Without any token it is a padding row.
+    """
 
     own_tokens: int
     query_tokens: int = 1
@@ -24,7 +27,10 @@ class Request:
 
 @dataclass
 class Step:
-    """Block table, lengths and query starts of a batch; block ids are shuffled, prefixes of one name are one run."""
+    """Block table, lengths and query starts of a batch; block ids are shuffled, prefixes of one name are one run.
+
+    Only steps of requests with one query token each have a plan.
+    """
 
     requests: list[Request]
     block_size: int = 16
@@ -67,7 +73,8 @@ class Step:
         return int(self.query_start_loc[-1])
 
     def plan(self, shape: PlanShape, *, share: bool = True) -> WorkPlan:
-        return plan_work(self.block_table, self.seq_lens, self.query_start_loc, shape, share=share)
+        assert all(request.query_tokens == 1 for request in self.requests)
+        return plan_work(self.block_table, self.seq_lens, shape, share=share)
 
 
 @dataclass
@@ -104,6 +111,11 @@ class Tensors:
             device=self.query.device,
             **changes,
         )
+
+    def planned(self, plan: WorkPlan) -> torch.Tensor:
+        """The result of the reference, item by item."""
+        rows = self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens
+        return planned_attention(*rows, self.scale, plan)
 
     def attend(self, plan: WorkPlan, impl: str) -> torch.Tensor:
         """The result, of poisoned scratch space and output."""
@@ -144,24 +156,43 @@ def tensors(
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest deviation over the largest number expected; NaN anywhere gives NaN."""
-    return float((result - expected).abs().max() / expected.abs().max())
+    """Largest deviation over the largest number expected; NaN for a NaN anywhere but in padding rows, which must have
+    nothing else."""
+    padding = expected.isnan()
+    if not result[padding].isnan().all():
+        return float("nan")
+    numbers = expected[~padding]
+    return float((result[~padding] - numbers).abs().max() / numbers.abs().max())
 
 
 def mixed_requests() -> list[Request]:
-    """Two groups under one parent, a group beside it, a lone request, prefill chunks with and without context."""
+    """Decode rows: two groups under one parent, a group beside them, lone requests, padding."""
     parent, document, other = ("parent", 3), ("document", 5), ("other", 4)
     return [
         Request(own_tokens=5, shares=(parent, document)),
         Request(own_tokens=1, shares=(("elsewhere", 6),)),
         Request(own_tokens=33, shares=(parent, other)),
         Request(own_tokens=16, shares=(parent, document)),
-        Request(own_tokens=70, query_tokens=1),
-        Request(own_tokens=20, query_tokens=20, shares=(parent, other)),
+        Request(own_tokens=0),
+        Request(own_tokens=70),
+        Request(own_tokens=20, shares=(parent, other)),
         Request(own_tokens=17, shares=(("elsewhere", 6),)),
-        Request(own_tokens=40, query_tokens=40),
-        Request(own_tokens=9, query_tokens=3, shares=(parent, document)),
-        Request(own_tokens=1, query_tokens=1),
-        Request(own_tokens=30, query_tokens=7, shares=(parent, document)),
+        Request(own_tokens=9, shares=(parent, document)),
+        Request(own_tokens=1),
+        Request(own_tokens=30, shares=(parent, document)),
         Request(own_tokens=2, shares=(parent, other)),
+        Request(own_tokens=0),
+    ]
+
+
+def prompt_requests() -> list[Request]:
+    """Requests that compute their prompts, with and without context, beside some that decode."""
+    return [
+        Request(own_tokens=5, shares=(("prefix", 3),)),
+        Request(own_tokens=20, query_tokens=20, shares=(("prefix", 3),)),
+        Request(own_tokens=40, query_tokens=40),
+        Request(own_tokens=9, query_tokens=3, shares=(("prefix", 3),)),
+        Request(own_tokens=1, query_tokens=0),
+        Request(own_tokens=1),
+        Request(own_tokens=30, query_tokens=7),
     ]

@@ -1,8 +1,9 @@
-"""The plan of a step: every query token reads every key it sees exactly once."""
+"""The plan of a step: every row reads every key of its own exactly once, together with others where that pays."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import replace
 from random import Random
 
@@ -12,132 +13,173 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
-from batchllm_kernels.attention.work_plan import DIRECT, KV_END, KV_START, PlanShape, WorkPlan, plan_work
+from batchllm_kernels.attention.work_plan import DIRECT, Merge, OwnItem, PlanShape, SharedItem, WorkPlan, plan_work
 
 from .batches import Request, Step, Tensors, mixed_requests, relative_error, tensors
+from .plan_batches import batches, shapes
 
 SHAPE = PlanShape(block_size=16, queries_per_kv_head=4)
 
-
-def keys_read(step: Step, plan: WorkPlan) -> dict[int, list[tuple[int, int]]]:
-    """(block, position) of every key that each query token reads."""
-    read: dict[int, list[tuple[int, int]]] = {token: [] for token in range(step.query_tokens)}
-    for row_start, row_count, request, kv_start, kv_end, _, causal, _ in plan.items.tolist():
-        for token in plan.rows[row_start : row_start + row_count, 0].tolist():
-            position = int(step.seq_lens[request]) - int(step.query_start_loc[request + 1]) + token
-            end = min(kv_end, position + 1) if causal else kv_end
-            read[token] += [(int(step.block_table[request, p // step.block_size]), p) for p in range(kv_start, end)]
-    return read
+KeyRange = tuple[int, int]
 
 
-def keys_seen(step: Step) -> dict[int, list[tuple[int, int]]]:
-    seen = {}
-    for request, length in enumerate(step.seq_lens.tolist()):
-        first, end = step.query_start_loc[request : request + 2].tolist()
-        for token in range(first, end):
-            position = length - end + token
-            seen[token] = [(int(step.block_table[request, p // step.block_size]), p) for p in range(position + 1)]
-    return seen
+def shared_parts(plan: WorkPlan) -> list[tuple[int, int, int, KeyRange]]:
+    """(token, slot, request whose blocks are read, keys) of every shared item's rows."""
+    return [
+        (token, slot + split, request, (kv_start, kv_end))
+        for row_start, row_count, request, kv_start, kv_end, split in plan.shared_items.tolist()
+        for token, slot in plan.shared_rows[row_start : row_start + row_count].tolist()
+    ]
 
 
-in_their_own_tokens = st.builds(
-    Request,
-    own_tokens=st.integers(21, 60),
-    query_tokens=st.one_of(st.just(1), st.integers(0, 21)),
-    shares=st.sampled_from(
-        [(), (("a", 2),), (("a", 2), ("b", 30)), (("a", 2), ("c", 9)), (("d", 12),), (("d", 12), ("e", 1), ("f", 7))]
-    ),
-)
-computing_a_prefix_that_others_share = st.builds(
-    Request, own_tokens=st.just(3), query_tokens=st.integers(4, 150), shares=st.just((("d", 12),))
-)
-requests = st.one_of(in_their_own_tokens, computing_a_prefix_that_others_share)
-shapes = st.builds(
-    PlanShape,
-    block_size=st.sampled_from([16, 32]),
-    queries_per_kv_head=st.sampled_from([1, 3, 4, 8]),
-    wide_tile_rows=st.sampled_from([16, 64]),
-    target_items=st.sampled_from([1, 4, 64]),
-    minimum_split_tokens=st.sampled_from([16, 256]),
-)
+def key_ranges(plan: WorkPlan) -> dict[int, list[KeyRange]]:
+    """Key ranges that each token reads, in the order of keys."""
+    ranges = defaultdict(list)
+    for token, _, _, keys in shared_parts(plan):
+        ranges[token].append(keys)
+    for token, kv_start, kv_end, *_ in plan.own_items.tolist():
+        ranges[token].append((kv_start, kv_end))
+    return {token: sorted(read) for token, read in ranges.items()}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=8), shapes, st.booleans())
-def test_every_token_reads_every_key_it_sees_once(batch: list[Request], shape: PlanShape, share: bool) -> None:
+@settings(max_examples=100, deadline=None)
+@given(batches, shapes, st.booleans())
+def test_every_row_reads_each_of_its_keys_once(batch: list[Request], shape: PlanShape, share: bool) -> None:
     step = Step(batch, block_size=shape.block_size)
     plan = step.plan(shape, share=share)
-    assert {token: sorted(read) for token, read in keys_read(step, plan).items()} == {
-        token: sorted(seen) for token, seen in keys_seen(step).items()
-    }
+    read = key_ranges(plan)
+    assert sorted(read) == np.flatnonzero(step.seq_lens).tolist()
+    for token, ranges in read.items():
+        assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
+        assert ranges[-1][1] == step.seq_lens[token]
+        assert all(start < end for start, end in ranges)
+    for token, _, request, (kv_start, kv_end) in shared_parts(plan):
+        blocks = slice(kv_start // step.block_size, kv_end // step.block_size)
+        assert step.block_table[token, blocks].tolist() == step.block_table[request, blocks].tolist()
+        assert kv_start % step.block_size == kv_end % step.block_size == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, shapes)
+def test_every_partial_result_is_written_once_and_taken_in_once_in_the_order_of_keys(
+    batch: list[Request], shape: PlanShape
+) -> None:
+    plan = Step(batch, block_size=shape.block_size).plan(shape)
+    written = {slot: (token, keys) for token, slot, _, keys in shared_parts(plan)}
+    assert len(written) == len(shared_parts(plan))
+    outputs, merged_to = [], {}
+    taken: list[int] = []
+    for token, kv_start, kv_end, first, end, out in sorted(plan.own_items.tolist()):
+        shared_before = [written[slot] for slot in range(first, end)]
+        assert [owner for owner, _ in shared_before] == [token] * (end - first)
+        assert [keys for _, keys in shared_before] == sorted(keys for _, keys in shared_before)
+        taken += range(first, end)
+        if out == DIRECT:
+            outputs.append(token)
+        else:
+            assert out not in written
+            assert end in (first, out), "the own part of a token stands behind its shared parts"
+            written[out] = token, (kv_start, kv_end)
+            merged_to[out] = token
+    for token, first, end in plan.merges.tolist():
+        assert end - first > 1
+        parts = [written[slot] for slot in range(first, end)]
+        assert [merged_to.pop(slot) for slot in range(first, end)] == [token] * (end - first)
+        assert [keys for _, keys in parts] == sorted(keys for _, keys in parts)
+        taken += range(first, end)
+        outputs.append(token)
+    assert not merged_to
+    assert sorted(taken) == sorted(written) == list(range(plan.partials))
+    assert sorted(outputs) == [token for token, request in enumerate(batch) if request.own_tokens or request.shares]
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, shapes)
+def test_items_of_a_node_cover_its_rows_and_its_keys(batch: list[Request], shape: PlanShape) -> None:
+    plan = Step(batch, block_size=shape.block_size).plan(shape)
+    starts = plan.node_row_start.tolist()
+    assert (starts[0], starts[-1], len(starts)) == (0, len(plan.shared_rows), len(plan.nodes) + 1)
+    of_rows: dict[int, list[KeyRange]] = defaultdict(list)
+    for row_start, row_count, request, kv_start, kv_end, _ in plan.shared_items.tolist():
+        assert 0 < row_count <= shape.shared_tile_tokens
+        node = int(np.searchsorted(starts, row_start, side="right")) - 1
+        assert request == plan.nodes[node][0]
+        assert row_start + row_count <= starts[node + 1]
+        for row in range(row_start, row_start + row_count):
+            of_rows[row].append((kv_start, kv_end))
+    for node, (_, kv_start, kv_end) in enumerate(plan.nodes.tolist()):
+        for row in range(starts[node], starts[node + 1]):
+            ranges = sorted(of_rows[row])
+            assert [start for start, _ in ranges] == [kv_start, *(end for _, end in ranges[:-1])]
+            assert ranges[-1][1] == kv_end
+    assert plan.shared_tokens == sum(end - start for _, start, end in plan.nodes.tolist())
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=8), shapes)
-def test_partial_slots_are_filled_once_and_those_of_a_token_stand_together(
-    batch: list[Request], shape: PlanShape
-) -> None:
+@given(batches, shapes)
+def test_nodes_that_are_not_split_have_one_slot_for_each_row(batch: list[Request], shape: PlanShape) -> None:
+    plan = Step(batch, block_size=shape.block_size).plan(replace(shape, split_shared=False))
+    assert not plan.shared_items[:, SharedItem.SPLIT].any()
+    own_slots = plan.own_items[plan.own_items[:, OwnItem.OUT_SLOT] != DIRECT, OwnItem.OUT_SLOT]
+    assert sorted([*plan.shared_rows[:, 1], *own_slots]) == list(range(plan.partials))
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, shapes, st.randoms(use_true_random=False))
+def test_rows_in_another_order_get_the_same_items(batch: list[Request], shape: PlanShape, random: Random) -> None:
     step = Step(batch, block_size=shape.block_size)
-    plan = step.plan(shape)
-    filled: dict[int, int] = {}
-    written = []
-    for row_start, row_count, _, _, _, split, _, _ in plan.items.tolist():
-        for token, slot in plan.rows[row_start : row_start + row_count].tolist():
-            if slot == DIRECT:
-                written.append(token)
-                continue
-            assert slot + split not in filled
-            filled[slot + split] = token
-    for token, first, end in plan.merges.tolist():
-        assert end - first > 1
-        assert [filled.pop(slot) for slot in range(first, end)] == [token] * (end - first)
-        written.append(token)
-    assert not filled
-    assert sorted(written) == list(range(step.query_tokens))
+    order = list(range(len(batch)))
+    random.shuffle(order)
+    moved = key_ranges(plan_work(step.block_table[order], step.seq_lens[order], shape))
+    assert {order[token]: ranges for token, ranges in moved.items()} == key_ranges(step.plan(shape))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=6), shapes, st.randoms(use_true_random=False))
-def test_sharing_splitting_and_order_of_requests_do_not_change_the_result(
+@settings(max_examples=60, deadline=None)
+@given(batches, shapes, st.randoms(use_true_random=False))
+def test_sharing_splitting_and_order_of_rows_do_not_change_the_result(
     batch: list[Request], shape: PlanShape, random: Random
 ) -> None:
     step = Step(batch, block_size=shape.block_size)
     numbers = tensors(step, heads=shape.queries_per_kv_head, head_size=8)
-    if not step.query_tokens:
-        return
     expected = numbers.expected()
-    for share in (True, False):
-        assert relative_error(numbers.attend(step.plan(shape, share=share), "reference"), expected) < 1e-5
+    if expected.isnan().all():
+        return
+    for made_for in (shape, replace(shape, split_shared=False)):
+        for share in (True, False):
+            assert relative_error(numbers.planned(step.plan(made_for, share=share)), expected) < 1e-5
     order = list(range(len(batch)))
     random.shuffle(order)
     assert relative_error(_in_order(step, numbers, shape, order), expected) < 1e-5
 
 
 def _in_order(step: Step, numbers: Tensors, shape: PlanShape, order: list[int]) -> torch.Tensor:
-    """The result of the same requests in another order, back in the first."""
-    starts = step.query_start_loc
-    tokens = torch.tensor([t for r in order for t in range(starts[r], starts[r + 1])], dtype=torch.long)
-    start_loc = np.cumsum([0] + [starts[r + 1] - starts[r] for r in order], dtype=np.int32)
+    """The result of the same rows in another order, back in the first."""
+    table, lengths = step.block_table[order], step.seq_lens[order]
     moved = replace(
         numbers,
-        query=numbers.query[tokens],
-        block_table=torch.from_numpy(step.block_table[order]),
-        seq_lens=torch.from_numpy(step.seq_lens[order]),
-        query_start_loc=torch.from_numpy(start_loc),
+        query=numbers.query[order],
+        block_table=torch.from_numpy(table),
+        seq_lens=torch.from_numpy(lengths),
     )
-    plan = plan_work(step.block_table[order], step.seq_lens[order], start_loc, shape)
     back = torch.empty_like(numbers.query)
-    back[tokens] = moved.attend(plan, "reference")
+    back[order] = moved.planned(plan_work(table, lengths, shape))
     return back
 
 
 def test_a_shared_prefix_is_read_once_for_a_group() -> None:
     step = Step([Request(own_tokens=200, shares=(("prefix", 125),)) for _ in range(16)])
     plan = step.plan(SHAPE)
-    assert plan.shared_tokens == 2000
-    assert plan.kv_tokens_read == 2000 + 16 * 200
-    assert step.plan(SHAPE, share=False).kv_tokens_read == 16 * 2200
+    assert plan.shared_tokens == plan.shared_kv_tokens_read == 2000
+    assert plan.own_kv_tokens_read == 16 * 200
+    alone = step.plan(SHAPE, share=False)
+    assert (alone.shared_kv_tokens_read, alone.kv_tokens_read) == (0, 16 * 2200)
+
+
+def test_a_group_larger_than_a_tile_reads_its_prefix_once_for_each_tile() -> None:
+    step = Step([Request(own_tokens=200, shares=(("prefix", 125),)) for _ in range(17)])
+    assert step.plan(SHAPE).shared_kv_tokens_read == 2 * 2000
+    assert step.plan(replace(SHAPE, shared_tile_rows=128)).shared_kv_tokens_read == 2000
+    assert step.plan(SHAPE).shared_tokens == 2000
 
 
 def test_a_parent_is_read_once_for_all_its_groups() -> None:
@@ -146,8 +188,8 @@ def test_a_parent_is_read_once_for_all_its_groups() -> None:
 
 
 def test_a_parent_that_is_too_short_to_pay_is_read_with_each_group() -> None:
-    step = Step([Request(own_tokens=20, shares=(("parent", 3), (f"document {n % 4}", 50))) for n in range(16)])
-    assert step.plan(SHAPE).kv_tokens_read == 16 * 4 * 53 + 16 * 20
+    step = Step([Request(own_tokens=20, shares=(("parent", 2), (f"document {n % 4}", 50))) for n in range(16)])
+    assert step.plan(SHAPE).kv_tokens_read == 16 * 4 * 52 + 16 * 20
 
 
 def test_a_short_level_between_two_that_pay_is_read_with_the_lower() -> None:
@@ -160,97 +202,108 @@ def test_a_short_level_between_two_that_pay_is_read_with_the_lower() -> None:
     assert step.plan(SHAPE).kv_tokens_read == 16 * (40 + 4 * 51) + 16 * 20
 
 
-def test_a_prefix_too_short_to_pay_is_not_shared() -> None:
-    step = Step([Request(own_tokens=20, shares=(("prefix", 2),)) for _ in range(2)])
-    assert step.plan(SHAPE).shared_tokens == 0
+def test_a_prefix_is_shared_when_it_saves_more_than_one_partial_result_a_row() -> None:
+    # two partial results of 4 heads cost as much as 16 KV tokens in 16 bits, 8 in 32
+    for blocks, element_bytes, shared in ((1, 2, 0), (2, 2, 32), (1, 4, 16)):
+        step = Step([Request(own_tokens=20, shares=(("prefix", blocks),)) for _ in range(2)])
+        assert step.plan(replace(SHAPE, element_bytes=element_bytes)).shared_tokens == shared
 
 
-def test_prefill_chunks_that_fill_tiles_alone_are_not_shared() -> None:
-    step = Step([Request(own_tokens=160, query_tokens=160, shares=(("prefix", 60),)) for _ in range(4)])
-    assert step.plan(SHAPE).shared_tokens == 0
+def test_the_block_of_a_rows_query_token_is_not_shared() -> None:
+    rows = Step([Request(own_tokens=0, shares=(("prefix", 6),)) for _ in range(4)])
+    assert rows.plan(SHAPE).shared_tokens == 5 * 16
+    assert rows.plan(SHAPE).own_kv_tokens_read == 4 * 16
 
 
-def test_short_prefill_chunks_share_their_context() -> None:
-    step = Step([Request(own_tokens=5, query_tokens=5, shares=(("prefix", 60),)) for _ in range(4)])
-    assert step.plan(SHAPE).shared_tokens == 960
+def test_tiles_of_one_query_token_have_nothing_to_share() -> None:
+    step = Step([Request(own_tokens=20, shares=(("prefix", 100),)) for _ in range(4)])
+    assert step.plan(replace(SHAPE, shared_tile_rows=4)).shared_tokens == 0
 
 
-def test_long_items_are_split_to_like_sizes_and_the_longest_come_first() -> None:
-    step = Step([Request(own_tokens=20, shares=(("prefix", 500),)) for _ in range(8)])
-    lengths = np.diff(step.plan(SHAPE).items[:, [KV_START, KV_END]])[:, 0]
-    assert lengths.max() == 256  # 8 query tokens, whose partial results cost as much as 64 KV tokens
+def test_shared_items_are_split_to_like_sizes_and_the_longest_come_first() -> None:
+    step = Step(
+        [Request(own_tokens=20, shares=((f"prefix {n % 2}", blocks),)) for n, blocks in enumerate([500, 305] * 8)]
+    )
+    items = step.plan(SHAPE).shared_items
+    lengths = items[:, SharedItem.KV_END] - items[:, SharedItem.KV_START]
+    assert lengths.max() == 256  # 8 rows, whose partial results cost as much as 64 KV tokens
     assert (np.diff(lengths) <= 0).all()
+    assert len(items) == 32 + 20
 
 
-def test_a_batch_that_fills_the_device_is_not_split() -> None:
-    step = Step([Request(own_tokens=600) for _ in range(70)])
-    plan = step.plan(SHAPE)
-    assert plan.partials == 0
-    assert len(plan.items) == 70
+def test_tiles_that_read_the_same_keys_stand_together() -> None:
+    step = Step([Request(own_tokens=20, shares=(("prefix", 200),)) for _ in range(40)])
+    items = step.plan(SHAPE).shared_items
+    assert items[:, SharedItem.KV_START].tolist() == sorted(3 * list(range(0, 3200, 464)))
 
 
-def test_padding_requests_get_no_work() -> None:
-    step = Step([Request(own_tokens=30), Request(own_tokens=1, query_tokens=0), Request(own_tokens=1, query_tokens=0)])
-    step.seq_lens[1:] = 10_000  # left over from an earlier step
-    assert len(step.plan(SHAPE).items) == 1
-    empty = np.zeros((0, 4), dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int32)
-    assert len(plan_work(*empty, SHAPE).items) == 0
+def test_the_own_range_of_a_lone_row_is_split_and_merged() -> None:
+    plan = Step([Request(own_tokens=4100)]).plan(SHAPE)
+    assert len(plan.own_items) == plan.partials == 17
+    assert plan.merges.tolist() == [[0, 0, 17]]
+
+
+def test_only_the_first_split_of_an_own_range_takes_in_what_is_shared() -> None:
+    plan = Step([Request(own_tokens=1000, shares=(("prefix", 20),)) for _ in range(3)]).plan(SHAPE)
+    assert len(plan.own_items) == 3 * 4
+    takes_in = plan.own_items[:, OwnItem.FIRST_SLOT] < plan.own_items[:, OwnItem.END_SLOT]
+    assert plan.own_items[takes_in, OwnItem.KV_START].tolist() == [320] * 3
+    assert (plan.own_items[~takes_in, OwnItem.KV_START] > 320).all()
+    assert plan.merges[:, Merge.TOKEN].tolist() == [0, 1, 2]
+
+
+def test_own_ranges_of_a_batch_that_fills_the_device_are_not_split() -> None:
+    plan = Step([Request(own_tokens=300 + 20 * n) for n in range(70)]).plan(SHAPE)
+    assert plan.partials == len(plan.merges) == 0
+    assert (plan.own_items[:, OwnItem.OUT_SLOT] == DIRECT).all()
+    assert plan.own_items[:, OwnItem.TOKEN].tolist() == list(range(69, -1, -1))  # longest first
+
+
+def test_a_row_that_all_others_would_wait_for_is_split() -> None:
+    plan = Step([Request(own_tokens=100)] * 70 + [Request(own_tokens=20_000)]).plan(SHAPE)
+    assert plan.merges[:, Merge.TOKEN].tolist() == [70]
+    assert len(plan.own_items) == 70 + 12
+
+
+def test_padding_rows_get_no_work() -> None:
+    plan = Step([Request(own_tokens=30), Request(own_tokens=0), Request(own_tokens=0)]).plan(SHAPE)
+    assert plan.own_items[:, OwnItem.TOKEN].tolist() == [0]
+    assert plan.query_tokens == 3
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_step_without_rows_has_an_empty_plan(rows: int) -> None:
+    plan = plan_work(np.zeros((rows, 4), dtype=np.int32), np.zeros(rows, dtype=np.int32), SHAPE)
+    assert [len(plan.shared_items), len(plan.own_items), len(plan.merges), len(plan.nodes)] == [0, 0, 0, 0]
+    assert plan.node_row_start.tolist() == [0]
+    assert (plan.partials, plan.query_tokens) == (0, rows)
 
 
 def test_the_same_step_gives_the_same_bytes() -> None:
     step = Step(mixed_requests())
     first, second = step.plan(SHAPE), step.plan(SHAPE)
-    for name in ("items", "rows", "merges"):
+    for name in ("shared_items", "shared_rows", "own_items", "merges", "nodes", "node_row_start"):
         assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
-
-
-decoding = st.builds(
-    Request,
-    own_tokens=st.integers(1, 400),
-    shares=st.sampled_from([(), (("a", 40),), (("a", 40), ("b", 60)), (("c", 200),)]),
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(decoding, min_size=1, max_size=12), st.sampled_from([1, 8, 64]))
-def test_plans_of_decode_steps_within_the_limits_fit_the_capacity(batch: list[Request], target_items: int) -> None:
-    step = Step(batch)
-    shape = PlanShape(block_size=16, queries_per_kv_head=4, target_items=target_items)
-    assert PlanCapacity.of_steps(len(batch), len(batch), shape).holds(step.plan(shape))
-
-
-def test_buffers_keep_their_addresses_and_refuse_a_plan_that_does_not_fit() -> None:
-    small, large = Step([Request(own_tokens=40)]).plan(SHAPE), Step([Request(own_tokens=40)] * 3).plan(SHAPE)
-    buffers = PlanBuffers(PlanCapacity(2, 2, 2, 4), heads=4, head_size=64, device=torch.device("cpu"), fixed_grid=True)
-    address = buffers.items.data_ptr()
-    buffers.load(small)
-    assert buffers.items.data_ptr() == address
-    assert buffers.counts.tolist() == [1, 0]
-    assert buffers.grid == (2, 2)
-    with pytest.raises(ValueError, match=r"plan: expected at most PlanCapacity\(items=2.*got PlanCapacity\(items=3"):
-        buffers.load(large)
+        assert getattr(first, name).dtype == np.int32
 
 
 @pytest.mark.parametrize(
-    ("table", "lengths", "starts", "message"),
+    ("table", "lengths", "message"),
     [
-        ([[1, 2]], [20, 20], [0, 1, 2], "block_table: expected [2, max_blocks], got [1, 2]"),
-        ([[1, 2]], [20], [0, 1, 2], "query_start_loc: expected [2], got [3]"),
-        ([[1, 2]], [20], [1, 2], "query_start_loc: expected to start at 0"),
-        ([[1, 2]], [3], [0, 5], "seq_lens: expected at least the 5 query tokens of request 0, got 3"),
-        ([[1, 2]], [33], [0, 1], "seq_lens: expected at most 2 blocks of 16 tokens, got 33"),
+        ([[1, 2]], [20, 20], "block_table: expected [2, max_blocks], got [1, 2]"),
+        ([[1, 2]], [[20]], "seq_lens: expected [rows], got [1, 1]"),
+        ([[1, 2]], [-1], "seq_lens: expected 0 or more tokens, got -1"),
+        ([[1, 2]], [33], "seq_lens: expected at most 2 blocks of 16 tokens, got 33"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(
-    table: list[list[int]], lengths: list[int], starts: list[int], message: str
-) -> None:
-    arrays = (np.array(numbers, dtype=np.int32) for numbers in (table, lengths, starts))
+def test_arrays_that_do_not_fit_are_refused(table: list[list[int]], lengths: list[int], message: str) -> None:
+    arrays = (np.array(numbers, dtype=np.int32) for numbers in (table, lengths))
     with pytest.raises(ValueError, match=re.escape(message)):
         plan_work(*arrays, SHAPE)
 
 
 def test_tiles_without_room_for_the_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="tile rows: expected 32 heads per KV head"):
-        PlanShape(block_size=16, queries_per_kv_head=32)
+    with pytest.raises(ValueError, match="shared_tile_rows: expected at least the 96 heads of a KV head, got 64"):
+        PlanShape(block_size=16, queries_per_kv_head=96)
     with pytest.raises(ValueError, match="block_size: expected a positive number, got 0"):
         PlanShape(block_size=0, queries_per_kv_head=1)

@@ -10,7 +10,7 @@ from importlib import resources
 import numpy as np
 
 from batchllm_kernels.attention.prefix_sharing import Int32s
-from batchllm_kernels.attention.work_plan import ROW_COUNT, PlanShape, WorkPlan
+from batchllm_kernels.attention.work_plan import PlanShape, WorkPlan
 
 TABLE = "calibration.json"
 PARTIAL_BYTES = 4  # partial results and their log-sum-exp are fp32
@@ -98,7 +98,7 @@ class Decision:
 
 def planned_cost(plan: WorkPlan, seq_lens: Int32s, query_start_loc: Int32s, heads: ModelHeads) -> StepCost:
     """Cost of a step on the shared path; arrays as in `plan_work`."""
-    rows_read = int(plan.items[:, ROW_COUNT].sum(dtype=np.int64))
+    rows_read = plan.shared_queries_read + len(plan.own_items)
     return StepCost(
         kv_bytes=plan.kv_tokens_read * heads.kv_token_bytes,
         partial_bytes=plan.partials * heads.heads * (heads.head_size + 1) * PARTIAL_BYTES,
@@ -112,9 +112,9 @@ def stock_cost(seq_lens: Int32s, query_start_loc: Int32s, shape: PlanShape, head
     """Cost of a step where every request reads its own context, once for each tile of its query tokens."""
     query = np.diff(query_start_loc).astype(np.int64)
     context = seq_lens.astype(np.int64) - query
-    tiles = -(-query // shape.wide_tile_tokens)
+    tiles = -(-query // shape.shared_tile_tokens)
     # tiles before the last are full and end at their own last token
-    kv_tokens = tiles * context + shape.wide_tile_tokens * tiles * (tiles - 1) // 2 + query
+    kv_tokens = tiles * context + shape.shared_tile_tokens * tiles * (tiles - 1) // 2 + query
     tokens = int(query.sum())
     return StepCost(
         kv_bytes=int(kv_tokens.sum()) * heads.kv_token_bytes,

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchllm_kernels.attention.work_plan import ITEM_FIELDS, PlanShape, WorkPlan
+from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
+from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, SharedItem, WorkPlan
+
+COUNTS = 4  # shared items, own items, merges, and one to fill 16 bytes
+ALIGNMENT = 32  # int32s of 128 bytes: where a part of the buffer may start
+UPLOADS_IN_FLIGHT = 2  # steps that may be under way on the device while the host prepares the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,38 +23,45 @@ class PlanCapacity:
     """Room for the plans of a model runner.
 
     Attributes:
-        items: work items.
-        rows: query tokens of all items, splits counted once.
-        merges: query tokens with more than one partial result.
-        partials: partial results.
+        shared_items: tiles of rows x splits of KV tokens.
+        shared_rows: query tokens of all nodes.
+        own_items: rows, and further splits of their own ranges.
+        merges: rows whose own range is split.
+        partials: slots of partial results.
     """
 
-    items: int
-    rows: int
+    shared_items: int
+    shared_rows: int
+    own_items: int
     merges: int
     partials: int
 
     @staticmethod
-    def of_steps(max_tokens: int, max_requests: int, shape: PlanShape, *, levels: int = 2) -> PlanCapacity:
-        """Room for steps of so many query tokens and requests, where a token shares on at most `levels` levels.
+    def of_steps(max_requests: int, shape: PlanShape) -> PlanCapacity:
+        """Room for every plan of so many rows and this shape: none of them can exceed it.
 
-        Every tile but the last of a segment is full, and splitting adds no more items than it aims at. Partial results
-        are kept for as many tokens as there are requests, with two levels and two splits each: tokens of long prefill
-        chunks fill tiles alone and are written at once. A step that needs more does not fit and is left to the caller.
+        A level of the trie names a row at most once, and a node has two rows or more: at most half as many nodes as
+        rows, and beyond one tile for each node as many as rows fill. A range is split only if it is longer than the
+        share of one of `target_items` programs, and has at most one further split for each whole share in it: ranges
+        that are split, and the further splits of all of them, are no more than programs. A tile has at most
+        `shared_tile_tokens` rows, each of which has a partial result for each split.
         """
-        tiles = -(-max_tokens // shape.narrow_tile_tokens) + 2 * max_requests
-        partials = 2 * (levels + 1) * max_requests + 2 * shape.target_items * shape.wide_tile_tokens
+        programs, tile = shape.target_items, shape.shared_tile_tokens
+        merges = min(max_requests, programs)
         return PlanCapacity(
-            items=(levels + 1) * tiles + shape.target_items,
-            rows=(levels + 1) * max_tokens,
-            merges=max_tokens,
-            partials=partials,
+            shared_items=MAX_LEVELS * (max_requests // 2 + max_requests // tile) + programs,
+            shared_rows=MAX_LEVELS * max_requests,
+            own_items=max_requests + programs,
+            merges=merges,
+            partials=MAX_LEVELS * max_requests + min(tile, max_requests) * programs + merges + programs,
         )
 
     @staticmethod
     def of_plan(plan: WorkPlan) -> PlanCapacity:
         """Room for one plan."""
-        return PlanCapacity(len(plan.items), len(plan.rows), len(plan.merges), plan.partials)
+        return PlanCapacity(
+            len(plan.shared_items), len(plan.shared_rows), len(plan.own_items), len(plan.merges), plan.partials
+        )
 
     def holds(self, plan: WorkPlan) -> bool:
         """Whether a plan fits."""
@@ -61,27 +73,41 @@ class PlanBuffers:
     """The device side of a plan, shared by all layers of a step.
 
     Attributes:
-        items, rows, merges: int32, as in `WorkPlan`, on the device.
-        counts: int32 [2] on the device: items, merges.
+        capacity: room of the buffers.
+        counts: int32 [4] on the device: shared items, own items, merges, 0.
+        own_items, merges, shared_items, shared_rows: int32, as in `WorkPlan`, on the device; rows behind the counts
+            are undefined. These and the counts are views of one buffer, each at a multiple of 128 bytes.
         partials: fp32 [slots, heads, head_size]; lses: fp32 [slots, heads]. Written and read within one layer.
-        grid: (items, merges) that a launch covers: the capacity with `fixed_grid`, else what the plan has.
-        plan: the plan last loaded.
+        plan: the plan last loaded, None before the first.
     """
 
     def __init__(
-        self, capacity: PlanCapacity, heads: int, head_size: int, device: torch.device, *, fixed_grid: bool = False
+        self,
+        capacity: PlanCapacity,
+        heads: int,
+        head_size: int,
+        device: torch.device,
+        *,
+        uploads_in_flight: int = UPLOADS_IN_FLIGHT,
     ) -> None:
-        """`heads`: query heads of this rank; `fixed_grid`: launches may be captured in a CUDA graph."""
+        """`heads`: query heads of this rank; `uploads_in_flight`: loads that may wait on the device at a time."""
         self.capacity = capacity
-        self.items = torch.zeros((max(capacity.items, 1), ITEM_FIELDS), dtype=torch.int32, device=device)
-        self.rows = torch.zeros((max(capacity.rows, 1), 2), dtype=torch.int32, device=device)
-        self.merges = torch.zeros((max(capacity.merges, 1), 3), dtype=torch.int32, device=device)
-        self.counts = torch.zeros(2, dtype=torch.int32, device=device)
+        # the shared part stands last: a step that shares nothing does not upload it
+        self._layout = _Layout(
+            (1, COUNTS),
+            (capacity.own_items, len(OwnItem)),
+            (capacity.merges, len(Merge)),
+            (capacity.shared_items, len(SharedItem)),
+            (capacity.shared_rows, 2),
+        )
+        self._buffer = torch.zeros(self._layout.size, dtype=torch.int32, device=device)
+        counts, *views = self._layout.views(self._buffer)
+        self.counts: torch.Tensor = counts[0]
+        self.own_items, self.merges, self.shared_items, self.shared_rows = views
         self.partials = torch.empty((capacity.partials, heads, head_size), dtype=torch.float32, device=device)
         self.lses = torch.empty((capacity.partials, heads), dtype=torch.float32, device=device)
-        self.grid = (0, 0)
         self.plan: WorkPlan | None = None
-        self._fixed_grid = fixed_grid
+        self._staging = _Staging(self._layout.size, uploads_in_flight + 1, device)
 
     @staticmethod
     def of_plan(plan: WorkPlan, heads: int, head_size: int, device: torch.device) -> PlanBuffers:
@@ -91,23 +117,64 @@ class PlanBuffers:
         return buffers
 
     def load(self, plan: WorkPlan) -> None:
-        """Copies a plan to the device without waiting for it.
+        """Copies a plan to the device in one piece, without waiting for it.
 
         Raises:
             ValueError: when the plan does not fit; `PlanCapacity.holds` tells beforehand.
         """
         if not self.capacity.holds(plan):
             raise ValueError(f"plan: expected at most {self.capacity}, got {PlanCapacity.of_plan(plan)}")
-        counts = np.array([len(plan.items), len(plan.merges)], dtype=np.int32)
-        for buffer, array in (
-            (self.items, plan.items),
-            (self.rows, plan.rows),
-            (self.merges, plan.merges),
-            (self.counts, counts),
-        ):
-            source = torch.from_numpy(array)
-            if buffer.device.type == "cuda":
-                source = source.pin_memory()  # the host allocator keeps it until the copy is done
-            buffer[: len(array)].copy_(source, non_blocking=True)
-        self.grid = (len(self.items), len(self.merges)) if self._fixed_grid else (len(plan.items), len(plan.merges))
+        counts = np.array([[len(plan.shared_items), len(plan.own_items), len(plan.merges), 0]], dtype=np.int32)
+        tables = counts, plan.own_items, plan.merges, plan.shared_items, plan.shared_rows
+        self._staging.upload(self._layout, tables, self._buffer)
         self.plan = plan
+
+
+class _Layout:
+    """Where tables of so many rows and columns stand in one int32 buffer."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        self.shapes = shapes
+        lengths = [-(-rows * columns // ALIGNMENT) * ALIGNMENT for rows, columns in shapes]
+        self.starts = [sum(lengths[:at]) for at in range(len(lengths))]
+        self.size = sum(lengths)
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The tables in a buffer, at their full capacity."""
+        return [
+            buffer[start : start + rows * columns].view(rows, columns)
+            for start, (rows, columns) in zip(self.starts, self.shapes, strict=True)
+        ]
+
+    def fill(self, buffer: Int32s, tables: tuple[Int32s, ...]) -> int:
+        """Writes tables, and returns the length of the buffer that has them all."""
+        filled = 0
+        for start, table in zip(self.starts, tables, strict=True):
+            if table.size:
+                filled = start + table.size
+                buffer[start:filled] = table.reshape(-1)
+        return filled
+
+
+class _Staging:
+    """Host buffers that take turns, so that a load need not wait for the copies before it: pinned for CUDA."""
+
+    def __init__(self, size: int, buffers: int, device: torch.device) -> None:
+        self._copied: list[torch.cuda.Event | None] = [None] * buffers
+        pinned = device.type == "cuda"
+        self._buffers = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(buffers)]
+        self._turn = 0
+
+    def upload(self, layout: _Layout, tables: tuple[Int32s, ...], target: torch.Tensor) -> None:
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._buffers)
+        copied = self._copied[turn]
+        if copied is not None:
+            copied.synchronize()  # long done, unless more loads wait on the device than the buffers are for
+        source = self._buffers[turn]
+        filled = layout.fill(source.numpy(), tables)
+        target[:filled].copy_(source[:filled], non_blocking=True)
+        if target.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+            self._copied[turn] = copied

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from batchllm_kernels.attention.work_plan import DIRECT, WorkPlan
+from batchllm_kernels.attention.work_plan import DIRECT, OwnItem, WorkPlan
 
 
 def paged_attention(
@@ -23,16 +23,26 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of every request over its own KV cache; fp32 [tokens, heads, head_size].
 
-    Shapes as in `api.prefix_shared_attention`.
+    Args:
+        query: [tokens, heads, head_size]; tokens of one request stand together.
+        key_cache, value_cache: [blocks, block_size, kv_heads, head_size].
+        block_table: int32 [requests, max_blocks].
+        seq_lens: int32 [requests], with the tokens of this step; 0 for padding.
+        query_start_loc: int32 [requests + 1], first query token of each request.
+        scale: factor of the scores before the softmax.
+
+    Returns:
+        NaN for query tokens that no request has, and for those of padding.
     """
     output = torch.full(query.shape, torch.nan, dtype=torch.float32, device=query.device)
     for request, (start, end) in enumerate(pairwise(query_start_loc.tolist())):
-        if start == end:
-            continue
         length = int(seq_lens[request])
+        if start == end or not length:
+            continue
         keys, values = (_gather(cache, block_table[request], 0, length) for cache in (key_cache, value_cache))
         positions = torch.arange(length - (end - start), length, device=query.device)
-        output[start:end], _ = _attend(query[start:end].float(), keys, values, positions, 0, scale)
+        seen = torch.arange(length, device=query.device) <= positions[:, None]
+        output[start:end], _ = _attend(query[start:end].float(), keys, values, scale, seen)
     return output
 
 
@@ -42,40 +52,69 @@ def planned_attention(
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
     scale: float,
     plan: WorkPlan,
 ) -> torch.Tensor:
-    """Causal attention by the items of a work plan, then the merge of partials; fp32 [tokens, heads, head_size]."""
+    """Attention of decode rows by the items of a work plan; fp32 [tokens, heads, head_size].
+
+    Args:
+        query: [tokens, heads, head_size], token i is that of row i; more than the plan has are left alone.
+        key_cache, value_cache: [blocks, block_size, kv_heads, head_size].
+        block_table: int32 [rows, max_blocks].
+        seq_lens: int32 [rows], 0 for padding.
+        scale: factor of the scores before the softmax.
+        plan: of `plan_work` on the same two arrays.
+
+    Returns:
+        NaN for padding rows and for tokens that the plan does not have.
+
+    Raises:
+        ValueError: when the plan was made for other lengths.
+    """
+    _check_lengths(plan, seq_lens)
     tokens, heads, head_size = query.shape
     output = torch.full((tokens, heads, head_size), torch.nan, dtype=torch.float32, device=query.device)
     partials = torch.full((plan.partials, heads, head_size), torch.nan, dtype=torch.float32, device=query.device)
     lses = torch.full((plan.partials, heads), torch.nan, dtype=torch.float32, device=query.device)
-    ends = query_start_loc[1:].tolist()
-    for row_start, row_count, request, kv_start, kv_end, split, causal, _ in plan.items.tolist():
-        rows = torch.from_numpy(plan.rows[row_start : row_start + row_count]).to(query.device).long()
-        token, slot = rows[:, 0], rows[:, 1]
-        positions = int(seq_lens[request]) - ends[request] + token if causal else torch.full_like(token, kv_end)
+
+    for row_start, row_count, request, kv_start, kv_end, split in plan.shared_items.tolist():
+        rows = torch.from_numpy(plan.shared_rows[row_start : row_start + row_count]).to(query.device).long()
+        token, slot = rows[:, 0], rows[:, 1] + split
         keys, values = (_gather(cache, block_table[request], kv_start, kv_end) for cache in (key_cache, value_cache))
-        partial, lse = _attend(query[token].float(), keys, values, positions, kv_start, scale)
-        direct = slot == DIRECT
-        output[token[direct]] = partial[direct]
-        partials[slot[~direct] + split] = partial[~direct]
-        lses[slot[~direct] + split] = lse[~direct]
+        partials[slot], lses[slot] = _attend(query[token].float(), keys, values, scale)
+
+    for token, kv_start, kv_end, first, end, out_slot in plan.own_items.tolist():
+        keys, values = (_gather(cache, block_table[token], kv_start, kv_end) for cache in (key_cache, value_cache))
+        own, own_lse = _attend(query[token : token + 1].float(), keys, values, scale)
+        result, lse = merge_partials(torch.cat([partials[first:end], own]), torch.cat([lses[first:end], own_lse]))
+        if out_slot == DIRECT:
+            output[token] = result
+        else:
+            partials[out_slot], lses[out_slot] = result, lse
+
     for token, first, end in plan.merges.tolist():
-        output[token] = merge_partials(partials[first:end], lses[first:end])
+        output[token], _ = merge_partials(partials[first:end], lses[first:end])
     return output
 
 
-def merge_partials(partials: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
-    """One attention result of results over disjoint keys.
+def merge_partials(partials: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One attention result of results over disjoint keys, and its log of the sum of exponentials.
 
     Args:
         partials: [parts, heads, head_size], softmax-normalised over their own keys.
         lses: [parts, heads], natural logarithm of the sum of exponentials; minus infinity for a part without keys.
     """
     weights = torch.softmax(lses, dim=0)
-    return (weights[..., None] * torch.where(weights[..., None] > 0, partials, 0.0)).sum(dim=0)
+    merged = (weights[..., None] * torch.where(weights[..., None] > 0, partials, 0.0)).sum(dim=0)
+    return merged, torch.logsumexp(lses, dim=0)
+
+
+def _check_lengths(plan: WorkPlan, seq_lens: torch.Tensor) -> None:
+    read_to = torch.zeros(plan.query_tokens, dtype=torch.int32)
+    own = torch.from_numpy(plan.own_items)
+    read_to.scatter_reduce_(0, own[:, OwnItem.TOKEN].long(), own[:, OwnItem.KV_END], "amax")
+    if not torch.equal(read_to, seq_lens.cpu()):
+        raise ValueError(f"plan: expected one for rows of {seq_lens.tolist()} tokens, got {read_to.tolist()}")
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -86,18 +125,17 @@ def _gather(cache: torch.Tensor, blocks: torch.Tensor, start: int, end: int) -> 
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, kv_start: int, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, seen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over some keys, with the log of the sum of exponentials.
+    """Softmax attention over some keys, with the log of the sum of exponentials, [tokens, heads].
 
-    query: [tokens, heads, head_size]; keys, values: [kv, kv_heads, head_size]; positions: [tokens], last key position
-    that a token sees; kv_start: position of the first key.
+    query: [tokens, heads, head_size]; keys, values: [kv, kv_heads, head_size]; seen: bool [tokens, kv], the keys that
+    each token sees, at least one; None for all.
     """
     group = query.shape[1] // keys.shape[1]
     keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     scores = torch.einsum("qhd,khd->qhk", query, keys) * scale
-    seen = kv_start + torch.arange(len(keys), device=query.device) <= positions[:, None]
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    return torch.einsum("qhk,khd->qhd", weights, values), lse
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    weights = torch.softmax(scores, dim=-1)
+    return torch.einsum("qhk,khd->qhd", weights, values), torch.logsumexp(scores, dim=-1)

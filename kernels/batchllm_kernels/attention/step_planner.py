@@ -60,7 +60,7 @@ class StepPlanner:
             dtype=dtype,
             device=device,
         )
-        capacity = PlanCapacity.of_steps(limits.max_tokens, limits.max_requests, self._shape)
+        capacity = PlanCapacity.of_steps(limits.max_requests, self._shape)
         self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device)
         self._pause = 0
         self._skip = 0
@@ -71,7 +71,7 @@ class StepPlanner:
     ) -> PlanBuffers | None:
         """The plan of a step, on the device, or None where the stock path is to run.
 
-        `decision` says why; it is None for a step that was not looked at.
+        `decision` says why; it is None for a step that was not looked at: one with prompts in it, too.
 
         Args:
             block_table: int32 [requests, max_blocks], on any device.
@@ -83,10 +83,12 @@ class StepPlanner:
         if self._skip:
             self._skip -= 1
             return None
+        if bool((query_start_loc.diff() != 1).any()):
+            return None
         columns = -(-max_seq_len // self._shape.block_size)
         table = block_table[:, :columns].cpu().numpy()
         lengths = seq_lens.cpu().numpy(), query_start_loc.numpy()
-        plan = plan_work(table, *lengths, self._shape)
+        plan = plan_work(table, lengths[0], self._shape)
         self.decision = decide(
             plan,
             planned_cost(plan, *lengths, self._model),

@@ -1,35 +1,74 @@
-"""Work items of one prefix-shared attention step: which query tokens read which KV tokens, and how results are merged.
+"""Work items of the decode rows of a step: which of them read which KV tokens together, and which alone.
 
-Host arithmetic on the block table and the lengths of a step, once per step for all layers. The maths and the layout of
-the arrays are in the README of this folder.
+Host arithmetic on the block table and the lengths of the rows, once per step for all layers. The maths and the layout
+of the arrays are in the README of this folder.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from enum import IntEnum
 
 import numpy as np
 
-from batchllm_kernels.attention.prefix_sharing import Bools, Int32s, Int64s, SharedPrefixes, find_shared_prefixes
+from batchllm_kernels.attention.prefix_sharing import Int32s, Int64s, find_shared_prefixes
+from batchllm_kernels.attention.shared_runs import SharedRuns, no_runs, worthwhile_runs
 
-ITEM_FIELDS = 8
-ROW_START, ROW_COUNT, REQUEST, KV_START, KV_END, SPLIT, CAUSAL, WIDE = range(ITEM_FIELDS)
-DIRECT = -1  # partial slot of a row that is written to the output at once
+DIRECT = -1  # OUT_SLOT of an own item that writes the output
+STRAGGLER = 4  # on a device that is full, an own range is split when it is so many times as long as a program's share
+
+
+class SharedItem(IntEnum):
+    """Columns of `WorkPlan.shared_items`."""
+
+    ROW_START = 0
+    ROW_COUNT = 1
+    REQUEST = 2
+    KV_START = 3
+    KV_END = 4
+    SPLIT = 5
+
+
+class OwnItem(IntEnum):
+    """Columns of `WorkPlan.own_items`."""
+
+    TOKEN = 0
+    KV_START = 1
+    KV_END = 2
+    FIRST_SLOT = 3
+    END_SLOT = 4
+    OUT_SLOT = 5
+
+
+class Merge(IntEnum):
+    """Columns of `WorkPlan.merges`."""
+
+    TOKEN = 0
+    FIRST_SLOT = 1
+    END_SLOT = 2
+
+
+class Node(IntEnum):
+    """Columns of `WorkPlan.nodes`."""
+
+    REQUEST = 0
+    KV_START = 1
+    KV_END = 2
 
 
 @dataclass(frozen=True, slots=True)
 class PlanShape:
-    """What a plan needs to know about the model and the kernel.
+    """What a plan needs to know about the model and the kernels.
 
     Attributes:
         block_size: tokens of a KV block.
         queries_per_kv_head: query heads that read one KV head; they are folded into the rows of a tile.
         element_bytes: bytes of a number in the KV cache.
-        narrow_tile_rows: rows (query tokens x heads of one KV head) of the tile that small items use.
-        wide_tile_rows: rows of the tile that items with many query tokens use.
-        target_items: work items per KV head that fill the device; long items are split until there are as many.
+        shared_tile_rows: rows (query tokens x heads of one KV head) of the tile of a shared item.
+        target_items: items per KV head that fill the device; where there are fewer, long ones are split.
         minimum_split_tokens: KV tokens under which an item is never split.
+        split_shared: False leaves every node in one piece, so that each of its rows has one partial result: for a
+            kernel that splits by itself.
 
     Raises:
         ValueError: when a tile has no room for the heads of one KV head, or a number is not positive.
@@ -38,30 +77,25 @@ class PlanShape:
     block_size: int
     queries_per_kv_head: int
     element_bytes: int = 2
-    narrow_tile_rows: int = 16
-    wide_tile_rows: int = 64
+    shared_tile_rows: int = 64
     target_items: int = 64
     minimum_split_tokens: int = 256
+    split_shared: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
+        for name in (field for field in self.__dataclass_fields__ if field != "split_shared"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.narrow_tile_rows < self.queries_per_kv_head or self.wide_tile_rows < self.narrow_tile_rows:
+        if self.shared_tile_rows < self.queries_per_kv_head:
             raise ValueError(
-                f"tile rows: expected {self.queries_per_kv_head} heads per KV head <= narrow <= wide, "
-                f"got {self.narrow_tile_rows} and {self.wide_tile_rows}"
+                f"shared_tile_rows: expected at least the {self.queries_per_kv_head} heads of a KV head, "
+                f"got {self.shared_tile_rows}"
             )
 
     @property
-    def narrow_tile_tokens(self) -> int:
-        """Query tokens of a narrow tile."""
-        return self.narrow_tile_rows // self.queries_per_kv_head
-
-    @property
-    def wide_tile_tokens(self) -> int:
-        """Query tokens of a wide tile."""
-        return self.wide_tile_rows // self.queries_per_kv_head
+    def shared_tile_tokens(self) -> int:
+        """Query tokens of the tile of a shared item."""
+        return self.shared_tile_rows // self.queries_per_kv_head
 
     @property
     def partial_cost_tokens(self) -> float:
@@ -72,83 +106,111 @@ class PlanShape:
 
 @dataclass(frozen=True, slots=True)
 class WorkPlan:
-    """The work of one attention step.
+    """The work of the decode rows of one step. A row is a request with one query token: token i is row i.
 
     Attributes:
-        items: int32 [items, 8], columns `ROW_START, ROW_COUNT, REQUEST, KV_START, KV_END, SPLIT, CAUSAL, WIDE`: the
-            query tokens `rows[ROW_START:ROW_START + ROW_COUNT]` attend to the tokens `[KV_START, KV_END)` of REQUEST's
-            block table row; longest first. In a CAUSAL item all rows are of REQUEST and see keys up to their own.
-        rows: int32 [rows, 2], query token, and the slot of its partial result (plus the item's SPLIT), or `DIRECT`.
-        merges: int32 [merges, 3], query token, its first partial slot, and the slot after its last; tokens with one
-            partial result are written by their item and do not stand here.
-        partials: number of partial slots.
-        query_tokens: query tokens of the step.
-        shared_tokens: KV tokens whose reading is shared (of all nodes that were kept), for the trace.
+        shared_items: int32 [shared items, 6], columns `SharedItem`: the query tokens
+            `shared_rows[ROW_START:ROW_START + ROW_COUNT]` attend to all tokens `[KV_START, KV_END)` of REQUEST's block
+            table row, and write partial results. Longest first; items that read the same keys stand together.
+        shared_rows: int32 [shared rows, 2], query token, and the slot of its partial result of the first split; that of
+            split s is s further on.
+        own_items: int32 [own items, 6], columns `OwnItem`: the token takes in the partial results
+            `[FIRST_SLOT, END_SLOT)`, which may be none, and attends to the tokens `[KV_START, KV_END)` of its own block
+            table row. It writes the output where OUT_SLOT is `DIRECT`, else a partial result there. Longest first.
+        merges: int32 [merges, 3], columns `Merge`: tokens whose own range is split, and the slots of those partial
+            results, the first of which has taken in the shared ones.
+        nodes: int32 [nodes, 3], columns `Node`: the shared runs before they are cut into items.
+        node_row_start: int32 [nodes + 1], `shared_rows` of each node.
+        partials: number of partial slots. Those of one token stand together, in the order of its keys. Every one is
+            written once and read once.
+        query_tokens: rows of the block table, padding included.
+        shared_tokens: KV tokens of all nodes: read by several requests together.
         block_size: tokens of a KV block.
-        tile_rows: rows of a narrow and of a wide tile.
+        shared_tile_rows: of the shape that the plan was made for.
     """
 
-    items: Int32s
-    rows: Int32s
+    shared_items: Int32s
+    shared_rows: Int32s
+    own_items: Int32s
     merges: Int32s
+    nodes: Int32s
+    node_row_start: Int32s
     partials: int
     query_tokens: int
     shared_tokens: int
     block_size: int
-    tile_rows: tuple[int, int]
+    shared_tile_rows: int
+
+    @property
+    def shared_kv_tokens_read(self) -> int:
+        """KV tokens that shared items read, summed over items; one KV head."""
+        columns = self.shared_items[:, [SharedItem.KV_START, SharedItem.KV_END]]
+        return int(np.diff(columns.astype(np.int64)).sum())
+
+    @property
+    def own_kv_tokens_read(self) -> int:
+        """KV tokens that own items read, summed over items; one KV head."""
+        columns = self.own_items[:, [OwnItem.KV_START, OwnItem.KV_END]]
+        return int(np.diff(columns.astype(np.int64)).sum())
 
     @property
     def kv_tokens_read(self) -> int:
-        """KV tokens that the items read, summed over items; one KV head."""
-        return int((self.items[:, KV_END].astype(np.int64) - self.items[:, KV_START]).sum())
+        """KV tokens that all items read, summed over items; one KV head."""
+        return self.shared_kv_tokens_read + self.own_kv_tokens_read
+
+    @property
+    def shared_queries_read(self) -> int:
+        """Query tokens that shared items read, summed over items. An own item reads one."""
+        return int(self.shared_items[:, SharedItem.ROW_COUNT].sum(dtype=np.int64))
 
 
-def plan_work(
-    block_table: Int32s, seq_lens: Int32s, query_start_loc: Int32s, shape: PlanShape, *, share: bool = True
-) -> WorkPlan:
-    """The work items of a step.
+def plan_work(block_table: Int32s, seq_lens: Int32s, shape: PlanShape, *, share: bool = True) -> WorkPlan:
+    """The work items of the decode rows of a step.
 
     Args:
-        block_table: int32 [R, max_blocks], physical blocks of each request.
-        seq_lens: int32 [R], tokens of each request, those of this step included.
-        query_start_loc: int32 [R + 1], first query token of each request; a request without any is padding.
-        shape: of the model and the kernel.
-        share: False plans every request for itself.
+        block_table: int32 [D, max_blocks], physical blocks of each row.
+        seq_lens: int32 [D], tokens of each row; the last is its query token. A row of length 0 is padding.
+        shape: of the model and the kernels.
+        share: False plans every row for itself.
 
     Raises:
         ValueError: when the arrays do not fit each other.
 
-    The same step gives the same plan; requests in another order give the same items for the same tokens.
+    The same step gives the same plan; rows in another order give the same items for the same tokens.
     """
-    _check(block_table, seq_lens, query_start_loc, shape)
-    query_start = query_start_loc.astype(np.int64)
-    query_lens = query_start[1:] - query_start[:-1]
-    own_start = np.zeros(len(query_lens), dtype=np.int64)
-    shared = _nothing_shared()
+    _check(block_table, seq_lens, shape)
+    lengths = seq_lens.astype(np.int64)
+    nodes = no_runs()
     if share:
-        context_blocks = (seq_lens - query_lens) // shape.block_size * (query_lens > 0)
-        prefixes = find_shared_prefixes(block_table, context_blocks)
-        shared = _worthwhile(prefixes, query_start, query_lens, own_start, shape)
-    segments = shared.followed_by_own(query_start, query_lens, seq_lens.astype(np.int64), own_start)
-    return _emit(segments, int(query_start[-1]), shape)
+        # the block of the query token itself is never shared, so that no mask is needed
+        prefixes = find_shared_prefixes(block_table, (lengths - 1) // shape.block_size)
+        nodes = worthwhile_runs(prefixes, shape.block_size, shape.shared_tile_tokens, shape.partial_cost_tokens)
+    node_splits = _node_splits(nodes, shape)
+    own = _own_ranges(nodes, lengths, shape)
+    slots = _number_slots(nodes, node_splits.count, own)
+    return WorkPlan(
+        shared_items=_shared_items(nodes, node_splits, shape),
+        shared_rows=_columns(nodes.row_token, slots.of_row),
+        own_items=_own_items(own, slots),
+        merges=_merges(own, slots),
+        nodes=_columns(nodes.request, nodes.kv_start, nodes.kv_end),
+        node_row_start=np.append(0, nodes.row_count.cumsum()).astype(np.int32),
+        partials=slots.total,
+        query_tokens=len(lengths),
+        shared_tokens=int((nodes.kv_end - nodes.kv_start).sum()),
+        block_size=shape.block_size,
+        shared_tile_rows=shape.shared_tile_rows,
+    )
 
 
-def _check(block_table: Int32s, seq_lens: Int32s, query_start_loc: Int32s, shape: PlanShape) -> None:
-    requests = len(seq_lens)
-    if block_table.ndim != 2 or len(block_table) != requests:
-        raise ValueError(f"block_table: expected [{requests}, max_blocks], got {list(block_table.shape)}")
-    if query_start_loc.shape != (requests + 1,):
-        raise ValueError(f"query_start_loc: expected [{requests + 1}], got {list(query_start_loc.shape)}")
-    query_lens = np.diff(query_start_loc)
-    if requests and (query_start_loc[0] != 0 or query_lens.min() < 0):
-        raise ValueError("query_start_loc: expected to start at 0 and never to fall")
-    if (query_lens > seq_lens).any():
-        request = int(np.argmax(query_lens > seq_lens))
-        raise ValueError(
-            f"seq_lens: expected at least the {query_lens[request]} query tokens of request {request}, "
-            f"got {seq_lens[request]}"
-        )
-    longest = int((seq_lens * (query_lens > 0)).max(initial=0))  # padding may have any length
+def _check(block_table: Int32s, seq_lens: Int32s, shape: PlanShape) -> None:
+    if seq_lens.ndim != 1:
+        raise ValueError(f"seq_lens: expected [rows], got {list(seq_lens.shape)}")
+    if block_table.ndim != 2 or len(block_table) != len(seq_lens):
+        raise ValueError(f"block_table: expected [{len(seq_lens)}, max_blocks], got {list(block_table.shape)}")
+    shortest, longest = int(seq_lens.min(initial=0)), int(seq_lens.max(initial=0))
+    if shortest < 0:
+        raise ValueError(f"seq_lens: expected 0 or more tokens, got {shortest}")
     if longest > block_table.shape[1] * shape.block_size:
         raise ValueError(
             f"seq_lens: expected at most {block_table.shape[1]} blocks of {shape.block_size} tokens, got {longest}"
@@ -156,181 +218,144 @@ def _check(block_table: Int32s, seq_lens: Int32s, query_start_loc: Int32s, shape
 
 
 @dataclass(frozen=True, slots=True)
-class _Segments:
-    """Query tokens that attend to one run of KV tokens, as columns; not yet cut into tiles."""
+class _Splits:
+    """How KV ranges are cut: the number of splits of each, and the KV tokens of one (the last may have fewer)."""
 
-    request: Int64s  # whose block table row is read
+    count: Int64s
+    tokens: Int64s
+
+
+def _split(kv_tokens: Int64s, longest: Int64s, shape: PlanShape) -> _Splits:
+    """Ranges that are longer than `longest` in splits of like size, of whole blocks, at most so long."""
+    count, split_tokens = np.ones_like(kv_tokens), kv_tokens.copy()
+    long = np.flatnonzero(kv_tokens > longest)
+    if len(long):
+        tokens = kv_tokens[long]
+        split_tokens[long] = -(-tokens // (-(-tokens // longest[long]) * shape.block_size)) * shape.block_size
+        count[long] = -(-tokens // split_tokens[long])
+    return _Splits(count, split_tokens)
+
+
+def _longest(reading: int, rows: Int64s, shape: PlanShape, *, shares: int = 1) -> Int64s:
+    """KV tokens of the longest item: so many shares of a program in what is read, at least four times the traffic of
+    the partial results of its rows."""
+    shortest = max(shape.minimum_split_tokens, -(-reading * shares // shape.target_items))
+    return np.maximum(shortest, int(4 * shape.partial_cost_tokens) * rows)
+
+
+def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
+    """All tiles of a node are split alike, so that a token's splits do not depend on who shares its tile."""
+    kv_tokens = nodes.kv_end - nodes.kv_start
+    if not shape.split_shared:
+        return _Splits(np.ones_like(kv_tokens), kv_tokens)
+    tiles = -(-nodes.row_count // shape.shared_tile_tokens)
+    rows_of_tile = np.minimum(nodes.row_count, shape.shared_tile_tokens)
+    return _split(kv_tokens, _longest(int((tiles * kv_tokens).sum()), rows_of_tile, shape), shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnRanges:
+    """What each row that is no padding reads alone, as columns; never empty, since it has the query token."""
+
+    token: Int64s
     kv_start: Int64s
     kv_end: Int64s
-    row_count: Int64s
-    row_token: Int64s  # query tokens of all segments, one segment after the other
-    level_rows: list[int]  # rows of each level of the trie
-    shared: int  # segments that are shared; they stand first
-
-    def followed_by_own(
-        self, query_start: Int64s, query_lens: Int64s, seq_lens: Int64s, own_start: Int64s
-    ) -> _Segments:
-        """With what each request reads alone: from the end of what it shares to its own query tokens."""
-        requests = np.flatnonzero(query_lens)
-        tokens = int(query_start[-1])
-        return _Segments(
-            request=np.concatenate([self.request, requests]),
-            kv_start=np.concatenate([self.kv_start, own_start[requests]]),
-            kv_end=np.concatenate([self.kv_end, seq_lens[requests]]),
-            row_count=np.concatenate([self.row_count, query_lens[requests]]),
-            row_token=np.concatenate([self.row_token, np.arange(tokens)]),
-            level_rows=[*self.level_rows, tokens],
-            shared=self.shared,
-        )
+    splits: _Splits
 
 
-def _nothing_shared() -> _Segments:
-    empty = np.zeros(0, dtype=np.int64)
-    return _Segments(empty, empty, empty, empty, empty, [], 0)
+def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRanges:
+    """From the end of what a row shares to its query token."""
+    start = np.zeros(len(lengths), dtype=np.int64)
+    start[nodes.row_token] = np.repeat(nodes.kv_end, nodes.row_count)  # of the deepest node, which stands last
+    token = np.flatnonzero(lengths)
+    kv_start, kv_end = start[token], lengths[token]
+    kv_tokens = kv_end - kv_start
+    shares = 1 if len(token) < shape.target_items else STRAGGLER
+    longest = _longest(int(kv_tokens.sum()), np.ones_like(token), shape, shares=shares)
+    return _OwnRanges(token, kv_start, kv_end, _split(kv_tokens, longest, shape))
 
 
-def _worthwhile(
-    prefixes: SharedPrefixes, query_start: Int64s, query_lens: Int64s, own_start: Int64s, shape: PlanShape
-) -> _Segments:
-    """The nodes whose sharing saves more traffic than their partial results cost; `own_start` moves behind them.
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """Slots of partial results: those of a token stand together, shared ones first, then those of its own range."""
 
-    From the deepest level up, a node left out hands its blocks to whoever reads below it: `reads` counts those.
-    """
-    nodes = len(prefixes.parent)
-    if not nodes:
-        return _nothing_shared()
-    first_member, member_count = prefixes.member_start[:-1], np.diff(prefixes.member_start)
-    node_of_member = np.repeat(np.arange(nodes), member_count)
-    member_tokens = query_lens[prefixes.members]
-    tokens = np.add.reduceat(member_tokens, first_member)
-    alone = np.add.reduceat(_tiles(member_tokens, shape), first_member)
-    together = _tiles(tokens, shape)
-    segment_tokens = (prefixes.end_block - prefixes.first_block) * shape.block_size
-    reads = alone.copy()
-    kept = np.zeros(nodes, dtype=bool)
-    # two partial results a token: of the shared run, and of the rest, which would be written at once without it
-    price = 2 * shape.partial_cost_tokens * tokens
-    for level in range(len(prefixes.level_start) - 2, -1, -1):
-        at = slice(prefixes.level_start[level], prefixes.level_start[level + 1])
-        kept[at] = (reads[at] - together[at]) * segment_tokens[at] > price[at]
-        reads[at] = np.where(kept[at], together[at], reads[at])
-        if level:
-            np.add.at(reads, prefixes.parent[at], reads[at] - alone[at])
-    kv_start = _first_block_read(prefixes, kept) * shape.block_size
-    kv_end = prefixes.end_block * shape.block_size
-    # members stand level by level, so that the deepest kept node of a request is written last
-    member_kept = kept[node_of_member]
-    kept_members = prefixes.members[member_kept]
-    own_start[kept_members] = kv_end[node_of_member[member_kept]]
-    kept_tokens = tokens * kept
-    return _Segments(
-        request=prefixes.members[first_member[kept]],
-        kv_start=kv_start[kept],
-        kv_end=kv_end[kept],
-        row_count=tokens[kept],
-        row_token=_ragged_arange(query_start[kept_members], query_lens[kept_members]),
-        level_rows=[int(kept_tokens[a:b].sum()) for a, b in pairwise(prefixes.level_start)],
-        shared=int(kept.sum()),
-    )
+    of_row: Int64s  # [shared rows], of the first split
+    first_shared: Int64s  # [own ranges]
+    first_own: Int64s  # [own ranges], the slot after the last shared one
+    total: int
 
 
-def _first_block_read(prefixes: SharedPrefixes, kept: Bools) -> Int64s:
-    """int64 [nodes]: the end of the nearest kept ancestor, where a node's reading starts."""
-    start = np.zeros(len(kept), dtype=np.int64)
-    read_to = np.where(kept, prefixes.end_block, 0)
-    for level in range(1, len(prefixes.level_start) - 1):
-        at = slice(prefixes.level_start[level], prefixes.level_start[level + 1])
-        start[at] = read_to[prefixes.parent[at]]
-        read_to[at] = np.where(kept[at], read_to[at], start[at])
-    return start
-
-
-def _tiles(tokens: Int64s, shape: PlanShape) -> Int64s:
-    """Tiles that a number of query tokens fills: so often is each KV token read. What fits a narrow tile is one."""
-    return -(-tokens // shape.wide_tile_tokens)
-
-
-def _emit(segments: _Segments, query_tokens: int, shape: PlanShape) -> WorkPlan:
-    """Cuts segments into tiles of query tokens and tiles into splits of KV tokens, and numbers the partial results."""
-    segment, earlier = _ragged(_tiles(segments.row_count, shape))
-    left = segments.row_count[segment] - earlier * shape.wide_tile_tokens
-    row_count = np.minimum(left, shape.wide_tile_tokens)
-    causal = segment >= segments.shared
-    kv_start = segments.kv_start[segment]
-    kv_end = segments.kv_end[segment] - (left - row_count) * causal
-    splits, split_tokens = _splits(kv_end - kv_start, row_count, shape)
-
-    rows, merges, partials = _number_partials(segments, np.repeat(splits, row_count), query_tokens)
-    tile, split = _ragged(splits)
-    start = kv_start[tile] + split * split_tokens[tile]
-    end = np.minimum(kv_end[tile], start + split_tokens[tile])
-    items = np.empty((len(tile), ITEM_FIELDS), dtype=np.int32)
-    items[:, ROW_START] = (row_count.cumsum() - row_count)[tile]
-    items[:, ROW_COUNT] = row_count[tile]
-    items[:, REQUEST] = segments.request[segment][tile]
-    items[:, KV_START] = start
-    items[:, KV_END] = end
-    items[:, SPLIT] = split
-    items[:, CAUSAL] = causal[tile]
-    items[:, WIDE] = (row_count > shape.narrow_tile_tokens)[tile]
-    longest_first = (start - end).argsort(kind="stable")
-    return WorkPlan(
-        items=items.take(longest_first, axis=0),
-        rows=rows,
-        merges=merges,
-        partials=partials,
-        query_tokens=query_tokens,
-        shared_tokens=int((segments.kv_end - segments.kv_start)[: segments.shared].sum()),
-        block_size=shape.block_size,
-        tile_rows=(shape.narrow_tile_rows, shape.wide_tile_rows),
-    )
-
-
-def _splits(kv_tokens: Int64s, row_count: Int64s, shape: PlanShape) -> tuple[Int64s, Int64s]:
-    """Splits of each tile, and the KV tokens of one (whole blocks where there are several), so that about
-    `target_items` like items result.
-
-    A split reads at least four times what its partial results cost.
-    """
-    shortest = max(shape.minimum_split_tokens, -(-int(kv_tokens.sum()) // shape.target_items))
-    longest = np.maximum(shortest, int(4 * shape.partial_cost_tokens) * row_count)
-    splits, split_tokens = np.ones_like(kv_tokens), kv_tokens.copy()
-    long = np.flatnonzero(kv_tokens > longest)
-    tokens = kv_tokens[long]
-    blocks = -(-tokens // (-(-tokens // longest[long]) * shape.block_size))
-    split_tokens[long] = blocks * shape.block_size
-    splits[long] = -(-tokens // split_tokens[long])
-    return splits, split_tokens
-
-
-def _number_partials(segments: _Segments, row_splits: Int64s, query_tokens: int) -> tuple[Int32s, Int32s, int]:
-    """Slots of the partial results: those of one token stand together, in the order of its KV tokens.
-
-    A level names a token at most once, and levels stand from the start of the prompt on, the own parts last.
-    """
-    token = segments.row_token
-    before = np.empty(len(token), dtype=np.int64)
-    per_token = np.zeros(query_tokens, dtype=np.int64)
+def _number_slots(nodes: SharedRuns, node_splits: Int64s, own: _OwnRanges) -> _Slots:
+    row_splits = np.repeat(node_splits, nodes.row_count)
+    before = np.zeros(len(row_splits), dtype=np.int64)
+    tokens = int(own.token[-1]) + 1 if len(own.token) else 0
+    shared = np.zeros(tokens, dtype=np.int64)
     start = 0
-    for rows_of_level in segments.level_rows[:-1]:
+    for rows_of_level in nodes.level_rows:
         at = slice(start, start + rows_of_level)
-        before[at] = per_token[token[at]]
-        per_token[token[at]] += row_splits[at]
+        token = nodes.row_token[at]
+        before[at] = shared[token]
+        shared[token] += row_splits[at]
         start += rows_of_level
-    before[start:] = per_token  # the own parts name every token once, in order
-    per_token += row_splits[start:]
-    tokens = np.flatnonzero(per_token > 1)
-    merges = np.empty((len(tokens), 3), dtype=np.int32)
-    end = per_token[tokens].cumsum()
-    merges[:, 0] = tokens
-    merges[:, 1] = end - per_token[tokens]
-    merges[:, 2] = end
-    token_start = np.full(query_tokens, DIRECT, dtype=np.int64)
-    token_start[tokens] = merges[:, 1]
-    rows = np.empty((len(token), 2), dtype=np.int32)
-    rows[:, 0] = token
-    rows[:, 1] = token_start[token] + before  # before is 0 where a token has one partial result
-    return rows, merges, int(end[-1]) if len(end) else 0
+    slots = shared.copy()
+    slots[own.token] += own.splits.count * (own.splits.count > 1)
+    end = slots.cumsum()
+    first = end - slots
+    return _Slots(
+        of_row=first[nodes.row_token] + before,
+        first_shared=first[own.token],
+        first_own=(first + shared)[own.token],
+        total=int(end[-1]) if tokens else 0,
+    )
+
+
+def _shared_items(nodes: SharedRuns, splits: _Splits, shape: PlanShape) -> Int32s:
+    """Nodes cut into tiles of rows and splits of KV tokens; the tiles that read the same keys stand together."""
+    tiles = -(-nodes.row_count // shape.shared_tile_tokens)
+    node, number = _ragged(tiles * splits.count)
+    split, tile = number // tiles[node], number % tiles[node]
+    first_row = tile * shape.shared_tile_tokens
+    kv_start = nodes.kv_start[node] + split * splits.tokens[node]
+    kv_end = np.minimum(nodes.kv_end[node], kv_start + splits.tokens[node])
+    items = _columns(
+        (nodes.row_count.cumsum() - nodes.row_count)[node] + first_row,
+        np.minimum(nodes.row_count[node] - first_row, shape.shared_tile_tokens),
+        nodes.request[node],
+        kv_start,
+        kv_end,
+        split,
+    )
+    return _longest_first(items, kv_end - kv_start)
+
+
+def _own_items(own: _OwnRanges, slots: _Slots) -> Int32s:
+    several = own.splits.count > 1
+    if several.any():
+        of, split = _ragged(own.splits.count)
+        kv_start = own.kv_start[of] + split * own.splits.tokens[of]
+        kv_end = np.minimum(own.kv_end[of], kv_start + own.splits.tokens[of])
+        token, first_slot, end_slot = own.token[of], slots.first_shared[of], slots.first_own[of]
+        out_slot = end_slot + split
+        out_slot[~several[of]] = DIRECT
+        end_slot[split > 0] = first_slot[split > 0]
+    else:  # the same in a fraction of the time
+        kv_start, kv_end, token = own.kv_start, own.kv_end, own.token
+        first_slot, end_slot = slots.first_shared, slots.first_own
+        out_slot = np.full(len(token), DIRECT, dtype=np.int64)
+    items = _columns(token, kv_start, kv_end, first_slot, end_slot, out_slot)
+    return _longest_first(items, kv_end - kv_start)
+
+
+def _merges(own: _OwnRanges, slots: _Slots) -> Int32s:
+    several = np.flatnonzero(own.splits.count > 1)
+    first = slots.first_own[several]
+    return _columns(own.token[several], first, first + own.splits.count[several])
+
+
+def _longest_first(items: Int32s, kv_tokens: Int64s) -> Int32s:
+    """Items of equal length stay in their order."""
+    sorted_items: Int32s = items.take((-kv_tokens).argsort(kind="stable"), axis=0)
+    return sorted_items
 
 
 def _ragged(count: Int64s) -> tuple[Int64s, Int64s]:
@@ -339,7 +364,9 @@ def _ragged(count: Int64s) -> tuple[Int64s, Int64s]:
     return owner, np.arange(len(owner)) - (count.cumsum() - count)[owner]
 
 
-def _ragged_arange(start: Int64s, count: Int64s) -> Int64s:
-    """`start[i], start[i] + 1, ...` (`count[i]` numbers) for each i, joined."""
-    owner, number = _ragged(count)
-    return start[owner] + number
+def _columns(*columns: Int64s) -> Int32s:
+    """int32 [length, columns], row by row in memory."""
+    table: Int32s = np.empty((len(columns[0]), len(columns)), dtype=np.int32)
+    for at, column in enumerate(columns):
+        table[:, at] = column
+    return table
