@@ -95,6 +95,11 @@ class Tensors:
         )  # fmt: skip
 
     @property
+    def rows(self) -> tuple[torch.Tensor, ...]:
+        """Of decode rows: query, caches, block table."""
+        return self.query, self.key_cache, self.value_cache, self.block_table
+
+    @property
     def scale(self) -> float:
         return float(self.query.shape[-1] ** -0.5)
 
@@ -114,8 +119,7 @@ class Tensors:
 
     def planned(self, plan: WorkPlan) -> torch.Tensor:
         """The result of the reference, item by item."""
-        rows = self.query, self.key_cache, self.value_cache, self.block_table, self.seq_lens
-        return planned_attention(*rows, self.scale, plan)
+        return planned_attention(*self.rows, self.scale, plan)
 
     def attend(self, plan: WorkPlan, impl: str) -> torch.Tensor:
         """The result, of poisoned scratch space and output."""
@@ -124,7 +128,7 @@ class Tensors:
         buffers.partials.fill_(torch.nan)
         buffers.lses.fill_(torch.nan)
         output = torch.full_like(self.query, torch.nan)
-        prefix_shared_attention(*self.inputs, scale=self.scale, plan=buffers, impl=impl, output=output)
+        prefix_shared_attention(*self.rows, scale=self.scale, plan=buffers, impl=impl, output=output)
         return output.float()
 
 

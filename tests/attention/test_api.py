@@ -10,7 +10,7 @@ import torch
 
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
-from batchllm_kernels.attention.tuning import tuning_for
+from batchllm_kernels.attention.tuning import own_tile_rows, tuning_for
 
 from .batches import Request, Step, Tensors, tensors
 
@@ -20,19 +20,13 @@ STEP = Step([Request(own_tokens=20, shares=(("prefix", 3),)) for _ in range(4)])
 def call(numbers: Tensors, **changes: object) -> torch.Tensor:
     plan = PlanBuffers.of_plan(STEP.plan(tensors(STEP).shape()), 4, 64, torch.device("cpu"))
     return prefix_shared_attention(
-        *numbers.inputs, **{"scale": 0.1, "plan": plan, "impl": "reference", **changes}  # type: ignore[arg-type]
+        *numbers.rows, **{"scale": 0.1, "plan": plan, "impl": "reference", **changes}  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"sliding_window": 128},
-            "sliding_window: expected None, prefix-shared attention does not support it; got 128",
-        ),
-        ({"logits_soft_cap": 30.0}, "logits_soft_cap: expected None"),
-        ({"alibi_slopes": torch.ones(4)}, "alibi_slopes: expected None"),
         ({"impl": "flash"}, "impl: expected 'triton' or 'reference', got 'flash'"),
         ({"output": torch.empty(1, 4, 64)}, "output: expected (4, 4, 64), got (1, 4, 64)"),
         ({"output": torch.empty(4, 4, 64, dtype=torch.half)}, "output: expected torch.float32, got torch.float16"),
@@ -60,10 +54,9 @@ def test_options_that_are_not_supported_are_refused(changes: dict[str, object], 
         ("value_cache", lambda t: t[1:], "value_cache: expected"),
         ("value_cache", lambda t: t.half(), "value_cache: expected torch.float32, got torch.float16"),
         ("block_table", lambda t: t.long(), "block_table: expected torch.int32, got torch.int64"),
-        ("block_table", lambda t: t[0], "block_table: expected [requests, max_blocks], got [6]"),
+        ("block_table", lambda t: t[0], "block_table: expected [tokens, max_blocks], got [6]"),
         ("block_table", lambda t: t[:2], "block_table: expected (4, 6), got (2, 6)"),
-        ("seq_lens", lambda t: t.to("meta"), "seq_lens: expected cpu, got meta"),
-        ("query_start_loc", lambda t: t[1:], "query_start_loc: expected (5,), got (4,)"),
+        ("block_table", lambda t: t.to("meta"), "block_table: expected cpu, got meta"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(name: str, change: object, message: str) -> None:
@@ -80,13 +73,13 @@ def test_plans_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="plan: expected one for blocks of 16 tokens, got 32"):
         call(numbers, plan=other)
     with pytest.raises(ValueError, match="plan: expected buffers with a plan loaded"):
-        call(numbers, plan=PlanBuffers(PlanCapacity(1, 1, 1, 1), 4, 64, torch.device("cpu")))
+        call(numbers, plan=PlanBuffers(PlanCapacity(1, 1, 1, 1, 1), 4, 64, torch.device("cpu")))
     with pytest.raises(ValueError, match="plan: expected buffers for heads and head size"):
         call(numbers, plan=PlanBuffers.of_plan(STEP.plan(numbers.shape()), 8, 64, torch.device("cpu")))
     with pytest.raises(ValueError, match="plan: expected at most 2 query tokens, got 4"):
         call(replace(numbers, query=numbers.query[:2]))
-    with pytest.raises(ValueError, match="plan: expected tiles of 16 and 32 rows"):
-        plan = STEP.plan(replace(numbers.shape(), wide_tile_rows=128))
+    with pytest.raises(ValueError, match="plan: expected tiles of 32 rows"):
+        plan = STEP.plan(replace(numbers.shape(), shared_tile_rows=128))
         call(numbers, plan=PlanBuffers.of_plan(plan, 4, 64, torch.device("cpu")), impl="triton")
 
 
@@ -96,21 +89,33 @@ def test_shapes_of_models_that_are_not_supported_are_refused() -> None:
     assert plan_shape(**model, device=device).queries_per_kv_head == 4  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="heads: expected a multiple of 3 KV heads, got 8"):
         plan_shape(**{**model, "kv_heads": 3}, device=device)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="block_size: expected a multiple of 16 tokens, got 24"):
+        plan_shape(**{**model, "block_size": 24}, device=device)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="head_size: expected 1 to 256, got 576"):
         plan_shape(**{**model, "head_size": 576}, device=device)  # type: ignore[arg-type]
 
 
 def test_tiles_grow_with_the_query_heads_of_a_kv_head() -> None:
     tuning = tuning_for("sm90", 128, torch.bfloat16)
-    assert tuning.with_room_for(71).narrow_tile_rows == 128
-    assert tuning.with_room_for(71).wide_tile_rows == 128
+    assert tuning.with_room_for(71).shared.low_tile_rows == 128
+    assert tuning.with_room_for(200).shared.high_tile_rows == 256
+    assert own_tile_rows(71) == 128
+    assert tuning.with_room_for(71).own.num_warps == 8
+    assert own_tile_rows(4) == 16
     assert tuning.with_room_for(4) == tuning
+
+
+@pytest.mark.parametrize(("block_size", "tile"), [(16, 16), (32, 32), (48, 16), (64, 32), (128, 32)])
+def test_a_tile_of_an_own_part_lies_in_one_block(block_size: int, tile: int) -> None:
+    assert tuning_for("sm90", 128, torch.bfloat16).own.kv_tile_tokens(block_size) == tile
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 def test_every_supported_head_size_has_launch_parameters(head_size: int, dtype: torch.dtype) -> None:
-    assert tuning_for("sm123", head_size, dtype).kv_tile_tokens >= 16
+    tuning = tuning_for("sm123", head_size, dtype)
+    assert tuning.shared.kv_tile_tokens >= 16
+    assert tuning.own.most_kv_tile_tokens >= 16
 
 
 def test_a_head_size_beyond_the_table_has_none() -> None:

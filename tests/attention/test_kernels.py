@@ -14,13 +14,12 @@ FLOAT32, FLOAT16, BFLOAT16 = (torch.float32, 1e-5), (torch.float16, 2e-3), (torc
 
 def group(degree: int = 5, *, blocks: int = 3, **request: int) -> list[Request]:
     """Requests that share some blocks, each with another number of own tokens."""
-    request.setdefault("query_tokens", 1)
     return [Request(own_tokens=3 + 7 * n, shares=(("prefix", blocks),), **request) for n in range(degree)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [FLOAT32, FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("share", [True, False])
-def test_decode_and_prefill_with_shared_and_own_context(
+def test_decode_with_shared_and_own_context(
     device: torch.device, dtype: torch.dtype, tolerance: float, share: bool
 ) -> None:
     step = Step(mixed_requests())
@@ -44,7 +43,7 @@ def test_head_sizes(device: torch.device, head_size: int, dtype: torch.dtype, to
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (3, 1), (6, 2), (4, 1), (8, 1), (32, 1)])
 def test_query_heads_for_each_kv_head(device: torch.device, heads: int, kv_heads: int) -> None:
-    step = Step([*group(blocks=6), Request(own_tokens=9, query_tokens=9)])
+    step = Step([*group(blocks=6), Request(own_tokens=9)])
     numbers = tensors(step, heads=heads, kv_heads=kv_heads, head_size=16, device=device)
     plan = step.plan(numbers.shape())
     assert relative_error(numbers.attend(plan, "triton"), numbers.expected()) < 1e-5
@@ -95,12 +94,14 @@ def test_buffers_larger_than_the_plan_and_used_again_change_nothing(device: torc
     """As a captured graph has it: the grid covers the capacity, older plans lie behind the counts."""
     from batchllm_kernels.attention.api import prefix_shared_attention
 
-    buffers = PlanBuffers(PlanCapacity(30, 60, 40, 60), heads=4, head_size=16, device=device, fixed_grid=True)
+    buffers = PlanBuffers(PlanCapacity(30, 60, 60, 40, 160), heads=4, head_size=16, device=device)
     for requests in (mixed_requests()[:6], group(), [Request(own_tokens=20)]):
         step = Step(requests)
         numbers = tensors(step, head_size=16, device=device)
         buffers.load(step.plan(numbers.shape(target_items=8)))
         buffers.partials.fill_(torch.nan)
         output = torch.full_like(numbers.query, torch.nan)
-        prefix_shared_attention(*numbers.inputs, scale=numbers.scale, plan=buffers, impl="triton", output=output)
+        prefix_shared_attention(
+            *numbers.rows, scale=numbers.scale, plan=buffers, impl="triton", output=output, every_launch=True
+        )
         assert relative_error(output, numbers.expected()) < 1e-5

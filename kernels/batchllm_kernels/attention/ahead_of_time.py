@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchllm_kernels.attention.launch import MERGE_HEAD_TILE, MERGE_WARPS, dot_precision
-from batchllm_kernels.attention.triton_kernels import attend_items_kernel, merge_partials_kernel
+from batchllm_kernels.attention.launch import MERGE_WARPS, kernel_constants
+from batchllm_kernels.attention.triton_kernels import attend_own_kernel, attend_shared_kernel, merge_splits_kernel
 from batchllm_kernels.attention.tuning import tuning_for
 
 ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -44,7 +44,7 @@ class KernelResources:
 def compile_kernels(
     architecture: str, *, heads: int, kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
 ) -> list[KernelResources]:
-    """Compiles both kernels to a cubin with the launch parameters of the tuning table.
+    """Compiles all kernels to cubins with the launch parameters of the tuning table.
 
     Raises:
         ValueError: for an architecture not named like `sm90`, or a head size that the table has not.
@@ -57,29 +57,23 @@ def compile_kernels(
     element = f"*{ELEMENT_TYPES[dtype]}"
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "output"), element)
     pointers |= dict.fromkeys(("partials", "lses"), "*fp32")
-    head = {"HEAD_SIZE": head_size, "HEAD_PADDED": triton.next_power_of_2(head_size)}
-    attend: dict[str, Any] = {
-        **head,
-        "HEADS_PER_KV": heads // kv_heads,
-        "BLOCK_SIZE": block_size,
-        "NARROW_ROWS": tuning.narrow_tile_rows,
-        "WIDE_ROWS": tuning.wide_tile_rows,
-        "KV_TILE": tuning.kv_tile_tokens,
-        "DOT_PRECISION": dot_precision(dtype),
-        "DOT_IN_FP32": False,
-    }
-    merge = {**head, "HEAD_TILE": MERGE_HEAD_TILE}
-    options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+    constants = kernel_constants(heads // kv_heads, head_size, block_size, dtype, tuning)
     return [
-        _compile(attend_items_kernel, pointers, attend, target, options),
-        _compile(merge_partials_kernel, pointers, merge, target, {"num_warps": MERGE_WARPS}),
+        _compile(kernel, pointers, constants[kernel.__name__], target, {"num_warps": warps})
+        for kernel, warps in (
+            (attend_shared_kernel, tuning.shared.num_warps),
+            (attend_own_kernel, tuning.own.num_warps),
+            (merge_splits_kernel, MERGE_WARPS),
+        )
     ]
 
 
 def _compile(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget, options: dict[str, int]
+    kernel: Any, pointers: dict[str, str], values: tuple[Any, ...], target: GPUTarget, options: dict[str, int]
 ) -> KernelResources:
-    signature, aligned = {}, {}
+    signature: dict[str, str] = {}
+    aligned = {}
+    constants = dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"

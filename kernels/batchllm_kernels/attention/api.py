@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.reference import planned_attention
-from batchllm_kernels.attention.tuning import Tuning, device_architecture, tuning_for
-from batchllm_kernels.attention.work_plan import PlanShape
+from batchllm_kernels.attention.tuning import Tuning, device_architecture, multiprocessors, tuning_for
+from batchllm_kernels.attention.work_plan import OwnItem, PlanShape
+
+if TYPE_CHECKING:
+    from batchllm_kernels.attention.launch import PreparedLaunches
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
-MULTIPROCESSORS_OF_H100 = 132
-PROGRAMS_PER_MULTIPROCESSOR = 4
+BLOCK_MULTIPLE = 16
+"""KV tokens of a block are a multiple of it: a matrix unit multiplies so many keys at least."""
 
 Implementation = Literal["triton", "reference"]
 
@@ -24,80 +27,94 @@ def prefix_shared_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
     *,
     scale: float,
     plan: PlanBuffers,
     impl: Implementation,
     output: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    logits_soft_cap: float | None = None,
-    alibi_slopes: torch.Tensor | None = None,
+    every_launch: bool = False,
 ) -> torch.Tensor:
-    """Causal attention of a batch over a paged KV cache, reading shared leading blocks once for all who share them.
+    """Attention of decode rows over a paged KV cache, reading shared leading blocks once for all who share them.
+
+    A row is a request with one query token, the last of its sequence, whose keys are in the cache: query token i
+    belongs to row i of the block table. Tensors of a layout that was seen before are not checked again.
 
     Args:
-        query: [tokens, heads, head_size], fp32, fp16 or bf16; tokens of one request stand together.
+        query: [tokens, heads, head_size], fp32, fp16 or bf16.
         key_cache: [blocks, block_size, kv_heads, head_size], dtype and device of the query, any strides but 1 along
             head_size. vLLM's cache `[blocks, kv_heads, block_size, 2 * head_size]` gives both caches as views:
             `cache.transpose(1, 2).split(head_size, dim=-1)`.
         value_cache: as key_cache.
-        block_table: int32 [requests, max_blocks].
-        seq_lens: int32 [requests], tokens of each request with those of this step, whose keys are in the cache.
-        query_start_loc: int32 [requests + 1], first query token of each request.
+        block_table: int32 [tokens, max_blocks].
         scale: factor of the scores before the softmax.
-        plan: the step's work plan on the query's device, from `plan_work` on the same three arrays.
+        plan: the step's work plan on the query's device, from `plan_work` on the same block table.
         impl: "triton", or "reference" for plain PyTorch in fp32; never chosen for the caller.
         output: where the result goes, shape, dtype and device of the query; new if None.
-        sliding_window, logits_soft_cap, alibi_slopes: must be None; not supported.
+        every_launch: run also the launches that the loaded plan has nothing for, and over what any plan may have:
+            whoever captures a CUDA graph replays it for the plans that are loaded later.
 
     Returns:
-        `output`; rows of query tokens that no request has are left as they are.
+        `output`; rows that the plan does not have, and padding, are left as they are.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    for name, value in (
-        ("sliding_window", sliding_window),
-        ("logits_soft_cap", logits_soft_cap),
-        ("alibi_slopes", alibi_slopes),
-    ):
-        if value is not None:
-            raise ValueError(f"{name}: expected None, prefix-shared attention does not support it; got {value}")
-    _check_tensors(query, key_cache, value_cache, block_table, seq_lens, query_start_loc)
     if output is None:
         output = torch.empty_like(query)
-    _check_tensor("output", output, tuple(query.shape), query.dtype, query.device)
     work = plan.plan
     if work is None:
         raise ValueError("plan: expected buffers with a plan loaded, got empty ones")
-    if work.block_size != key_cache.shape[1]:
-        raise ValueError(f"plan: expected one for blocks of {key_cache.shape[1]} tokens, got {work.block_size}")
     if work.query_tokens > len(query):
         raise ValueError(f"plan: expected at most {len(query)} query tokens, got {work.query_tokens}")
-    if plan.partials.shape[1:] != query.shape[1:]:
-        raise ValueError(
-            f"plan: expected buffers for heads and head size {list(query.shape[1:])}, "
-            f"got {list(plan.partials.shape[1:])}"
+    layout = (
+        impl,
+        scale,
+        query.dtype,
+        query.shape,
+        query.stride(),
+        key_cache.shape,
+        key_cache.stride(),
+        value_cache.stride(),
+        block_table.stride(),
+        output.stride(),
+    )
+    launches: PreparedLaunches | None = plan.prepared.get(layout)
+    if launches is None:
+        _check_tensors(query, key_cache, value_cache, block_table, output, plan)
+        if impl == "reference":
+            result = planned_attention(query, key_cache, value_cache, block_table, scale, work)
+            written = torch.from_numpy(work.own_items[:, OwnItem.TOKEN]).to(output.device).long()
+            output[written] = result[written].to(output.dtype)
+            return output
+        launches = plan.prepared[layout] = _prepared(
+            query, key_cache, value_cache, block_table, output, scale, plan, impl
         )
-    arguments = (query, key_cache, value_cache, block_table, seq_lens, query_start_loc, scale)
-    if impl == "reference":
-        result = planned_attention(*arguments, work)
-        output[: work.query_tokens] = result[: work.query_tokens].to(output.dtype)
-        return output
+    launches.run(query, key_cache, value_cache, block_table, output, every_launch=every_launch)
+    return output
+
+
+def _prepared(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+    plan: PlanBuffers,
+    impl: Implementation,
+) -> PreparedLaunches:
     if impl != "triton":
         raise ValueError(f"impl: expected 'triton' or 'reference', got {impl!r}")
     tuning = _tuning(query.shape[1] // key_cache.shape[2], query.shape[2], query.dtype, query.device)
-    if (tuning.narrow_tile_rows, tuning.wide_tile_rows) != work.tile_rows:
+    work = plan.plan
+    if work is not None and work.shared_tile_rows != tuning.shared.high_tile_rows:
         raise ValueError(
-            f"plan: expected tiles of {tuning.narrow_tile_rows} and {tuning.wide_tile_rows} rows "
-            f"(plan_shape gives them), got {work.tile_rows[0]} and {work.tile_rows[1]}"
+            f"plan: expected tiles of {tuning.shared.high_tile_rows} rows (plan_shape gives them), "
+            f"got {work.shared_tile_rows}"
         )
-    from batchllm_kernels.attention.launch import launch_planned_attention
+    from batchllm_kernels.attention.launch import PreparedLaunches
 
-    launch_planned_attention(*arguments, plan, tuning, output)
-    return output
+    return PreparedLaunches(query, key_cache, value_cache, block_table, output, scale, plan, tuning)
 
 
 def plan_shape(
@@ -118,25 +135,24 @@ def plan_shape(
         head_size: numbers of a head.
         dtype: of query and cache.
         device: that runs the kernels.
-        target_items: items per KV head that fill the device; default four programs for each multiprocessor, of an
-            H100 where the device has none.
+        target_items: items per KV head that fill the device; default as many programs as run at once, of an H100 where
+            the device has no multiprocessors.
 
     Raises:
         ValueError: when the heads are not supported.
     """
     _check_heads(heads, kv_heads, head_size)
+    if block_size % BLOCK_MULTIPLE:
+        raise ValueError(f"block_size: expected a multiple of {BLOCK_MULTIPLE} tokens, got {block_size}")
     tuning = _tuning(heads // kv_heads, head_size, dtype, device)
     if target_items is None:
-        processors = MULTIPROCESSORS_OF_H100
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        target_items = max(1, PROGRAMS_PER_MULTIPROCESSOR * processors // kv_heads)
+        programs = tuning.shared.programs_per_multiprocessor * multiprocessors(device)
+        target_items = max(1, programs // kv_heads)
     return PlanShape(
         block_size=block_size,
         queries_per_kv_head=heads // kv_heads,
         element_bytes=dtype.itemsize,
-        narrow_tile_rows=tuning.narrow_tile_rows,
-        wide_tile_rows=tuning.wide_tile_rows,
+        shared_tile_rows=tuning.shared.high_tile_rows,
         target_items=target_items,
     )
 
@@ -150,8 +166,8 @@ def _check_tensors(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    output: torch.Tensor,
+    plan: PlanBuffers,
 ) -> None:
     if query.ndim != 3:
         raise ValueError(f"query: expected [tokens, heads, head_size], got {list(query.shape)}")
@@ -162,18 +178,24 @@ def _check_tensors(
             f"key_cache: expected [blocks, block_size, kv_heads, {query.shape[2]}], got {list(key_cache.shape)}"
         )
     if block_table.ndim != 2:
-        raise ValueError(f"block_table: expected [requests, max_blocks], got {list(block_table.shape)}")
+        raise ValueError(f"block_table: expected [tokens, max_blocks], got {list(block_table.shape)}")
     _check_heads(query.shape[1], key_cache.shape[2], query.shape[2])
-    requests = len(seq_lens)
     for name, tensor, shape, dtype in (
         ("query", query, query.shape, query.dtype),
         ("key_cache", key_cache, key_cache.shape, query.dtype),
         ("value_cache", value_cache, key_cache.shape, query.dtype),
-        ("block_table", block_table, (requests, block_table.shape[1]), torch.int32),
-        ("seq_lens", seq_lens, (requests,), torch.int32),
-        ("query_start_loc", query_start_loc, (requests + 1,), torch.int32),
+        ("block_table", block_table, (len(query), block_table.shape[1]), torch.int32),
+        ("output", output, query.shape, query.dtype),
     ):
         _check_tensor(name, tensor, tuple(shape), dtype, query.device)
+    work = plan.plan
+    if work is not None and work.block_size != key_cache.shape[1]:
+        raise ValueError(f"plan: expected one for blocks of {key_cache.shape[1]} tokens, got {work.block_size}")
+    if plan.partials.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"plan: expected buffers for heads and head size {list(query.shape[1:])}, "
+            f"got {list(plan.partials.shape[1:])}"
+        )
 
 
 def _check_heads(heads: int, kv_heads: int, head_size: int) -> None:

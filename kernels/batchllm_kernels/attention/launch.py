@@ -1,105 +1,206 @@
-"""Launches of the Triton kernels over a plan that lies on the device."""
+"""Launches of the Triton kernels over a plan that lies on the device.
+
+What does not change from layer to layer is prepared once (`PreparedLaunches`): the arguments of every launch but the
+addresses of tensors, and the compiled kernels, which are then started without Triton's own look at each argument.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.triton_kernels import INTERPRETED, attend_items_kernel, merge_partials_kernel
-from batchllm_kernels.attention.tuning import Tuning
+from batchllm_kernels.attention.triton_kernels import (
+    INTERPRETED,
+    attend_own_kernel,
+    attend_shared_kernel,
+    merge_splits_kernel,
+)
+from batchllm_kernels.attention.tuning import Tuning, multiprocessors, own_tile_rows
 
 MERGE_HEAD_TILE = 4
 MERGE_WARPS = 4
+ALIGNMENT = 16  # bytes; Triton compiles other code for addresses that are no multiples of it
+MOST_PROGRAMS = 65536
+"""Programs of a launch of own items, at most. Each strides over the items, so that any number is right; one program an
+item is fastest, and programs without an item end at once."""
+
+Launcher = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
+"""Starts a kernel, of (grid, all its arguments, compile-time constants last)."""
 
 
-def launch_planned_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    scale: float,
-    buffers: PlanBuffers,
-    tuning: Tuning,
-    output: torch.Tensor,
-) -> None:
-    """Writes `output` in two launches: all work items, then the merge. Shapes as in `api.prefix_shared_attention`.
+class PreparedLaunches:
+    """The launches of one layer, for tensors of one shape, dtype and strides.
+
+    Args:
+        query, key_cache, value_cache, block_table, output: as in `api.prefix_shared_attention`; what is kept of them is
+            shapes and strides.
+        scale: factor of the scores before the softmax.
+        buffers: plan and scratch space.
+        tuning: launch parameters.
+        make_launcher: makes what starts a kernel, of (kernel, options); the benchmark of host time puts in one that
+            starts nothing.
 
     Raises:
         ValueError: on a device other than CUDA, unless Triton interprets.
     """
-    if query.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"impl: expected a CUDA device for 'triton' (or TRITON_INTERPRET=1 before Triton is imported), "
-            f"got {query.device}"
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        buffers: PlanBuffers,
+        tuning: Tuning,
+        make_launcher: Callable[[Any, dict[str, Any]], Launcher] | None = None,
+    ) -> None:
+        if query.device.type != "cuda" and not INTERPRETED and make_launcher is None:
+            raise ValueError(
+                f"impl: expected a CUDA device for 'triton' (or TRITON_INTERPRET=1 before Triton is imported), "
+                f"got {query.device}"
+            )
+        _, heads, head_size = query.shape
+        _, block_size, kv_heads, _ = key_cache.shape
+        make_launcher = make_launcher or (_interpreted if INTERPRETED else _compiled)
+        constants = kernel_constants(heads // kv_heads, head_size, block_size, query.dtype, tuning)
+        shared, own = tuning.shared, tuning.own
+        self._shared = make_launcher(attend_shared_kernel, {"num_warps": shared.num_warps})
+        self._own = make_launcher(attend_own_kernel, {"num_warps": own.num_warps})
+        self._merge = make_launcher(merge_splits_kernel, {"num_warps": MERGE_WARPS})
+        self._scale_log2 = scale * math.log2(math.e)
+        cache_strides = (*key_cache.stride()[:3], *value_cache.stride()[:3])
+        strides = (heads, kv_heads, query.stride(0), query.stride(1), *cache_strides, block_table.stride(0))
+        output_strides = (output.stride(0), output.stride(1))
+        self._shared_numbers = (*strides, *constants["attend_shared_kernel"])
+        self._own_numbers = (*strides, *output_strides, *constants["attend_own_kernel"])
+        self._merge_numbers = (heads, *output_strides, *constants["merge_splits_kernel"])
+        self._buffers = buffers
+        programs = shared.programs_per_multiprocessor * multiprocessors(query.device)
+        merges = buffers.capacity.merges * triton.cdiv(heads, MERGE_HEAD_TILE)
+        self._kv_heads = kv_heads
+        self._shared_grid = (max(1, min(buffers.capacity.shared_items * kv_heads, programs)), 1, 1)
+        # splits make more items than rows only where rows alone do not fill the device
+        self._own_grid = (min(len(query) * kv_heads + programs, MOST_PROGRAMS), 1, 1)
+        self._merge_grid = (max(1, min(merges, programs)), 1, 1)
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+        *,
+        every_launch: bool,
+    ) -> None:
+        """Writes `output` in up to three launches: shared items, own items, the merge of split own items.
+
+        `every_launch`: also those that the loaded plan has nothing for, as a captured graph replays them for any plan.
+        """
+        buffers = self._buffers
+        plan = buffers.plan
+        if every_launch or plan is None or len(plan.shared_items):
+            self._shared(
+                self._shared_grid,
+                (
+                    query,
+                    key_cache,
+                    value_cache,
+                    block_table,
+                    buffers.shared_items,
+                    buffers.shared_rows,
+                    buffers.counts,
+                    buffers.partials,
+                    buffers.lses,
+                    self._scale_log2,
+                    *self._shared_numbers,
+                ),
+            )
+        own_grid = self._own_grid
+        if not every_launch and plan is not None:
+            own_grid = (min(len(plan.own_items) * self._kv_heads, MOST_PROGRAMS), 1, 1)
+        self._own(
+            own_grid,
+            (
+                query,
+                key_cache,
+                value_cache,
+                block_table,
+                buffers.own_items,
+                buffers.counts,
+                output,
+                buffers.partials,
+                buffers.lses,
+                self._scale_log2,
+                *self._own_numbers,
+            ),
         )
-    _, heads, head_size = query.shape
-    block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
-    items, merges = buffers.grid
+        if every_launch or plan is None or len(plan.merges):
+            self._merge(
+                self._merge_grid,
+                (buffers.partials, buffers.lses, buffers.merges, buffers.counts, output, *self._merge_numbers),
+            )
+
+
+def kernel_constants(
+    queries_per_kv_head: int, head_size: int, block_size: int, dtype: torch.dtype, tuning: Tuning
+) -> dict[str, tuple[Any, ...]]:
+    """The compile-time constants of each kernel, by its name, in the order of its parameters."""
     padded = triton.next_power_of_2(head_size)
-    if items:
-        attend_items_kernel[(items * kv_heads,)](
-            query,
-            key_cache,
-            value_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            buffers.items,
-            buffers.rows,
-            buffers.counts,
-            output,
-            buffers.partials,
-            buffers.lses,
-            scale * math.log2(math.e),
-            heads,
-            kv_heads,
-            query.stride(0),
-            query.stride(1),
-            key_cache.stride(0),
-            key_cache.stride(1),
-            key_cache.stride(2),
-            value_cache.stride(0),
-            value_cache.stride(1),
-            value_cache.stride(2),
-            block_table.stride(0),
-            output.stride(0),
-            output.stride(1),
-            HEADS_PER_KV=heads // kv_heads,
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=padded,
-            BLOCK_SIZE=block_size,
-            NARROW_ROWS=tuning.narrow_tile_rows,
-            WIDE_ROWS=tuning.wide_tile_rows,
-            KV_TILE=tuning.kv_tile_tokens,
-            DOT_PRECISION=dot_precision(query.dtype),
-            DOT_IN_FP32=INTERPRETED and query.dtype == torch.bfloat16,
-            num_warps=tuning.num_warps,
-            num_stages=tuning.num_stages,
-            enable_fp_fusion=True,
-        )
-    if merges:
-        merge_partials_kernel[(merges, triton.cdiv(heads, MERGE_HEAD_TILE))](
-            buffers.partials,
-            buffers.lses,
-            buffers.merges,
-            buffers.counts,
-            output,
-            heads,
-            output.stride(0),
-            output.stride(1),
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=padded,
-            HEAD_TILE=MERGE_HEAD_TILE,
-            num_warps=MERGE_WARPS,
-            enable_fp_fusion=True,
-        )
+    dots = ("ieee" if dtype == torch.float32 else "tf32", INTERPRETED and dtype == torch.bfloat16)
+    shared, own = tuning.shared, tuning.own
+    model = (queries_per_kv_head, head_size, padded, block_size)
+    return {
+        "attend_shared_kernel": (
+            *model,
+            shared.low_tile_rows,
+            shared.high_tile_rows,
+            shared.kv_tile_tokens,
+            shared.low_stages,
+            shared.high_stages,
+            *dots,
+        ),
+        "attend_own_kernel": (
+            *model,
+            own_tile_rows(queries_per_kv_head),
+            own.kv_tile_tokens(block_size),
+            own.stages,
+            *dots,
+        ),
+        "merge_splits_kernel": (head_size, padded, MERGE_HEAD_TILE),
+    }
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of products: fp32 inputs must not be rounded to TF32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def _interpreted(kernel: Any, options: dict[str, Any]) -> Launcher:
+    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        kernel[grid](*arguments, **options)
+
+    return launch
+
+
+def _compiled(kernel: Any, options: dict[str, Any]) -> Launcher:
+    """Starts what Triton compiled at the first call, as long as all addresses are aligned as they were then.
+
+    Numbers are the same in every call, so that Triton would compile nothing else for them.
+    """
+    runners: dict[tuple[int, int, int], Callable[..., None]] = {}
+
+    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+        tensors = (one for one in arguments if isinstance(one, torch.Tensor))
+        aligned = not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+        runner = runners.get(grid) if aligned else None
+        if runner is not None:
+            runner(*arguments)
+            return
+        compiled = kernel[grid](*arguments, enable_fp_fusion=True, **options)
+        if aligned:
+            runners[grid] = compiled[grid]
+
+    return launch

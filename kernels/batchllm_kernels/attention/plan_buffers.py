@@ -6,6 +6,7 @@ A captured CUDA graph keeps reading the same addresses, and learns from the coun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ class PlanBuffers:
             are undefined. These and the counts are views of one buffer, each at a multiple of 128 bytes.
         partials: fp32 [slots, heads, head_size]; lses: fp32 [slots, heads]. Written and read within one layer.
         plan: the plan last loaded, None before the first.
+        prepared: what `api` prepared of launches over these buffers, by the layout of the tensors.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class PlanBuffers:
         self.partials = torch.empty((capacity.partials, heads, head_size), dtype=torch.float32, device=device)
         self.lses = torch.empty((capacity.partials, heads), dtype=torch.float32, device=device)
         self.plan: WorkPlan | None = None
+        self.prepared: dict[Any, Any] = {}
         self._staging = _Staging(self._layout.size, uploads_in_flight + 1, device)
 
     @staticmethod

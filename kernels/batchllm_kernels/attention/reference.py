@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from batchllm_kernels.attention.work_plan import DIRECT, OwnItem, WorkPlan
+from batchllm_kernels.attention.work_plan import DIRECT, WorkPlan
 
 
 def paged_attention(
@@ -51,7 +51,6 @@ def planned_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
     scale: float,
     plan: WorkPlan,
 ) -> torch.Tensor:
@@ -61,17 +60,12 @@ def planned_attention(
         query: [tokens, heads, head_size], token i is that of row i; more than the plan has are left alone.
         key_cache, value_cache: [blocks, block_size, kv_heads, head_size].
         block_table: int32 [rows, max_blocks].
-        seq_lens: int32 [rows], 0 for padding.
         scale: factor of the scores before the softmax.
-        plan: of `plan_work` on the same two arrays.
+        plan: of `plan_work` on the same block table.
 
     Returns:
         NaN for padding rows and for tokens that the plan does not have.
-
-    Raises:
-        ValueError: when the plan was made for other lengths.
     """
-    _check_lengths(plan, seq_lens)
     tokens, heads, head_size = query.shape
     output = torch.full((tokens, heads, head_size), torch.nan, dtype=torch.float32, device=query.device)
     partials = torch.full((plan.partials, heads, head_size), torch.nan, dtype=torch.float32, device=query.device)
@@ -107,14 +101,6 @@ def merge_partials(partials: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Te
     weights = torch.softmax(lses, dim=0)
     merged = (weights[..., None] * torch.where(weights[..., None] > 0, partials, 0.0)).sum(dim=0)
     return merged, torch.logsumexp(lses, dim=0)
-
-
-def _check_lengths(plan: WorkPlan, seq_lens: torch.Tensor) -> None:
-    read_to = torch.zeros(plan.query_tokens, dtype=torch.int32)
-    own = torch.from_numpy(plan.own_items)
-    read_to.scatter_reduce_(0, own[:, OwnItem.TOKEN].long(), own[:, OwnItem.KV_END], "amax")
-    if not torch.equal(read_to, seq_lens.cpu()):
-        raise ValueError(f"plan: expected one for rows of {seq_lens.tolist()} tokens, got {read_to.tolist()}")
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, start: int, end: int) -> torch.Tensor:

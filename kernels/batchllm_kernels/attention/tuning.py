@@ -1,6 +1,6 @@
 """Launch parameters of the kernels by architecture, head size and dtype: a table in a file, nothing tuned at run time.
 
-`python -m batchllm_kernels.bench --tune` measures a device and prints the entry to add.
+`python -m batchllm_kernels.bench --tune` measures a device and prints the entries to add.
 """
 
 from __future__ import annotations
@@ -9,38 +9,79 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from math import gcd
 
 import torch
 
 TABLE = "tuning.json"
+MULTIPROCESSORS_OF_H100 = 132
+ROWS_OF_A_MATRIX_UNIT = 16  # rows that the smallest matrix instruction multiplies
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTuning:
+    """Launch parameters of the kernel of shared parts.
+
+    Attributes:
+        low_tile_rows: rows (query tokens x heads of one KV head) of the tile of items with few rows; a power of two.
+        high_tile_rows: rows of the tile of the other items: no item has more.
+        kv_tile_tokens: KV tokens of one step of the inner loop.
+        num_warps: warps of a program.
+        low_stages, high_stages: stages of the software pipeline over KV tiles, for either tile.
+        programs_per_multiprocessor: programs that fit a multiprocessor at once.
+    """
+
+    low_tile_rows: int
+    high_tile_rows: int
+    kv_tile_tokens: int
+    num_warps: int
+    low_stages: int
+    high_stages: int
+    programs_per_multiprocessor: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTuning:
+    """Launch parameters of the kernel of own parts.
+
+    Attributes:
+        most_kv_tile_tokens: KV tokens of one step of the inner loop, at most; a step lies within one block.
+        num_warps: warps of a program.
+        stages: stages of the software pipeline over KV tiles.
+        programs_per_multiprocessor: programs that keep the memory of the device busy.
+    """
+
+    most_kv_tile_tokens: int
+    num_warps: int
+    stages: int
+    programs_per_multiprocessor: int = 8
+
+    def kv_tile_tokens(self, block_size: int) -> int:
+        """KV tokens of a step for blocks of this size: a power of two that divides it."""
+        return gcd(block_size, self.most_kv_tile_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Launch parameters of the fused kernel.
+    """Launch parameters for one architecture, head size and dtype."""
 
-    Attributes:
-        narrow_tile_rows: rows (query tokens x heads of one KV head) of the tile of small items; a power of two >= 16.
-        wide_tile_rows: rows of the tile of items with many query tokens.
-        kv_tile_tokens: KV tokens of one step of the inner loop.
-        num_warps: warps of a program.
-        num_stages: stages of the software pipeline over KV tiles.
-    """
-
-    narrow_tile_rows: int
-    wide_tile_rows: int
-    kv_tile_tokens: int
-    num_warps: int
-    num_stages: int
+    shared: SharedTuning
+    own: OwnTuning
 
     def with_room_for(self, queries_per_kv_head: int) -> Tuning:
-        """With tiles that hold one query token: all query heads of a KV head."""
+        """With shared tiles that hold at least one query token: all query heads of a KV head."""
         rows = 1 << (queries_per_kv_head - 1).bit_length()
-        return replace(
-            self,
-            narrow_tile_rows=max(rows, self.narrow_tile_rows),
-            wide_tile_rows=max(rows, self.wide_tile_rows),
+        low, high = (max(rows, one) for one in (self.shared.low_tile_rows, self.shared.high_tile_rows))
+        # a tile of one token's heads has the width of a shared tile where there are that many
+        warps = max(self.own.num_warps, rows // ROWS_OF_A_MATRIX_UNIT)
+        return Tuning(
+            replace(self.shared, low_tile_rows=low, high_tile_rows=high), replace(self.own, num_warps=min(warps, 8))
         )
+
+
+def own_tile_rows(queries_per_kv_head: int) -> int:
+    """Rows of the tile of an own item: the query heads of one KV head, at least what a matrix unit multiplies."""
+    return max(ROWS_OF_A_MATRIX_UNIT, 1 << (queries_per_kv_head - 1).bit_length())
 
 
 def tuning_for(architecture: str, head_size: int, dtype: torch.dtype) -> Tuning:
@@ -55,7 +96,7 @@ def tuning_for(architecture: str, head_size: int, dtype: torch.dtype) -> Tuning:
         ValueError: for a head size larger than any in the table.
     """
     table = _table()
-    entries = table.get(architecture, {}).get(_bits(dtype)) or table["any"][_bits(dtype)]
+    entries = {**table["any"][_bits(dtype)], **table.get(architecture, {}).get(_bits(dtype), {})}
     sizes = sorted(size for size in entries if size >= head_size)
     if not sizes:
         raise ValueError(f"head_size: expected at most {max(entries)}, got {head_size}")
@@ -70,6 +111,14 @@ def device_architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; those of an H100 for any other, where plans are made and no kernel runs for real."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS_OF_H100
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _bits(dtype: torch.dtype) -> str:
     return f"{dtype.itemsize * 8} bits"
 
@@ -79,7 +128,11 @@ def _table() -> dict[str, dict[str, dict[int, Tuning]]]:
     text = resources.files(__package__).joinpath(TABLE).read_text(encoding="utf-8")
     return {
         architecture: {
-            bits: {int(size): Tuning(**entry) for size, entry in sizes.items()} for bits, sizes in by_bits.items()
+            bits: {
+                int(size): Tuning(SharedTuning(**entry["shared"]), OwnTuning(**entry["own"]))
+                for size, entry in sizes.items()
+            }
+            for bits, sizes in by_bits.items()
         }
         for architecture, by_bits in json.loads(text)["entries"].items()
     }

@@ -226,12 +226,16 @@ class _Splits:
 
 
 def _split(kv_tokens: Int64s, longest: Int64s, shape: PlanShape) -> _Splits:
-    """Ranges that are longer than `longest` in splits of like size, of whole blocks, at most so long."""
+    """Ranges that are longer than `longest` in splits of like size, of whole blocks, about so long.
+
+    The number of splits is rounded, not raised: one more than fit the device at once would wait for all the others.
+    """
     count, split_tokens = np.ones_like(kv_tokens), kv_tokens.copy()
     long = np.flatnonzero(kv_tokens > longest)
     if len(long):
         tokens = kv_tokens[long]
-        split_tokens[long] = -(-tokens // (-(-tokens // longest[long]) * shape.block_size)) * shape.block_size
+        pieces = np.maximum(1, (tokens + longest[long] // 2) // longest[long])
+        split_tokens[long] = -(-tokens // (pieces * shape.block_size)) * shape.block_size
         count[long] = -(-tokens // split_tokens[long])
     return _Splits(count, split_tokens)
 
