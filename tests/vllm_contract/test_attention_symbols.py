@@ -219,9 +219,7 @@ def test_a_batch_is_told_apart_and_sliced_by_vllms_own_functions() -> None:
     assert starts.tolist() == [0, 1, 2, 12, 13]
 
 
-@pytest.mark.parametrize(
-    ("sequences", "largest", "captured"), [(1024, 1024, 1024), (1024, None, 512), (64, None, 128)]
-)
+@pytest.mark.parametrize(("sequences", "largest", "captured"), [(1024, 1024, 1024), (1024, None, 512), (64, None, 128)])
 def test_vllm_captures_steps_up_to_a_size_in_spaces_that_we_know(
     tiny_llama: str, sequences: int, largest: int | None, captured: int
 ) -> None:

@@ -25,7 +25,6 @@ from batchllm_kernels.vllm_plugin.attention_backend import (
 )
 from tests.vllm_plugin.recorded_graph import launch
 
-
 REFERENCE_VARIABLE = "TEST_REFERENCE_ATTENTION"
 """Environment variable that asks for the reference where Triton could run too."""
 

@@ -9,8 +9,8 @@ import torch
 
 from batchllm_kernels.attention.api import plan_shape
 from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, decide, planned_cost, stock_cost
-from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
-from batchllm_kernels.attention.work_plan import plan_work
+from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers, PlanCapacity
+from batchllm_kernels.attention.work_plan import PlanShape, plan_work
 
 LONGEST_PAUSE = 16  # steps between two looks at batches that do not pay
 
@@ -36,6 +36,7 @@ class StepPlanner:
         limits: of the engine.
         calibration: of the device.
         device: of the engine.
+        allocate: makes the scratch space of all layers, new if None.
 
     Raises:
         ValueError: heads or a head size that the kernels do not support.
@@ -49,19 +50,13 @@ class StepPlanner:
         limits: StepLimits,
         calibration: Calibration,
         device: torch.device,
+        allocate: Allocate | None = None,
     ) -> None:
         self._model = model
         self._calibration = calibration
-        self._shape = plan_shape(
-            block_size=block_size,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            dtype=dtype,
-            device=device,
-        )
+        self._shape = _shape(model, block_size, dtype, device)
         capacity = PlanCapacity.of_steps(limits.max_requests, self._shape)
-        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device)
+        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device, allocate=allocate)
         self._pause = 0
         self._skip = 0
         self.decision: Decision | None = None
@@ -108,14 +103,31 @@ class StepPlanner:
         return self._buffers
 
     def load_alone(self, seq_lens: torch.Tensor) -> PlanBuffers:
-        """A plan on the device in which every request reads its own context, one query token each.
+        """A plan on the device in which every row reads its own context, whatever it shares.
 
         Args:
-            seq_lens: int32 [requests], with the tokens of this step, on any device.
+            seq_lens: int32 [rows], with the token of this step, on any device.
         """
         lengths = seq_lens.cpu().numpy()
         columns = -(-int(lengths.max(initial=0)) // self._shape.block_size)
-        table = np.broadcast_to(np.int32(0), (len(lengths), columns))
-        starts = np.arange(len(lengths) + 1, dtype=np.int32)
-        self._buffers.load(plan_work(table, lengths, starts, self._shape, share=False))
+        table = np.broadcast_to(np.int32(0), (len(lengths), columns))  # which blocks it reads, the plan does not say
+        self._buffers.load(plan_work(table, lengths, self._shape, share=False))
         return self._buffers
+
+
+def step_capacity(
+    model: ModelHeads, block_size: int, dtype: torch.dtype, limits: StepLimits, device: torch.device
+) -> PlanCapacity:
+    """Room for every plan of an engine; arguments as of `StepPlanner`."""
+    return PlanCapacity.of_steps(limits.max_requests, _shape(model, block_size, dtype, device))
+
+
+def _shape(model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch.device) -> PlanShape:
+    return plan_shape(
+        block_size=block_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_size=model.head_size,
+        dtype=dtype,
+        device=device,
+    )

@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
 from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
 from batchllm_kernels.attention.cost import Calibration, ModelHeads, calibration_for
-from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
+from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
+from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
@@ -123,16 +124,16 @@ class DecodeRows:
     Attributes:
         count: requests, and query tokens.
         plan: on the device.
-        block_table: int32 [requests, max_blocks], on the device, of the whole step.
+        block_table: int32 [count, max_blocks], on the device.
         prompts: whether other requests follow; the stock metadata is then of these alone.
+        every_launch: whether what is launched must do for every plan, as in a graph.
     """
 
     count: int
     plan: PlanBuffers
     block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
     prompts: bool
+    every_launch: bool
 
 
 class SharedMetadataBuilder:
@@ -160,7 +161,9 @@ class SharedMetadataBuilder:
             StepLimits(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs),
             self.calibration(),
             device,
+            workspace(device),
         )
+        self._block_size = kv_cache_spec.block_size
         self._compilation = vllm_config.compilation_config
         self._capturing = False
         trace = os.environ.get(ATTENTION_TRACE_VARIABLE)
@@ -190,16 +193,18 @@ class SharedMetadataBuilder:
         # exact without drafts, and on the host already; None where a runner does not keep them there
         lengths = common_attn_metadata.seq_lens_cpu_upper_bound
         lengths = (common_attn_metadata.seq_lens if lengths is None else lengths)[:count]
-        plan = None
+        plan = decision = None
         if self._capturing:
             plan = self._planner.load_alone(lengths)
-        elif count > 1:
+        elif count > 1 and common_attn_metadata.max_seq_len > self._block_size:
+            # a warm-up of vLLM's has one token a request, and is no sign of what batches share
             plan = self._planner.plan(
                 common_attn_metadata.block_table_tensor[:count],
                 lengths,
                 common_attn_metadata.query_start_loc_cpu[: count + 1],
                 common_attn_metadata.max_seq_len,
             )
+            decision = self._planner.decision
         if plan is None and not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
             # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
             self._planner.load_alone(lengths)
@@ -210,16 +215,15 @@ class SharedMetadataBuilder:
             metadata.decode_rows = DecodeRows(
                 count,
                 plan,
-                common_attn_metadata.block_table_tensor,
-                common_attn_metadata.seq_lens,
-                common_attn_metadata.query_start_loc,
+                common_attn_metadata.block_table_tensor[:count],
                 prompts,
+                every_launch=self._capturing,
             )
         if self._trace is not None and not self._capturing:
             self._trace.write(
                 requests=common_attn_metadata.num_reqs if prompts else count,
                 query_tokens=int(common_attn_metadata.query_start_loc_cpu[common_attn_metadata.num_reqs]),
-                decision=self._planner.decision if count > 1 else None,
+                decision=decision,
             )
         return metadata
 
@@ -239,7 +243,7 @@ def _of_prompts(common: Any, first: int) -> Any:
 
 
 class SharedAttentionImpl:
-    """Mixin before a stock implementation: ours for the decode rows where there is a plan, the stock one for all else."""
+    """Mixin before a stock implementation: ours for the decode rows where they have a plan, stock for all else."""
 
     implementation: ClassVar[Implementation] = "triton"
     supports_pcp: bool = False
@@ -247,6 +251,7 @@ class SharedAttentionImpl:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._config = get_current_vllm_config_or_none()
         for name, expected in (
             ("alibi_slopes", (None,)),
             ("sliding_window", (None, -1, (-1, -1))),
@@ -276,6 +281,8 @@ class SharedAttentionImpl:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer; shapes as in vLLM's `AttentionImpl.forward`, keys and values being in the cache."""
+        if attn_metadata is None:
+            self._reserve(query)
         rows: DecodeRows | None = getattr(attn_metadata, "decode_rows", None)
         stock = super().forward  # type: ignore[misc]  # the stock class has it
         if rows is None:
@@ -291,6 +298,26 @@ class SharedAttentionImpl:
             stock(layer, query[first:], key[first:], value[first:], kv_cache, attn_metadata, output[first:])
         return output
 
+    def _reserve(self, query: torch.Tensor) -> None:
+        """Allocates the partial results, in the forward pass by which vLLM profiles memory.
+
+        Metadata builders, which hold the plans, are made when the KV cache has got what that pass left over.
+        """
+        if self._config is None or not is_workspace_manager_initialized():
+            return
+        _, heads, head_size = query.shape
+        scheduler = self._config.scheduler_config
+        capacity = step_capacity(
+            ModelHeads(heads, self.num_kv_heads, head_size, query.element_size()),  # type: ignore[attr-defined]  # the stock class has it
+            self._config.cache_config.block_size,
+            query.dtype,
+            StepLimits(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            query.device,
+        )
+        allocate = workspace(query.device)
+        for name, shape in capacity.scratch(heads, head_size).items():
+            allocate(name, shape)
+
     def attend_decode_rows(
         self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows, output: torch.Tensor
     ) -> None:
@@ -301,14 +328,28 @@ class SharedAttentionImpl:
             query[:count],
             keys,
             values,
-            rows.block_table[:count],
-            rows.seq_lens[:count],
-            rows.query_start_loc[: count + 1],
+            rows.block_table,
             scale=self.scale,  # type: ignore[attr-defined]  # the stock class has it
             plan=rows.plan,
             impl=self.implementation,
             output=output[:count],
+            every_launch=rows.every_launch,
         )
+
+
+def workspace(device: torch.device) -> Allocate:
+    """Scratch space for all layers and steps out of vLLM's workspace: each name and shape is allocated once a worker.
+
+    A worker without one, as that for CPUs, profiles no memory; there it is new each time.
+    """
+
+    def allocate(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if not is_workspace_manager_initialized():
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        found: torch.Tensor = current_workspace_manager().get_persistent((__name__, name, shape), shape, torch.float32)
+        return found
+
+    return allocate
 
 
 def _refusal(reason: str) -> ValueError:
