@@ -8,20 +8,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager
 
 from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 from tests.vllm_plugin.recorded_graph import RecordedGraph, recording
 
 
 class CapturingWorker(CPUWorker):
+    def init_device(self) -> None:
+        super().init_device()
+        init_workspace_manager(self.device)  # as vLLM's worker for GPUs does
+
+    def determine_available_memory(self) -> int:
+        left: int = super().determine_available_memory()
+        trace("memory", "profiled", persistent_bytes())
+        return left
+
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
+        trace("memory", "built", persistent_bytes())
         if self.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             with set_current_vllm_config(self.vllm_config):
                 (_capture_in_second_runner if self.use_v2_model_runner else _capture_in_first_runner)(self.model_runner)
@@ -84,13 +96,20 @@ class _TracedGraph(RecordedGraph):
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self._tokens = tokens
-        self._file = os.open(os.environ[REPLAYS_VARIABLE], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._write("capture")
+        trace("capture", "FULL", tokens)
 
     def replay(self) -> None:
-        self._write("replay")
+        trace("replay", "FULL", self._tokens)
         super().replay()
 
-    def _write(self, what: str) -> None:
-        line = {"what": what, "mode": "FULL", "tokens": self._tokens}
-        os.write(self._file, f"{json.dumps(line)}\n".encode())
+
+def trace(what: str, mode: str, number: int) -> None:
+    """Appends a line; the number is of tokens, or of bytes."""
+    with Path(os.environ[REPLAYS_VARIABLE]).open("a") as file:
+        file.write(f"{json.dumps({'what': what, 'mode': mode, 'number': number})}\n")
+
+
+def persistent_bytes() -> int:
+    """What vLLM's workspace keeps of the tensors that were asked of it by name."""
+    [resources] = current_workspace_manager()._persistent_resources
+    return sum(one.nbytes for one in resources.values())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 
 REPLAYS_VARIABLE = "TEST_REPLAYED_PIECES"
-"""Environment variable with the file for a JSON line on every capture and replay; unset: the model is not compiled."""
+"""Environment variable with the file for a JSON line on every capture and replay; unset: nothing is compiled."""
 
 
 def platform() -> str:

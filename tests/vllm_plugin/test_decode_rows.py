@@ -10,10 +10,15 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker import workspace
 
 from batchllm_kernels.attention.cost import Calibration
 from batchllm_kernels.attention.reference import paged_attention
+from batchllm_kernels.vllm_plugin import attention_backend
 from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
+from batchllm_kernels.vllm_plugin.shared_flash_attn import SharedBuilder as OverFlashAttention
 
 BLOCK = 16
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
@@ -38,11 +43,13 @@ class StockImpl:
     """Stands for a stock implementation: plain attention over the rows of its metadata."""
 
     def __init__(self) -> None:
-        self.scale = SCALE
+        self.scale, self.num_kv_heads = SCALE, KV_HEADS
 
     def forward(
         self, _layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
     ) -> torch.Tensor:
+        if metadata is None:
+            return output.fill_(0)
         rows = metadata.rows
         tokens = rows.num_actual_tokens
         assert len(query) == len(key) == len(value) == len(output) >= tokens
@@ -70,14 +77,21 @@ class Impl(SharedAttentionImpl, StockImpl):
     implementation = "reference"
 
 
-def builder(kind: type[Builder] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Builder:
-    spec = SimpleNamespace(num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float32, block_size=BLOCK)
+def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Any:
+    spec = FullAttentionSpec(BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float32)
     config = SimpleNamespace(
         speculative_config=None,
-        compilation_config=SimpleNamespace(static_forward_context={}, cudagraph_mode=graphs),
-        parallel_config=SimpleNamespace(rank=0),
-        model_config=SimpleNamespace(get_num_attention_heads=lambda _: HEADS),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, cudagraph_mode=graphs, max_cudagraph_capture_size=16
+        ),
+        parallel_config=SimpleNamespace(rank=0, cp_kv_cache_interleave_size=1),
+        model_config=SimpleNamespace(
+            get_num_attention_heads=lambda _: HEADS, rswa_window=None, is_mm_prefix_lm=False, hf_config=None
+        ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32),
+        kernel_config=SimpleNamespace(enable_jit_warmup=False),
     )
     return kind(spec, [], config, torch.device("cpu"))
 
@@ -163,6 +177,27 @@ def test_ours_runs_a_step_of_decode_rows_alone_and_leaves_padding(padding: int) 
     torch.testing.assert_close(answers(metadata, common), expected(common), equal_nan=True)
 
 
+@pytest.mark.parametrize(("kind", "scheduled"), [(Builder, [110, 7]), (ReluctantBuilder, [70, 75, 90, 110, 7])])
+def test_flash_attention_3_schedules_the_rows_that_it_gets(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Builder], scheduled: list[int]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def schedule(**rows: Any) -> torch.Tensor:
+        asked.update(rows)
+        return torch.arange(1, 6, dtype=torch.int32)
+
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
+    monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
+    monkeypatch.setattr(OverFlashAttention, "calibration", kind.calibration)
+    metadata = builder(OverFlashAttention).build(0, step(*MIXED))
+    assert asked["cache_seqlens"].tolist() == metadata.seq_lens.tolist() == scheduled
+    assert asked["batch_size"] == len(scheduled)
+    assert asked["cu_seqlens_q"] is metadata.query_start_loc
+    assert metadata.query_start_loc.tolist()[-1] == metadata.num_actual_tokens == (47 if kind is Builder else 50)
+    assert metadata.scheduler_metadata.tolist() == [1, 2, 3, 4, 5]
+
+
 def test_a_single_decode_row_shares_with_nobody() -> None:
     common = step([1, 40], [70, 110])
     assert builder().build(0, common).decode_rows is None
@@ -221,6 +256,32 @@ def test_a_dummy_batch_for_a_capture_shares_nothing_though_all_its_rows_have_the
     metadata = builder().build_for_cudagraph_capture(dummy)
     assert metadata.decode_rows.count == 4
     assert metadata.decode_rows.plan.plan.shared_tokens == 0
+
+
+def test_partial_results_are_those_that_the_pass_by_which_vllm_profiles_memory_has_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Builders, with the plans, are made after the KV cache was sized."""
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        cache_config=SimpleNamespace(block_size=BLOCK),
+    )
+    workspace.init_workspace_manager(torch.device("cpu"))
+    try:
+        query, cache = layer_inputs(step(*DECODES))
+        monkeypatch.setattr(attention_backend, "get_current_vllm_config_or_none", lambda: config)
+        profiled = Impl()
+        key = torch.zeros((len(query), KV_HEADS, HEAD_SIZE))
+        output = torch.full_like(query, torch.nan)
+        assert not profiled.forward(None, query, key, key, cache, None, output).any()
+        workspace.lock_workspace()  # nothing more can be allocated in it
+        plan = builder().build_for_cudagraph_capture(step(*DECODES)).decode_rows.plan
+        again = builder().build_for_cudagraph_capture(step(*DECODES)).decode_rows.plan
+    finally:
+        workspace.reset_workspace_manager()
+    assert plan.partials.shape[1:] == (HEADS, HEAD_SIZE)
+    assert plan.partials.data_ptr() == again.partials.data_ptr()
+    assert plan.counts.data_ptr() != again.counts.data_ptr()
 
 
 def test_vllm_is_told_that_decode_steps_can_be_captured_and_decodes_are_to_stand_first() -> None:
