@@ -23,8 +23,8 @@ def planner(limits: StepLimits = LIMITS, calibration: Calibration = ASSUMED) -> 
 
 
 def look(at: StepPlanner, step: Step) -> PlanBuffers | None:
-    arrays = (torch.from_numpy(array) for array in (step.block_table, step.seq_lens, step.query_start_loc))
-    return at.plan(*arrays, max_seq_len=int(step.seq_lens.max()))
+    lengths = torch.from_numpy(step.seq_lens), torch.from_numpy(step.query_start_loc)
+    return at.plan(step.block_table, *lengths, max_seq_len=int(step.seq_lens.max()))
 
 
 SHARING = Step([Request(own_tokens=20, shares=(("prefix", 200),)) for _ in range(16)])

@@ -1,4 +1,4 @@
-"""What `vllm_plugin/attention_choice.py` relies on in vLLM, symbol by symbol; no model is loaded."""
+"""What the plugin's attention relies on in vLLM, symbol by symbol; no model is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytestmark = pytest.mark.usefixtures("vllm")
 
@@ -277,3 +279,117 @@ def test_a_persistent_workspace_is_made_once_and_not_after_the_capture() -> None
     assert manager.get_persistent("ours", (3, 4), torch.float32) is first
     with pytest.raises(AssertionError, match="not allocated during"):
         manager.get_persistent("another", (3, 4), torch.float32)
+
+
+@pytest.fixture
+def tables_of_the_second_runner(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With two KV cache groups, on the host, as vLLM's CPU worker has them; no kernel runs until writes are applied."""
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)
+    return BlockTables(
+        block_sizes=[16, 32],
+        max_num_reqs=4,
+        max_num_batched_tokens=64,
+        max_num_blocks_per_group=[8, 4],
+        device=torch.device("cpu"),
+    )
+
+
+def test_the_second_runner_takes_block_ids_by_one_method_with_or_without_what_was_there() -> None:
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    parameters = list(inspect.signature(BlockTables.append_block_ids).parameters)
+    assert parameters == ["self", "req_index", "new_block_ids", "overwrite"]
+    runner = inspect.getsource(GPUModelRunner)
+    assert runner.count("self.block_tables.append_block_ids(") == 2
+    assert runner.count(".stage_write(") == 0
+    assert inspect.getsource(BlockTables).count(".stage_write(") == 1
+    assert BlockTables.redirect_writes_to_null_block is False
+
+
+def test_the_second_runner_counts_the_blocks_of_each_row_on_the_host(tables_of_the_second_runner: Any) -> None:
+    tables = tables_of_the_second_runner
+    assert [tuple(table.gpu.shape) for table in tables.block_tables] == [(4, 8), (4, 4)]
+    tables.append_block_ids(1, ([3, 4], [5]), overwrite=True)
+    tables.append_block_ids(1, ([6], []), overwrite=False)
+    assert tables.num_blocks.np[:, 1].tolist() == [3, 1]
+    tables.append_block_ids(1, ([7], [8]), overwrite=True)
+    assert tables.num_blocks.np[:, 1].tolist() == [1, 1]
+
+
+def test_the_second_runner_makes_a_steps_tables_by_one_method_and_dummies_by_another(
+    tables_of_the_second_runner: Any,
+) -> None:
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert "self.block_tables.gather_block_tables(" in inspect.getsource(GPUModelRunner.prepare_attn)
+    assert "get_dummy_block_tables(" in inspect.getsource(GPUModelRunner.prepare_dummy_attn)
+    gathering = inspect.getsource(BlockTables.gather_block_tables)
+    assert "return tuple(bt[:num_reqs_padded] for bt in out)" in gathering, "tensors of this call, with what is noted"
+    tables = tables_of_the_second_runner
+    first, again = tables.get_dummy_block_tables(4), tables.get_dummy_block_tables(4)
+    assert len(first) == 2
+    assert first[0] is not again[0], "what is noted on one does not stay for the next"
+
+
+def test_the_second_runner_makes_metadata_builders_before_its_tables() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner)
+    assert source.count("self.block_tables = BlockTables(") == 1
+    assert source.index("init_attn_backend(") < source.index("self.block_tables = BlockTables(")
+
+
+def test_a_metadata_builder_gets_the_table_itself_and_the_rows_of_its_requests() -> None:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    needed = {"block_table_tensor", "req_idx", "num_reqs", "max_seq_len", "seq_lens_cpu_upper_bound"}
+    assert needed <= {one.name for one in dataclasses.fields(CommonAttentionMetadata)}
+    building = inspect.getsource(build_attn_metadata)
+    assert "block_table = block_tables[i]" in building
+    assert "block_table_tensor=block_table," in building
+    assert "req_idx=input_batch.idx_mapping_np," in inspect.getsource(DefaultModelState.prepare_attn)
+
+
+def test_a_builder_gets_the_same_metadata_where_blocks_of_cache_and_kernel_are_of_one_size() -> None:
+    from vllm.v1.worker.utils import AttentionGroup
+
+    group = AttentionGroup(backend=object, layer_names=[], kv_cache_spec=None, kv_cache_group_id=0)
+    metadata = object()
+    assert group.kernel_block_size is None
+    assert group._with_kernel_block_table(metadata) is metadata
+
+
+def test_the_first_runner_copies_a_table_of_the_host_to_the_device_and_hands_the_copy_on() -> None:
+    from vllm.v1.worker.block_table import BlockTable
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    table = BlockTable(16, 4, 8, 64, False, torch.device("cpu"), 1)
+    table.add_row([3, 4], 1)
+    table.commit_block_table(2)
+    assert isinstance(table.get_numpy_array(), np.ndarray)
+    assert table.get_numpy_array()[1, :2].tolist() == [3, 4]
+    assert table.get_device_tensor(2)[1, :2].tolist() == [3, 4]
+    assert table.get_device_tensor(2) is not table.get_device_tensor(2)
+    building = inspect.getsource(GPUModelRunner._build_attention_metadata)
+    assert "blk_table_tensor = blk_table.get_device_tensor(num_reqs_padded)" in building
+    assert "seq_lens_cpu_upper_bound = self.optimistic_seq_lens_cpu[:num_reqs_padded]" in building
+
+
+def test_the_config_tells_which_worker_and_which_runner_an_engine_has() -> None:
+    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert issubclass(resolve_obj_by_qualname("vllm.v1.worker.cpu_worker.CPUWorker"), Worker)
+    assert "worker_cls" in {one.name for one in dataclasses.fields(ParallelConfig)}
+    assert ParallelConfig(ubatch_size=2).use_ubatching
+    assert not ParallelConfig().use_ubatching
+    assert {"use_v2_model_runner", "max_concurrent_batches"} <= set(dir(VllmConfig))

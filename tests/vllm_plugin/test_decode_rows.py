@@ -13,11 +13,13 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker import workspace
+from vllm.v1.worker.gpu_worker import Worker
 
 from batchllm_kernels.attention.cost import Calibration
 from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.vllm_plugin import attention_backend
 from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
+from batchllm_kernels.vllm_plugin.block_table_mirror import HostTable, note
 from batchllm_kernels.vllm_plugin.shared_flash_attn import SharedBuilder as OverFlashAttention
 
 BLOCK = 16
@@ -84,7 +86,8 @@ def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FUL
         compilation_config=SimpleNamespace(
             static_forward_context={}, cudagraph_mode=graphs, max_cudagraph_capture_size=16
         ),
-        parallel_config=SimpleNamespace(rank=0, cp_kv_cache_interleave_size=1),
+        parallel_config=SimpleNamespace(rank=0, cp_kv_cache_interleave_size=1, worker_cls=Worker, use_ubatching=False),
+        use_v2_model_runner=False,
         model_config=SimpleNamespace(
             get_num_attention_heads=lambda _: HEADS, rswa_window=None, is_mm_prefix_lm=False, hf_config=None
         ),
@@ -105,6 +108,7 @@ def step(query_lens: list[int], seq_lens: list[int], padding: int = 0) -> Common
     table[:rows, :PROMPT_BLOCKS] = torch.arange(1, 1 + PROMPT_BLOCKS)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(query_lens + [0] * padding)]).astype(np.int32))
     lengths = torch.tensor(seq_lens + [0] * padding, dtype=torch.int32)
+    note(table, HostTable(table.numpy()))
     return CommonAttentionMetadata(
         query_start_loc=starts,
         query_start_loc_cpu=starts.clone(),
@@ -225,6 +229,7 @@ class Captured:
 
     def replay(self, common: CommonAttentionMetadata) -> torch.Tensor:
         self._table.copy_(common.block_table_tensor)
+        note(self._table, HostTable(self._table.numpy()))
         self._lengths.copy_(common.seq_lens)
         common.block_table_tensor, common.seq_lens = self._table, self._lengths
         self.builder.build(0, common)

@@ -17,7 +17,7 @@ from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, Shar
 
 COUNTS = 4  # shared items, own items, merges, and one to fill 16 bytes
 ALIGNMENT = 32  # int32s of 128 bytes: where a part of the buffer may start
-UPLOADS_IN_FLIGHT = 2  # steps that may be under way on the device while the host prepares the next
+UPLOAD_DEPTH = 2  # host buffers for uploads: steps that an engine has under way, as vLLM's async scheduling has
 
 Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Makes fp32 scratch space on the device of its maker, of (name, shape)."""
@@ -98,11 +98,11 @@ class PlanBuffers:
         head_size: int,
         device: torch.device,
         *,
-        uploads_in_flight: int = UPLOADS_IN_FLIGHT,
+        upload_depth: int = UPLOAD_DEPTH,
         allocate: Allocate | None = None,
     ) -> None:
-        """`heads`: query heads of this rank; `uploads_in_flight`: loads that may wait on the device at a time;
-        `allocate`: makes the scratch space, new if None.
+        """`heads`: query heads of this rank; `upload_depth`: steps that the engine has under way; `allocate`: makes the
+        scratch space, new if None.
         """
         self.capacity = capacity
         # the shared part stands last: a step that shares nothing does not upload it
@@ -122,7 +122,7 @@ class PlanBuffers:
         self.partials, self.lses = scratch["partials"], scratch["lses"]
         self.plan: WorkPlan | None = None
         self.prepared: dict[Any, Any] = {}
-        self._staging = _Staging(self._layout.size, uploads_in_flight + 1, device)
+        self._uploads = _Uploads(self._buffer, upload_depth)
 
     @staticmethod
     def of_plan(plan: WorkPlan, heads: int, head_size: int, device: torch.device) -> PlanBuffers:
@@ -141,7 +141,7 @@ class PlanBuffers:
             raise ValueError(f"plan: expected at most {self.capacity}, got {PlanCapacity.of_plan(plan)}")
         counts = np.array([[len(plan.shared_items), len(plan.own_items), len(plan.merges), 0]], dtype=np.int32)
         tables = counts, plan.own_items, plan.merges, plan.shared_items, plan.shared_rows
-        self._staging.upload(self._layout, tables, self._buffer)
+        self._uploads.load(self._layout.parts(*tables))
         self.plan = plan
 
     def read_back(self) -> WorkPlan:
@@ -169,8 +169,8 @@ class _Layout:
     """Where tables of so many rows and columns stand in one int32 buffer."""
 
     def __init__(self, *shapes: tuple[int, int]) -> None:
-        self.shapes = shapes
-        lengths = [-(-rows * columns // ALIGNMENT) * ALIGNMENT for rows, columns in shapes]
+        self.shapes = [(max(rows, 1), columns) for rows, columns in shapes]  # an empty tensor has no address
+        lengths = [-(-rows * columns // ALIGNMENT) * ALIGNMENT for rows, columns in self.shapes]
         self.starts = [sum(lengths[:at]) for at in range(len(lengths))]
         self.size = sum(lengths)
 
@@ -181,35 +181,29 @@ class _Layout:
             for start, (rows, columns) in zip(self.starts, self.shapes, strict=True)
         ]
 
-    def fill(self, buffer: Int32s, tables: tuple[Int32s, ...]) -> int:
-        """Writes tables, and returns the length of the buffer that has them all."""
-        filled = 0
-        for start, table in zip(self.starts, tables, strict=True):
-            if table.size:
-                filled = start + table.size
-                buffer[start:filled] = table.reshape(-1)
-        return filled
+    def parts(self, *tables: Int32s) -> list[tuple[int, Int32s]]:
+        """Tables that are not empty, with where they start."""
+        return [(start, table) for start, table in zip(self.starts, tables, strict=True) if table.size]
 
 
-class _Staging:
+class _Uploads:
     """Host buffers that take turns, so that a load need not wait for the copies before it: pinned for CUDA."""
 
-    def __init__(self, size: int, buffers: int, device: torch.device) -> None:
-        self._copied: list[torch.cuda.Event | None] = [None] * buffers
-        pinned = device.type == "cuda"
-        self._buffers = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(buffers)]
+    def __init__(self, target: torch.Tensor, depth: int) -> None:
+        self._target = target
+        self._hosts = [torch.zeros(len(target), dtype=torch.int32, pin_memory=target.is_cuda) for _ in range(depth)]
+        self._copied = [torch.cuda.Event() for _ in range(depth)] if target.is_cuda else []
         self._turn = 0
 
-    def upload(self, layout: _Layout, tables: tuple[Int32s, ...], target: torch.Tensor) -> None:
-        turn = self._turn
-        self._turn = (turn + 1) % len(self._buffers)
-        copied = self._copied[turn]
-        if copied is not None:
-            copied.synchronize()  # long done, unless more loads wait on the device than the buffers are for
-        source = self._buffers[turn]
-        filled = layout.fill(source.numpy(), tables)
-        target[:filled].copy_(source[:filled], non_blocking=True)
-        if target.device.type == "cuda":
-            copied = torch.cuda.Event()
-            copied.record()
-            self._copied[turn] = copied
+    def load(self, parts: list[tuple[int, Int32s]]) -> None:
+        host, end = self._hosts[self._turn], 0
+        if self._copied:
+            self._copied[self._turn].synchronize()  # long done, unless more steps are under way than there are buffers
+        staged = host.numpy()
+        for start, part in parts:
+            end = max(end, start + part.size)
+            staged[start : start + part.size] = part.reshape(-1)
+        self._target[:end].copy_(host[:end], non_blocking=True)
+        if self._copied:
+            self._copied[self._turn].record()
+        self._turn = (self._turn + 1) % len(self._hosts)

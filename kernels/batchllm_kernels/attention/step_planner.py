@@ -10,6 +10,7 @@ import torch
 from batchllm_kernels.attention.api import plan_shape
 from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, decide, planned_cost, stock_cost
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers, PlanCapacity
+from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.work_plan import PlanShape, plan_work
 
 LONGEST_PAUSE = 16  # steps between two looks at batches that do not pay
@@ -26,8 +27,8 @@ class StepLimits:
 class StepPlanner:
     """Decides step by step whether the attention of all layers shares prefixes, and with which plan.
 
-    The block table lies on the device, so that looking at it waits for the steps under way. Steps of a batch that does
-    not pay are therefore looked at less and less often, up to every sixteenth; one that pays, every time.
+    A look costs the host some time. Steps of a batch that does not pay are therefore looked at less and less often, up
+    to every sixteenth; one that pays, every time.
 
     Args:
         model: heads of this rank.
@@ -62,15 +63,15 @@ class StepPlanner:
         self.decision: Decision | None = None
 
     def plan(
-        self, block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, max_seq_len: int
+        self, block_table: Int32s, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, max_seq_len: int
     ) -> PlanBuffers | None:
         """The plan of a step, on the device, or None where the stock path is to run.
 
         `decision` says why; it is None for a step that was not looked at: one with prompts in it, too.
 
         Args:
-            block_table: int32 [requests, max_blocks], on any device.
-            seq_lens: int32 [requests], with the tokens of this step, on any device.
+            block_table: int32 [requests, blocks of the longest request or more].
+            seq_lens: int32 [requests], with the tokens of this step, on the host.
             query_start_loc: int32 [requests + 1], on the host.
             max_seq_len: of `seq_lens`, or more.
         """
@@ -81,8 +82,8 @@ class StepPlanner:
         if bool((query_start_loc.diff() != 1).any()):
             return None
         columns = -(-max_seq_len // self._shape.block_size)
-        table = block_table[:, :columns].cpu().numpy()
-        lengths = seq_lens.cpu().numpy(), query_start_loc.numpy()
+        table = block_table[:, :columns]
+        lengths = seq_lens.numpy(), query_start_loc.numpy()
         plan = plan_work(table, lengths[0], self._shape)
         self.decision = decide(
             plan,
@@ -106,9 +107,9 @@ class StepPlanner:
         """A plan on the device in which every row reads its own context, whatever it shares.
 
         Args:
-            seq_lens: int32 [rows], with the token of this step, on any device.
+            seq_lens: int32 [rows], with the token of this step, on the host.
         """
-        lengths = seq_lens.cpu().numpy()
+        lengths = seq_lens.numpy()
         columns = -(-int(lengths.max(initial=0)) // self._shape.block_size)
         table = np.broadcast_to(np.int32(0), (len(lengths), columns))  # which blocks it reads, the plan does not say
         self._buffers.load(plan_work(table, lengths, self._shape, share=False))

@@ -34,7 +34,9 @@ from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner, ste
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
+from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
+from batchllm_kernels.vllm_plugin.runner_tables import keep_host_tables
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -147,6 +149,12 @@ class SharedMetadataBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
             raise _refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
+        try:
+            keep_host_tables(vllm_config)
+        except ValueError as error:
+            record(str(error))
+            raise
+        self._block_size = kv_cache_spec.block_size
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # the stock class has it
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
         self._planner = StepPlanner(
@@ -190,21 +198,18 @@ class SharedMetadataBuilder:
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata, of all rows or of those of prompts, and the plan of the decode rows where ours runs."""
         count, prompts = _rows(common_attn_metadata)
-        # exact without drafts, and on the host already; None where a runner does not keep them there
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound
-        lengths = (common_attn_metadata.seq_lens if lengths is None else lengths)[:count]
+        lengths = common_attn_metadata.seq_lens_cpu_upper_bound[:count]  # exact without drafts
+        longest = common_attn_metadata.max_seq_len
         plan = decision = None
         if self._capturing:
             plan = self._planner.load_alone(lengths)
-        elif count > 1 and common_attn_metadata.max_seq_len > self._block_size:
-            # a warm-up of vLLM's has one token a request, and is no sign of what batches share
-            plan = self._planner.plan(
-                common_attn_metadata.block_table_tensor[:count],
-                lengths,
-                common_attn_metadata.query_start_loc_cpu[: count + 1],
-                common_attn_metadata.max_seq_len,
-            )
-            decision = self._planner.decision
+        elif count > 1 and longest > self._block_size:
+            # A warm-up of vLLM's has one token a request, or made-up blocks, and is no sign of what batches share.
+            block_table = rows_of_step(common_attn_metadata, -(-longest // self._block_size))
+            if block_table is not None:
+                starts = common_attn_metadata.query_start_loc_cpu[: count + 1]
+                plan = self._planner.plan(block_table[:count], lengths, starts, longest)
+                decision = self._planner.decision
         if plan is None and not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
             # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
             self._planner.load_alone(lengths)

@@ -25,8 +25,8 @@ _CPU_REASONS = {
 }
 _GPU_REASONS = {"max_num_seqs": "ours: no limit below memory, by which requests are admitted"}
 _MORE_GRAPHS = {
-    "max_cudagraph_capture_size": "ours: max_num_seqs, so that decode steps of all requests are captured as CUDA graphs; "
-    f"vLLM's own end is {VLLM_LARGEST_GRAPH} tokens"
+    "max_cudagraph_capture_size": "ours: max_num_seqs, so that decode steps of all requests are captured as CUDA "
+    f"graphs; vLLM's own end is {VLLM_LARGEST_GRAPH} tokens"
 }
 
 
