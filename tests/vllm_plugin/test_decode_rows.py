@@ -255,6 +255,14 @@ def test_a_mixed_step_between_two_replays_leaves_no_plan_behind() -> None:
         torch.testing.assert_close(graph.replay(common), expected(common), equal_nan=True)
 
 
+def test_a_warm_up_before_a_capture_runs_all_launches_of_ours() -> None:
+    """vLLM's first model runner builds it as any step."""
+    for rows in (1, 4):
+        warm_up = builder().build(0, step([1] * rows, [1] * rows))
+        assert (warm_up.decode_rows.count, warm_up.decode_rows.every_launch) == (rows, True)
+    assert builder(graphs=CUDAGraphMode.PIECEWISE).build(0, step([1] * 4, [1] * 4)).decode_rows is None
+
+
 def test_a_dummy_batch_for_a_capture_shares_nothing_though_all_its_rows_have_the_same_blocks() -> None:
     dummy = step([1] * 4, [256] * 4)
     dummy.block_table_tensor = torch.zeros((4, 16), dtype=torch.int32)

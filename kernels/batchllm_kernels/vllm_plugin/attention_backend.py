@@ -28,7 +28,7 @@ from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
 from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
@@ -174,6 +174,7 @@ class SharedMetadataBuilder:
         self._block_size = kv_cache_spec.block_size
         self._compilation = vllm_config.compilation_config
         self._capturing = False
+        self._decision: Decision | None = None
         trace = os.environ.get(ATTENTION_TRACE_VARIABLE)
         self._trace = AttentionTraceWriter(Path(trace), vllm_config.parallel_config.rank) if trace else None
 
@@ -197,40 +198,42 @@ class SharedMetadataBuilder:
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The stock metadata, of all rows or of those of prompts, and the plan of the decode rows where ours runs."""
-        count, prompts = _rows(common_attn_metadata)
-        lengths = common_attn_metadata.seq_lens_cpu_upper_bound[:count]  # exact without drafts
-        longest = common_attn_metadata.max_seq_len
-        plan = decision = None
-        if self._capturing:
-            plan = self._planner.load_alone(lengths)
-        elif count > 1 and longest > self._block_size:
-            # A warm-up of vLLM's has one token a request, or made-up blocks, and is no sign of what batches share.
-            block_table = rows_of_step(common_attn_metadata, -(-longest // self._block_size))
-            if block_table is not None:
-                starts = common_attn_metadata.query_start_loc_cpu[: count + 1]
-                plan = self._planner.plan(block_table[:count], lengths, starts, longest)
-                decision = self._planner.decision
-        if plan is None and not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
-            # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
-            self._planner.load_alone(lengths)
-        stock_rows = _of_prompts(common_attn_metadata, count) if plan is not None and prompts else common_attn_metadata
+        common = common_attn_metadata
+        count, prompts = _rows(common)
+        rows = self._decode_rows(common, count, prompts)
+        stock_rows = _of_prompts(common, count) if rows is not None and prompts else common
         metadata = super().build(common_prefix_len, stock_rows, fast_build)  # type: ignore[misc]  # the stock class has it
-        metadata.decode_rows = None
-        if plan is not None:
-            metadata.decode_rows = DecodeRows(
-                count,
-                plan,
-                common_attn_metadata.block_table_tensor[:count],
-                prompts,
-                every_launch=self._capturing,
-            )
+        metadata.decode_rows = rows
         if self._trace is not None and not self._capturing:
             self._trace.write(
-                requests=common_attn_metadata.num_reqs if prompts else count,
-                query_tokens=int(common_attn_metadata.query_start_loc_cpu[common_attn_metadata.num_reqs]),
-                decision=decision,
+                requests=common.num_reqs if prompts else count,
+                query_tokens=int(common.query_start_loc_cpu[common.num_reqs]),
+                decision=self._decision,
             )
         return metadata
+
+    def _decode_rows(self, common: Any, count: int, prompts: bool) -> DecodeRows | None:
+        """What ours is to run of a step in which `count` requests stand first with one query token each."""
+        lengths = common.seq_lens_cpu_upper_bound[:count]  # exact without drafts
+        longest = common.max_seq_len
+        graphs = not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        # Nothing is shared within a block. vLLM's V1 runner warms up with such steps before a capture: all launches.
+        every_launch = self._capturing or (graphs and longest <= self._block_size)
+        plan = self._decision = None
+        if every_launch:
+            plan = self._planner.load_alone(lengths)
+        elif count > 1:
+            block_table = rows_of_step(common, -(-longest // self._block_size))
+            if block_table is not None:  # else made up, and no sign of what batches share
+                starts = common.query_start_loc_cpu[: count + 1]
+                plan = self._planner.plan(block_table[:count], lengths, starts, longest)
+                self._decision = self._planner.decision
+        if plan is not None:
+            return DecodeRows(count, plan, common.block_table_tensor[:count], prompts, every_launch)
+        if graphs:
+            # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
+            self._planner.load_alone(lengths)
+        return None
 
 
 def _rows(common: Any) -> tuple[int, bool]:
