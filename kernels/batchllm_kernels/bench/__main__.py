@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m batchllm_kernels.bench", description=__doc__)
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--model", action="store_true", help="byte counts of every workload shape; needs no device")
+    modes.add_argument("--graph", action="store_true", help="launches of captured decode steps; needs no device")
     modes.add_argument("--plan", action="store_true", help="host time of a work plan; needs no device")
     modes.add_argument("--compile", action="store_true", help="registers, shared memory and spills; needs no device")
     modes.add_argument("--device", choices=["cuda"], help="measure the grid, correctness first")
@@ -30,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--block-size", type=int, default=16, help="tokens of a KV block, for --model")
     options = parser.parse_args(arguments)
     if options.model:
-        return _print(_model(options.block_size), options.json)
+        from batchllm_kernels.bench.byte_model import model_report
+
+        return _print(model_report(options.block_size), options.json)
+    if options.graph:
+        from batchllm_kernels.bench.graph_model import graph_report
+
+        return _print(graph_report(), options.json)
     if options.plan:
         return _print(_plan(), options.json)
     if options.compile:
@@ -53,21 +60,6 @@ def _on_device(measured: Callable[[bool], Report], *, quick: bool, as_json: bool
         sys.stderr.write(f"wrong result, no figures: {error}\n")
         return 1
     return _print(report, as_json)
-
-
-def _model(block_size: int) -> Report:
-    from batchllm_kernels.attention.cost import ModelHeads
-    from batchllm_kernels.bench.byte_model import H100, model_step
-    from batchllm_kernels.bench.workloads import workload_steps
-
-    heads = ModelHeads(heads=32, kv_heads=8, head_size=128)
-    return {
-        "kind": "byte-count model of one layer of one decode step, nothing measured",
-        "heads": asdict(heads),
-        "block_size": block_size,
-        "device": asdict(H100),
-        "rows": [asdict(model_step(step, heads)) for step in workload_steps(block_size)],
-    }
 
 
 def _plan() -> Report:
