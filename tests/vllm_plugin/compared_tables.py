@@ -17,7 +17,7 @@ class ComparingBuilder(SharedBuilder):
     """Before it builds a step, compares; on a CPU the device's table can be read at any time."""
 
     compared: ClassVar[list[dict[str, int]]] = []
-    """For each step its requests, the blocks in use, and how many of them differ; None blocks: no host table."""
+    """For each step its requests, the blocks in use, how many of them differ, and 1 where the table was made up."""
 
     @staticmethod
     def calibration() -> Calibration:
