@@ -8,9 +8,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from batchllm_kernels.attention.cost import Calibration
 from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
+from tests.vllm_plugin.calibrations import free_launches
 from tests.vllm_plugin.plain_cpu_backend import SharedBuilder, SharedImpl
 
-NEVER = Calibration("test: no gain", 1e12, 1e12, 1e15, 1e15, 0.0, 1.0)
+NEVER = free_launches("test: no gain", minimum_gain=1.0)
 
 
 class ComparingBuilder(SharedBuilder):

@@ -21,6 +21,7 @@ from batchllm_kernels.vllm_plugin import attention_backend
 from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
 from batchllm_kernels.vllm_plugin.block_table_mirror import HostTable, note
 from batchllm_kernels.vllm_plugin.shared_flash_attn import SharedBuilder as OverFlashAttention
+from tests.vllm_plugin.calibrations import free_launches
 
 BLOCK = 16
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
@@ -66,7 +67,7 @@ class Builder(SharedMetadataBuilder, StockBuilder):
 
     @classmethod
     def calibration(cls) -> Calibration:
-        return Calibration("test", 1e12, 1e12, 1e15, 1e15, 0.0, cls.gain)
+        return free_launches("test", minimum_gain=cls.gain)
 
 
 class ReluctantBuilder(Builder):
