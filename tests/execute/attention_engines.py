@@ -2,7 +2,8 @@
 
 python -m tests.execute.attention_engines JOBS.json
 
-A job is `{"model": {fields of ModelSpec}, "ranks": tensor-parallel size, "prompts": [[token, ...], ...]}`.
+A job is `{"model": {fields of ModelSpec}, "ranks": tensor-parallel size, "prompts": [[token, ...], ...], "max_tokens":
+[tokens of each answer, ...], 8 if left out}`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     except TerminalError as error:
         return {"error": str(error)}
     for number, prompt in enumerate(job["prompts"]):
-        assert engine.submit(Request(number.to_bytes(16, "big"), prompt, SamplingParameters(max_tokens=8))) is None
+        sampling = SamplingParameters(max_tokens=job["max_tokens"][number] if "max_tokens" in job else 8)
+        assert engine.submit(Request(number.to_bytes(16, "big"), prompt, sampling)) is None
     tokens = {}
     while engine.unfinished:
         for done in engine.step():

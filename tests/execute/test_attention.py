@@ -28,6 +28,11 @@ TRACE = "BATCHLLM_ATTENTION_TRACE"
 FOLDERS = (TRACE_FOLDER, ATTENTION_TRACE_FOLDER)
 
 
+def python_path(platform: Path) -> str:
+    """For processes that find a platform there, and all that this process finds."""
+    return os.pathsep.join([str(platform), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def asking(load: Load, attention: str) -> Load:
     model = load.model.model_copy(update={"attention": attention})
     return load.model_copy(update={"model": model})
@@ -64,7 +69,7 @@ def test_what_attention_decides_in_each_step_stands_in_the_work_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu_platform_plugin.announce(tmp_path / "platform")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "platform"), str(REPOSITORY)]))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "platform"))
     handle = make_handle()
     settings = {one.name: one for one in handle.load(asking(load_command, "shared")).settings}
     assert settings["attention"].value == "shared over CPU_ATTN"
@@ -153,20 +158,59 @@ def test_the_choice_reaches_the_processes_of_an_engine_core_and_their_refusals_c
     assert all(count % 2 == 0 for count in decided.values()), "both ranks decide alike"
 
 
-def test_it_runs_between_the_pieces_that_are_captured_as_cuda_graphs(tiny_llama: str, tmp_path: Path) -> None:
-    """vLLM pads a batch to a size that was captured; attention sees the requests there are."""
-    eager, captured = asked(tiny_llama, "shared"), asked(tiny_llama, "shared", enforce_eager=False)
-    for job in (eager, captured):
-        job["prompts"] = PROMPTS[:3]
+RUNNERS = {
+    "first": {},
+    "second": {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("runner", "mode"),
+    [
+        ("first", "FULL_AND_PIECEWISE"),
+        ("first", "FULL_DECODE_ONLY"),
+        ("first", "PIECEWISE"),
+        ("second", "FULL_AND_PIECEWISE"),
+    ],
+)
+def test_captured_steps_answer_as_those_that_run_from_python(
+    tiny_llama: str, tmp_path: Path, runner: str, mode: str
+) -> None:
+    """Decode steps as whole graphs, padded to a size that was captured; the others between captured pieces.
+
+    Five requests that end at different times and begin when others end: sharing comes and goes between replays. The
+    kernels run interpreted in the second runner, the reference in the first.
+    """
+    job = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
+    compilation = {"cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4]}
+    eager, captured = (
+        asked(tiny_llama, "shared", **job, **options)
+        for options in ({}, {"enforce_eager": False, "compilation_config": compilation})
+    )
+    for one in (eager, captured):
+        one["prompts"], one["max_tokens"] = [*PROMPTS, PROMPTS[0][:70]], [4, 8, 6, 8, 7]
     replays = tmp_path / "replays.jsonl"
-    expected, got = run_engines([eager, captured], tmp_path, core_process=False, **{REPLAYS_VARIABLE: str(replays)})
-    assert (got["value"], got["modules"]) == ("shared over CPU_ATTN", [])
+    variables = RUNNERS[runner] | {REPLAYS_VARIABLE: str(replays)}
+    expected, got = run_engines([eager, captured], tmp_path, core_process=False, **variables)
+    assert got["value"] == "shared over CPU_ATTN"
+    kernels = ["vllm.v1.worker.cpu.model_runner", "batchllm_kernels.attention.launch"]
+    assert got["modules"] == (kernels if runner == "second" else [])
     assert got["tokens"] == expected["tokens"]
-    assert any(step["share"] and step["query_tokens"] == 3 for step in traced(tmp_path)[expected["traced"] :])
-    pieces = Counter(tuple(json.loads(line).values()) for line in replays.read_text().splitlines())
-    assert pieces["capture", "PIECEWISE", 4] >= 2
-    assert pieces["replay", "PIECEWISE", 4] >= 5 * pieces["capture", "PIECEWISE", 4]
-    assert {mode for _, mode, _ in pieces} == {"PIECEWISE"}
+    steps = traced(tmp_path)[expected["traced"] :]
+    assert any(step["share"] and step["query_tokens"] == step["requests"] for step in steps)
+    traces = Counter(tuple(json.loads(line).values()) for line in replays.read_text().splitlines())
+    captures = [1, 2, 4] if "FULL" in mode else []
+    assert sorted(tokens for what, kind, tokens in traces if (what, kind) == ("capture", "FULL")) == captures
+    replayed = [tokens for what, kind, tokens in traces.elements() if (what, kind) == ("replay", "FULL")]
+    if captures:
+        decode_steps = [step for step in steps if step["query_tokens"] == step["requests"] > 1]
+        assert len(replayed) >= 5
+        assert {2, 4} <= set(replayed)
+        assert any(step["requests"] == 3 for step in decode_steps)  # padded to 4
+    assert any(kind == "PIECEWISE" for _, kind, _ in traces) == ("PIECEWISE" in mode)
+    reserved = {number for what, kind, number in traces if (what, kind) == ("memory", "profiled")}
+    assert reserved == {number for what, kind, number in traces if (what, kind) == ("memory", "built")}
+    assert min(reserved) > 0
 
 
 def test_the_kernels_answer_alike_in_vllms_second_model_runner(tiny_llama: str, tmp_path: Path) -> None:
@@ -203,7 +247,7 @@ def run_engines(
     cpu_platform_plugin.announce(folder / "platform")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(folder / "platform"), str(REPOSITORY)]),
+        "PYTHONPATH": python_path(folder / "platform"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(core_process)),
         TRACE: str(folder / "attention.jsonl"),
         **variables,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from batchllm_operators.errors import TerminalError
@@ -51,10 +53,37 @@ def test_an_argument_like_no_other_is_refused_without_a_guess() -> None:
 
 
 def test_on_gpus_the_number_of_sequences_is_no_limit_below_memory() -> None:
-    assert gpu_choices({}) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
-    assert gpu_choices({"max_num_seqs": None, "max_num_batched_tokens": None}) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
+    assert gpu_choices({})["max_num_seqs"] == GPU_MAX_NUM_SEQS
+    assert gpu_choices({"max_num_seqs": None, "max_num_batched_tokens": None})["max_num_seqs"] == GPU_MAX_NUM_SEQS
     assert gpu_choices({"max_num_batched_tokens": 512}) == {"max_num_seqs": 512}
     assert gpu_choices({"max_num_seqs": 7}) == {}
+
+
+def test_decode_steps_of_as_many_requests_as_may_run_are_captured() -> None:
+    assert gpu_choices({})["max_cudagraph_capture_size"] == GPU_MAX_NUM_SEQS
+    assert gpu_choices({"max_num_seqs": 768}) == {"max_cudagraph_capture_size": 768}
+    assert gpu_choices({"max_num_seqs": 512}) == {}  # vLLM's own end
+    off_the_grid = gpu_choices({"max_num_seqs": 1000})["cudagraph_capture_sizes"]
+    assert off_the_grid[-3:] == [976, 992, 1000]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"enforce_eager": True},
+        {"max_cudagraph_capture_size": 64},
+        {"cudagraph_capture_sizes": [8]},
+        {"compilation_config": {"max_cudagraph_capture_size": 64}},
+        {"compilation_config": {"cudagraph_capture_sizes": [8]}},
+    ],
+)
+def test_what_the_job_says_of_cuda_graphs_stays(given: dict[str, Any]) -> None:
+    assert gpu_choices(given) == {"max_num_seqs": GPU_MAX_NUM_SEQS}
+
+
+def test_a_compilation_that_says_nothing_of_sizes_leaves_them_to_us() -> None:
+    given = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}
+    assert gpu_choices(given)["max_cudagraph_capture_size"] == GPU_MAX_NUM_SEQS
 
 
 @pytest.mark.parametrize(

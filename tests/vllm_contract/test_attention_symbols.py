@@ -116,34 +116,169 @@ def compiled(mode: str) -> Any:
 
 
 def resolved(mode: str, *, use_v2_model_runner: bool = False) -> str:
-    """The mode that vLLM's model runner ends up with for a backend that is never captured."""
+    """The mode that vLLM's model runner ends up with where steps of one query token a request can be captured."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
     chosen = compiled(mode).resolve_cudagraph_mode_and_sizes(
-        AttentionCGSupport.NEVER, "SharedBackend", use_v2_model_runner=use_v2_model_runner
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "SharedBackend", use_v2_model_runner=use_v2_model_runner
     )
     return str(chosen.name)
 
 
 @pytest.mark.parametrize("use_v2_model_runner", [False, True])
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("FULL_AND_PIECEWISE", "PIECEWISE"), ("FULL_DECODE_ONLY", "PIECEWISE"), ("PIECEWISE",) * 2, ("NONE",) * 2],
-)
-def test_where_attention_is_never_captured_cuda_graphs_are_of_the_pieces_between(
-    mode: str, expected: str, use_v2_model_runner: bool
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "NONE"])
+def test_where_decode_steps_can_be_captured_the_modes_that_capture_them_stay(
+    mode: str, use_v2_model_runner: bool
 ) -> None:
-    assert resolved(mode, use_v2_model_runner=use_v2_model_runner) == expected
+    assert resolved(mode, use_v2_model_runner=use_v2_model_runner) == mode
     assert compiled(mode).splitting_ops_contain_attention()
 
 
-def test_where_attention_is_never_captured_whole_steps_cannot_be() -> None:
+def test_only_one_mode_captures_whole_steps_with_prompts() -> None:
     from vllm.config import CUDAGraphMode
 
-    with pytest.raises(ValueError, match="FULL is not supported with SharedBackend backend"):
-        resolved("FULL")
     whole = [mode.name for mode in CUDAGraphMode if mode.mixed_mode() == CUDAGraphMode.FULL]
     assert whole == ["FULL"]
+    decodes = [mode.name for mode in CUDAGraphMode if mode.decode_mode() == CUDAGraphMode.FULL]
+    assert decodes == ["FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
+
+
+def test_a_builder_says_what_of_it_can_be_captured_and_makes_the_metadata_of_captures() -> None:
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+    from vllm.v1.worker.gpu import attn_utils
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for asks in (attn_utils.get_attn_cg_support, GPUModelRunner._check_and_update_cudagraph_mode):
+        assert ".get_cudagraph_support(" in inspect.getsource(asks)
+    for builds in (attn_utils.build_attn_metadata, GPUModelRunner._build_attention_metadata):
+        assert "build_metadata_for_cudagraph_capture(" in inspect.getsource(builds)
+    assert "self.build(" in inspect.getsource(AttentionMetadataBuilder.build_for_cudagraph_capture)
+
+
+def test_the_second_model_runner_puts_requests_with_one_token_first() -> None:
+    from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+    assert sort_batch_req_ids({"prompt": 40, "a": 1, "end of a prompt": 7, "b": 1}, {}, 1) == [
+        "a",
+        "b",
+        "end of a prompt",
+        "prompt",
+    ]
+
+
+def test_the_first_model_runner_puts_decodes_first_where_a_builder_asks_for_it() -> None:
+    import numpy as np
+    from vllm.v1.attention.backends.utils import reorder_batch_to_split_decodes_and_prefills
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    class Batch:
+        req_ids: list[str] = ["first chunk", "a", "next chunk", "b", "first token"]  # noqa: RUF012  # vLLM's
+        num_computed_tokens_cpu = np.array([0, 50, 30, 60, 0])
+        num_prompt_tokens = np.array([40, 50, 90, 55, 1])
+
+        def swap_states(self, a: int, b: int) -> None:
+            self.req_ids[a], self.req_ids[b] = self.req_ids[b], self.req_ids[a]
+            for numbers in (self.num_computed_tokens_cpu, self.num_prompt_tokens):
+                numbers[[a, b]] = numbers[[b, a]]
+
+    class Step:
+        num_scheduled_tokens = dict(zip(Batch.req_ids, [40, 1, 16, 1, 1], strict=True))  # noqa: RUF012  # vLLM's
+
+    batch = Batch()
+    reorder_batch_to_split_decodes_and_prefills(batch, Step(), decode_threshold=1)
+    assert set(batch.req_ids[:2]) == {"a", "b"}
+    assert batch.req_ids[2] == "next chunk"  # prompts without context stand last, those of one token included
+    assert "reorder_batch_threshold" in inspect.getsource(GPUModelRunner.calculate_reorder_batch_threshold)
+    assert "decode_threshold=self.reorder_batch_threshold" in inspect.getsource(GPUModelRunner._may_reorder_batch)
+
+
+def test_a_batch_is_told_apart_and_sliced_by_vllms_own_functions() -> None:
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+    from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
+
+    starts = torch.tensor([0, 1, 2, 12, 13], dtype=torch.int32)
+    lengths = torch.tensor([9, 8, 10, 1], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=4,
+        num_actual_tokens=13,
+        max_query_len=10,
+        max_seq_len=10,
+        block_table_tensor=torch.arange(8).reshape(4, 2),
+        slot_mapping=torch.arange(13),
+    )
+    assert split_decodes_and_prefills(common) == (2, 2, 2, 11)
+    [prompts] = split_attn_metadata([UBatchSlice(slice(2, 4), slice(2, 13))], common)
+    assert prompts.query_start_loc.tolist() == prompts.query_start_loc_cpu.tolist() == [0, 10, 11]
+    assert (prompts.num_reqs, prompts.num_actual_tokens, prompts.max_query_len) == (2, 11, 10)
+    assert prompts.seq_lens.tolist() == prompts.seq_lens_cpu_upper_bound.tolist() == [10, 1]
+    assert (prompts.block_table_tensor.tolist(), prompts.causal) == ([[4, 5], [6, 7]], True)
+    assert starts.tolist() == [0, 1, 2, 12, 13]
+
+
+@pytest.mark.parametrize(("sequences", "largest", "captured"), [(1024, 1024, 1024), (1024, None, 512), (64, None, 128)])
+def test_vllm_captures_steps_up_to_a_size_in_spaces_that_we_know(
+    tiny_llama: str, sequences: int, largest: int | None, captured: int
+) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+    from batchllm_operators.execute.engine_options import VLLM_LARGEST_GRAPH, graph_sizes
+
+    config = EngineArgs(
+        tiny_llama, max_num_seqs=sequences, max_num_batched_tokens=2048, kv_cache_memory_bytes=2**27
+    ).create_engine_config()
+    compilation = config.compilation_config
+    # A configuration for a CPU captures nothing; what follows is how it was made for a GPU.
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = None, largest
+    config._set_cudagraph_sizes()
+    assert compilation.cudagraph_capture_sizes == graph_sizes(captured)
+    assert compilation.max_cudagraph_capture_size == captured
+    assert largest is not None or captured == min(2 * sequences, VLLM_LARGEST_GRAPH)
+    dispatcher = CudagraphDispatcher(config)
+    dispatcher.initialize_cudagraph_keys(compilation.cudagraph_mode)
+    mode, batch = dispatcher.dispatch(sequences - 5, uniform_decode=True)
+    covered = captured >= sequences
+    assert (mode.name, batch.num_tokens) == (("FULL", sequences) if covered else ("NONE", sequences - 5))
+
+
+def test_sizes_that_are_given_are_taken_as_they_are() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert {"max_cudagraph_capture_size", "cudagraph_capture_sizes"} <= set(inspect.signature(EngineArgs).parameters)
+
+
+def test_memory_is_profiled_with_a_forward_pass_without_metadata_before_the_kv_cache_is_sized() -> None:
+    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    profiles = inspect.getsource(gpu_worker.Worker.determine_available_memory)
+    assert "self.model_runner.profile_run(" in profiles
+    assert profiles.index("memory_profiling(") < profiles.rindex("self.model_runner.profile_run(")
+    assert profiles.rindex("self.model_runner.profile_run(") < profiles.index("self.available_kv_cache_memory_bytes =")
+    assert "skip_attn=True" in inspect.getsource(GPUModelRunner.profile_run)
+    assert "attn_metadata = None" in inspect.getsource(GPUModelRunner.execute_model)
+    assert "init_workspace_manager(" in inspect.getsource(gpu_worker.Worker._init_workspace_and_model_runner)
+
+
+def test_a_persistent_workspace_is_made_once_and_not_after_the_capture() -> None:
+    import torch
+    from vllm.v1.worker.workspace import WorkspaceManager
+
+    manager = WorkspaceManager(torch.device("cpu"))
+    first = manager.get_persistent("ours", (3, 4), torch.float32)
+    assert manager.get_persistent("ours", (3, 4), torch.float32) is first
+    manager.lock()
+    assert manager.get_persistent("ours", (3, 4), torch.float32) is first
+    with pytest.raises(AssertionError, match="not allocated during"):
+        manager.get_persistent("another", (3, 4), torch.float32)
 
 
 @pytest.fixture

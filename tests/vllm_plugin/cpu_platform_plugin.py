@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 
 REPLAYS_VARIABLE = "TEST_REPLAYED_PIECES"
-"""Environment variable with the file for a JSON line on every capture and replay; unset: the model is not compiled."""
+"""Environment variable with the file for a JSON line on every capture and replay; unset: nothing is compiled."""
 
 
 def platform() -> str:
@@ -17,7 +17,7 @@ def platform() -> str:
     STOCK_BACKENDS["CPU_ATTN"] = "tests.vllm_plugin.plain_cpu_backend.SharedOverCpu"
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _let_triton_be_interpreted()
-    name = "PiecewiseCpuPlatform" if REPLAYS_VARIABLE in os.environ else "CustomCpuPlatform"
+    name = "CapturingCpuPlatform" if REPLAYS_VARIABLE in os.environ else "CustomCpuPlatform"
     return f"tests.vllm_plugin.custom_cpu_platform.{name}"
 
 

@@ -29,8 +29,8 @@ class CustomCpuPlatform(CpuPlatform):
         return AttentionBackendEnum.CUSTOM.get_path()
 
 
-class PiecewiseCpuPlatform(CustomCpuPlatform):
-    """As on CUDA, the model is compiled in pieces between its attention layers, and these are captured."""
+class CapturingCpuPlatform(CustomCpuPlatform):
+    """As on CUDA, decode steps are captured whole, and so are the pieces between the attention layers of a model."""
 
     @classmethod
     def support_static_graph_mode(cls) -> bool:
@@ -39,6 +39,10 @@ class PiecewiseCpuPlatform(CustomCpuPlatform):
     @classmethod
     def get_static_graph_wrapper_cls(cls) -> str:
         return "tests.vllm_plugin.replayed_piece.ReplayedPiece"
+
+    @classmethod
+    def graph_pool_handle(cls) -> Any:
+        return None
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
@@ -50,3 +54,4 @@ class PiecewiseCpuPlatform(CustomCpuPlatform):
         if mode == CompilationMode.VLLM_COMPILE:
             compilation.mode, compilation.cudagraph_capture_sizes = mode, sizes
             compilation.backend = "eager"
+        vllm_config.parallel_config.worker_cls = "tests.vllm_plugin.capturing_worker.CapturingWorker"

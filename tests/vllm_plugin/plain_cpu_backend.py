@@ -5,6 +5,7 @@ vLLM's CPU kernels pack the keys, so that the stock half of this backend is the 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from batchllm_kernels.vllm_plugin.attention_backend import (
     SharedAttentionImpl,
     SharedMetadataBuilder,
 )
+from tests.vllm_plugin.calibrations import free_launches
+from tests.vllm_plugin.recorded_graph import launch
+
+REFERENCE_VARIABLE = "TEST_REFERENCE_ATTENTION"
+"""Environment variable that asks for the reference where Triton could run too."""
 
 
 class PlainImpl(CPUAttentionBackendImpl):
@@ -29,7 +35,7 @@ class PlainImpl(CPUAttentionBackendImpl):
         self, _layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        slots = slot_mapping[slot_mapping >= 0]
+        slots = slot_mapping.clamp(min=0)  # padding goes to vLLM's null block, so that shapes do not depend on it
         block, offset = slots // keys.shape[1], slots % keys.shape[1]
         keys[block, offset] = key[: len(slots)]
         values[block, offset] = value[: len(slots)]
@@ -39,7 +45,8 @@ class PlainImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output
-        assert attn_metadata.prefix_shared_plan is None, "a step with a plan came to the stock path"
+        rows = attn_metadata.decode_rows
+        assert rows is None or rows.prompts, "a step of decode rows with a plan came to the stock path"
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         lengths = attn_metadata.block_table, attn_metadata.seq_lens, attn_metadata.query_start_loc
         tokens = int(attn_metadata.query_start_loc[-1])
@@ -48,13 +55,19 @@ class PlainImpl(CPUAttentionBackendImpl):
 
 
 class SharedImpl(SharedAttentionImpl, PlainImpl):
-    implementation = "triton" if HAS_TRITON else "reference"
+    implementation = "triton" if HAS_TRITON and REFERENCE_VARIABLE not in os.environ else "reference"
+
+    def attend_decode_rows(self, *arguments: Any) -> None:
+        if self.implementation == "triton":
+            super().attend_decode_rows(*arguments)
+        else:
+            launch(super().attend_decode_rows, *arguments)
 
 
 class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):
     @staticmethod
     def calibration() -> Calibration:
-        return Calibration("test: any gain", 1e12, 1e12, 1e15, 1e15, 0.0, 0.0)
+        return free_launches("test: any gain", minimum_gain=0.0)
 
 
 class SharedBackend(CPUAttentionBackend):

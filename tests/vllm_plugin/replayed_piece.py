@@ -6,15 +6,13 @@ a replay; other addresses, which a GPU would not notice, are an error.
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context
 
-from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
+from tests.vllm_plugin.capturing_worker import trace
 
 
 class ReplayedPiece:
@@ -24,7 +22,6 @@ class ReplayedPiece:
         self.runnable = runnable
         self._runtime_mode = runtime_mode
         self._captured: dict[BatchDescriptor, tuple[list[int], Any]] = {}
-        self._trace = os.open(os.environ[REPLAYS_VARIABLE], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def __call__(self, *inputs: Any) -> Any:
         context = get_forward_context()
@@ -32,7 +29,7 @@ class ReplayedPiece:
             return self.runnable(*inputs)
         batch = context.batch_descriptor
         addresses = [one.data_ptr() for one in inputs if isinstance(one, torch.Tensor)]
-        self._record("replay" if batch in self._captured else "capture", batch)
+        trace("replay" if batch in self._captured else "capture", self._runtime_mode.name, batch.num_tokens)
         if batch not in self._captured:
             self._captured[batch] = addresses, self.runnable(*inputs)
             return self._captured[batch][1]
@@ -40,10 +37,6 @@ class ReplayedPiece:
         assert addresses == read, f"captured with inputs at {read}, got {addresses}"
         _overwrite(written, self.runnable(*inputs))
         return written
-
-    def _record(self, what: str, batch: BatchDescriptor) -> None:
-        line = {"what": what, "mode": self._runtime_mode.name, "tokens": batch.num_tokens}
-        os.write(self._trace, f"{json.dumps(line)}\n".encode())
 
 
 def _overwrite(written: Any, computed: Any) -> None:

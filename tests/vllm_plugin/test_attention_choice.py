@@ -242,30 +242,50 @@ def test_a_quantised_kv_cache_is_not_supported(on_cuda: object, make_config: Mak
     assert chosen.reasons == ("kv_cache_dtype not supported",)
 
 
+@pytest.mark.parametrize("second_runner", [False, True])
 @pytest.mark.parametrize(
     ("asked", "started"),
     [
         ("NONE", "NONE"),
         ("PIECEWISE", "PIECEWISE"),
-        ("FULL_DECODE_ONLY", "PIECEWISE"),
-        ("FULL_AND_PIECEWISE", "PIECEWISE"),
-        ("FULL", "FULL"),
+        ("FULL_DECODE_ONLY", "FULL_DECODE_ONLY"),
+        ("FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"),
     ],
 )
-def test_cuda_graphs_are_of_what_stands_between_attention_layers(
-    on_cuda: object, make_config: MakeConfig, asked: str, started: str
+def test_decode_steps_are_captured_whole_and_mixed_ones_in_pieces_as_the_job_or_vllm_asks(
+    on_cuda: object,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    started: str,
+    second_runner: bool,
 ) -> None:
-    def make() -> Any:
-        config = make_config()
-        compilation = config.compilation_config
-        compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode[asked]
-        compilation.splitting_ops = None  # none is left of a configuration for a CPU
-        compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
-        return config
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(second_runner)))
+    mode, chosen = start_with_attention(
+        "auto", lambda: with_graphs(make_config(), asked), lambda config: config.compilation_config.cudagraph_mode.name
+    )
+    assert (mode, chosen.shared, chosen.reasons) == (started, True, ())
 
-    mode, chosen = start_with_attention("auto", make, lambda config: config.compilation_config.cudagraph_mode.name)
-    assert mode == started
-    assert chosen.reasons == (("cudagraph_mode FULL not supported",) if asked == "FULL" else ())
+
+def test_mixed_steps_cannot_be_captured_whole(on_cuda: object, make_config: MakeConfig) -> None:
+    config = with_graphs(make_config(), "FULL")
+    reason = (
+        "cudagraph_mode FULL (steps with prompts captured whole; FULL_AND_PIECEWISE captures whole decode steps) "
+        "not supported"
+    )
+    chosen = choice("auto", config)
+    assert (chosen.shared, chosen.reasons) == (False, (reason,))
+    with pytest.raises(UnsupportedAttentionError, match="FULL_AND_PIECEWISE captures whole decode steps"):
+        start_with_attention("shared", lambda: config, Starts())
+
+
+def with_graphs(config: Any, mode: str) -> Any:
+    """A configuration with CUDA graphs, which vLLM's for a CPU has not."""
+    compilation = config.compilation_config
+    compilation.mode, compilation.cudagraph_mode = CompilationMode.VLLM_COMPILE, CUDAGraphMode[mode]
+    compilation.splitting_ops = None  # none is left of a configuration for a CPU
+    compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
+    return config
 
 
 def test_a_stock_backend_that_is_not_built_upon_is_named(on_cuda: object, make_config: MakeConfig) -> None:

@@ -82,6 +82,7 @@ def prefix_shared_attention(
     if launches is None:
         _check_tensors(query, key_cache, value_cache, block_table, output, plan)
         if impl == "reference":
+            work = plan.read_back()
             result = planned_attention(query, key_cache, value_cache, block_table, scale, work)
             written = torch.from_numpy(work.own_items[:, OwnItem.TOKEN]).to(output.device).long()
             output[written] = result[written].to(output.dtype)

@@ -5,7 +5,8 @@ A captured CUDA graph keeps reading the same addresses, and learns from the coun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, Shar
 COUNTS = 4  # shared items, own items, merges, and one to fill 16 bytes
 ALIGNMENT = 32  # int32s of 128 bytes: where a part of the buffer may start
 UPLOAD_DEPTH = 2  # host buffers for uploads: steps that an engine has under way, as vLLM's async scheduling has
+
+Allocate = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Makes fp32 scratch space on the device of its maker, of (name, shape)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,10 @@ class PlanCapacity:
             len(plan.shared_items), len(plan.shared_rows), len(plan.own_items), len(plan.merges), plan.partials
         )
 
+    def scratch(self, heads: int, head_size: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `PlanBuffers` has in fp32: partial results, and their logs of sums."""
+        return {"partials": (self.partials, heads, head_size), "lses": (self.partials, heads)}
+
     def holds(self, plan: WorkPlan) -> bool:
         """Whether a plan fits."""
         needed = PlanCapacity.of_plan(plan)
@@ -91,8 +99,11 @@ class PlanBuffers:
         device: torch.device,
         *,
         upload_depth: int = UPLOAD_DEPTH,
+        allocate: Allocate | None = None,
     ) -> None:
-        """`heads`: query heads of this rank; `upload_depth`: steps that the engine has under way."""
+        """`heads`: query heads of this rank; `upload_depth`: steps that the engine has under way; `allocate`: makes the
+        scratch space, new if None.
+        """
         self.capacity = capacity
         # the shared part stands last: a step that shares nothing does not upload it
         self._layout = _Layout(
@@ -106,8 +117,9 @@ class PlanBuffers:
         counts, *views = self._layout.views(self._buffer)
         self.counts: torch.Tensor = counts[0]
         self.own_items, self.merges, self.shared_items, self.shared_rows = views
-        self.partials = torch.empty((capacity.partials, heads, head_size), dtype=torch.float32, device=device)
-        self.lses = torch.empty((capacity.partials, heads), dtype=torch.float32, device=device)
+        allocate = allocate or (lambda _name, shape: torch.empty(shape, dtype=torch.float32, device=device))
+        scratch = {name: allocate(name, shape) for name, shape in capacity.scratch(heads, head_size).items()}
+        self.partials, self.lses = scratch["partials"], scratch["lses"]
         self.plan: WorkPlan | None = None
         self.prepared: dict[Any, Any] = {}
         self._uploads = _Uploads(self._buffer, upload_depth)
@@ -131,6 +143,26 @@ class PlanBuffers:
         tables = counts, plan.own_items, plan.merges, plan.shared_items, plan.shared_rows
         self._uploads.load(self._layout.parts(*tables))
         self.plan = plan
+
+    def read_back(self) -> WorkPlan:
+        """The plan as it lies on the device now, by its counts: what a kernel finds. Waits for the device.
+
+        Raises:
+            ValueError: when none was loaded.
+        """
+        if self.plan is None:
+            raise ValueError("plan: expected buffers with a plan loaded, got empty ones")
+        shared, own, merges, _ = self.counts.tolist()
+        shared_items = self.shared_items[:shared].cpu().numpy()
+        rows = (shared_items[:, SharedItem.ROW_START] + shared_items[:, SharedItem.ROW_COUNT]).max(initial=0)
+        return replace(
+            self.plan,
+            shared_items=shared_items,
+            shared_rows=self.shared_rows[:rows].cpu().numpy(),
+            own_items=self.own_items[:own].cpu().numpy(),
+            merges=self.merges[:merges].cpu().numpy(),
+            partials=self.capacity.partials,
+        )
 
 
 class _Layout:

@@ -7,10 +7,10 @@ import torch
 
 from batchllm_kernels.attention.api import plan_shape
 from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, StepSetting, decide
-from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
+from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.step_traffic import step_work
-from batchllm_kernels.attention.work_plan import plan_work
+from batchllm_kernels.attention.work_plan import PlanShape, plan_work
 
 LONGEST_PAUSE = 8
 """Steps from one look at batches that do not pay to the next. A look at 1,024 rows takes the host 0.2 ms longer than a
@@ -37,6 +37,7 @@ class StepPlanner:
         calibration: of the device.
         device: of the engine.
         host_hidden: whether the host plans while the device works on the step before, as with asynchronous scheduling.
+        allocate: makes the scratch space of all layers, new if None.
 
     Raises:
         ValueError: heads or a head size that the kernels do not support.
@@ -53,22 +54,15 @@ class StepPlanner:
         device: torch.device,
         *,
         host_hidden: bool = True,
+        allocate: Allocate | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
         self._calibration = calibration
         self._exposed_seconds = 0.0 if host_hidden else EXPOSED_PLAN_SECONDS
-        self._shape = plan_shape(
-            block_size=block_size,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            dtype=dtype,
-            device=device,
-        )
-        self._buffers = PlanBuffers(
-            PlanCapacity.of_steps(max_requests, self._shape), model.heads, model.head_size, device
-        )
+        self._shape = _shape(model, block_size, dtype, device)
+        capacity = PlanCapacity.of_steps(max_requests, self._shape)
+        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device, allocate=allocate)
         self._paces = {False: _Pace(), True: _Pace()}
         self.decision: Decision | None = None
 
@@ -112,6 +106,24 @@ class StepPlanner:
 
     def _columns_in_use(self, block_table: Int32s, seq_lens: Int32s) -> Int32s:
         return block_table[:, : -(-int(seq_lens.max(initial=0)) // self._shape.block_size)]
+
+
+def step_capacity(
+    model: ModelHeads, block_size: int, dtype: torch.dtype, max_requests: int, device: torch.device
+) -> PlanCapacity:
+    """Room for every plan of an engine; arguments as of `StepPlanner`."""
+    return PlanCapacity.of_steps(max_requests, _shape(model, block_size, dtype, device))
+
+
+def _shape(model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch.device) -> PlanShape:
+    return plan_shape(
+        block_size=block_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_size=model.head_size,
+        dtype=dtype,
+        device=device,
+    )
 
 
 class _Pace:

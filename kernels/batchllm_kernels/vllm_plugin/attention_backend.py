@@ -1,27 +1,36 @@
 """Prefix-shared attention as vLLM's attention backend `CUSTOM`, on top of the stock backend of the device.
 
-A step that the cost gate does not take runs the stock backend's own code. The block table is looked at once per step,
-for all layers. Tensor parallelism: each rank plans alike for its own heads. CUDA graphs: attention runs between the
-captured pieces (vLLM's PIECEWISE mode, chosen by itself), because a captured step could not change paths; the mode
-FULL, in which vLLM would fail, is refused before the start.
+In a batch, requests with one query token stand first (vLLM's second model runner sorts them so, the first one for our
+`reorder_batch_threshold`): the decode rows. They run ours where the cost gate says so; rows of prompts always run the
+stock backend's own code, with metadata of its own for just these rows. Where the gate says no, one stock call runs all.
+
+CUDA graphs: a step of decode rows alone can be captured whole (`UNIFORM_SINGLE_TOKEN_DECODE`). Such a graph holds our
+launches, which read the plan at fixed addresses with its counts on the device; so `build` loads a plan for every step
+that may be a replay, one without sharing where the gate says no. Mixed steps run attention between captured pieces.
+
+Tensor parallelism: each rank plans alike for its own heads.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
+from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, ModelHeads, calibration_for
-from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
+from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, calibration_for
+from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
+from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
@@ -110,10 +119,30 @@ class SharedAttentionBackend:
     supports_batch_invariance = supports_device_cpu_query_lens_mismatch = supports_pcp = supports_dcp = _not_supported
 
 
-class SharedMetadataBuilder:
-    """Mixin before a stock metadata builder: adds the step's plan to its metadata, as `prefix_shared_plan`."""
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """What ours runs of a step: its first requests, which have one query token each.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    Attributes:
+        count: requests, and query tokens.
+        plan: on the device.
+        block_table: int32 [count, max_blocks], on the device.
+        prompts: whether other requests follow; the stock metadata is then of these alone.
+        every_launch: whether what is launched must do for every plan, as in a graph.
+    """
+
+    count: int
+    plan: PlanBuffers
+    block_table: torch.Tensor
+    prompts: bool
+    every_launch: bool
+
+
+class SharedMetadataBuilder:
+    """Mixin before a stock metadata builder: adds to its metadata what ours runs, as `decode_rows`, or None."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int | None = 1  # one query token or fewer: those requests stand first
     supports_update_block_table: bool = False  # a plan belongs to one block table
     supports_draft_decode_metadata_update: bool = False
 
@@ -135,18 +164,25 @@ class SharedMetadataBuilder:
                 kv_cache_spec.head_size,
                 kv_cache_spec.dtype.itemsize,
             ),
+            len(layer_names),
             kv_cache_spec.block_size,
             kv_cache_spec.dtype,
-            StepLimits(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs),
+            vllm_config.scheduler_config.max_num_seqs,
             self.calibration(),
             device,
+            host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
+            allocate=workspace(device),
         )
+        self._block_size = kv_cache_spec.block_size
+        self._compilation = vllm_config.compilation_config
+        self._capturing = False
+        self._decision: Decision | None = None
         trace = os.environ.get(ATTENTION_TRACE_VARIABLE)
         self._trace = AttentionTraceWriter(Path(trace), vllm_config.parallel_config.rank) if trace else None
 
     @classmethod
     def get_cudagraph_support(cls, _vllm_config: Any, _kv_cache_spec: Any) -> AttentionCGSupport:
-        """Attention is never captured."""
+        """Steps of one query token a request may be captured whole; the stock builder's own answer does not count."""
         return cls._cudagraph_support
 
     @staticmethod
@@ -154,32 +190,75 @@ class SharedMetadataBuilder:
         """Of the device that runs the engine."""
         return calibration_for(current_platform.get_device_name())
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Metadata of a dummy batch with which `forward` launches ours, as every replay will."""
+        self._capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]  # the stock class has it
+        finally:
+            self._capturing = False
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The stock metadata, with a plan where sharing pays."""
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]  # the stock class has it
-        metadata.prefix_shared_plan = decision = None
-        if common_attn_metadata.causal is True and common_attn_metadata.num_reqs > 1:
-            longest = common_attn_metadata.max_seq_len
-            block_table = rows_of_step(common_attn_metadata, -(-longest // self._block_size))
-            if block_table is not None:
-                metadata.prefix_shared_plan = self._planner.plan(
-                    block_table,
-                    common_attn_metadata.seq_lens_cpu_upper_bound,  # exact without drafts
-                    common_attn_metadata.query_start_loc_cpu,
-                    longest,
-                )
-                decision = self._planner.decision
-        if self._trace is not None:
+        """The stock metadata, of all rows or of those of prompts, and the plan of the decode rows where ours runs."""
+        common = common_attn_metadata
+        count, prompts = _rows(common)
+        rows = self._decode_rows(common, count, prompts)
+        stock_rows = _of_prompts(common, count) if rows is not None and prompts else common
+        metadata = super().build(common_prefix_len, stock_rows, fast_build)  # type: ignore[misc]  # the stock class has it
+        metadata.decode_rows = rows
+        if self._trace is not None and not self._capturing:
             self._trace.write(
-                requests=common_attn_metadata.num_reqs,
-                query_tokens=common_attn_metadata.num_actual_tokens,
-                decision=decision,
+                requests=common.num_reqs if prompts else count,
+                query_tokens=int(common.query_start_loc_cpu[common.num_reqs]),
+                decision=self._decision,
             )
         return metadata
 
+    def _decode_rows(self, common: Any, count: int, prompts: bool) -> DecodeRows | None:
+        """What ours is to run of a step in which `count` requests stand first with one query token each."""
+        lengths = common.seq_lens_cpu_upper_bound[:count].numpy()  # exact without drafts
+        longest = common.max_seq_len
+        graphs = not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        # Nothing is shared within a block. vLLM's V1 runner warms up with such steps before a capture: all launches.
+        every_launch = self._capturing or (graphs and longest <= self._block_size)
+        plan = self._decision = None
+        if every_launch:
+            plan = self._planner.load_alone(lengths)
+        elif count > 1:
+            block_table = rows_of_step(common, -(-longest // self._block_size))
+            if block_table is not None:  # else made up, and no sign of what batches share
+                replayed = graphs and count <= (self._compilation.max_cudagraph_capture_size or 0)
+                plan = self._planner.plan(
+                    block_table[:count],
+                    lengths,
+                    launching=Launching.CAPTURED if replayed else Launching.PIECES,
+                    prefill_rows=prompts,
+                )
+                self._decision = self._planner.decision
+        if plan is not None:
+            return DecodeRows(count, plan, common.block_table_tensor[:count], prompts, every_launch)
+        if graphs:
+            # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
+            self._planner.load_alone(lengths)
+        return None
+
+
+def _rows(common: Any) -> tuple[int, bool]:
+    """How many requests stand first with one query token each, and whether others follow; padding does not count."""
+    decodes, prompts, *_ = split_decodes_and_prefills(common)
+    if prompts:
+        return decodes, True
+    return int(common.query_start_loc_cpu[common.num_reqs]), False
+
+
+def _of_prompts(common: Any, first: int) -> Any:
+    """vLLM's `CommonAttentionMetadata` of the requests from `first` on, before which each has one query token."""
+    rows = UBatchSlice(slice(first, common.num_reqs), slice(first, common.num_actual_tokens))
+    return split_attn_metadata([rows], common)[0]
+
 
 class SharedAttentionImpl:
-    """Mixin before a stock implementation: runs the step's plan where there is one."""
+    """Mixin before a stock implementation: ours for the decode rows where they have a plan, stock for all else."""
 
     implementation: ClassVar[Implementation] = "triton"
     supports_pcp: bool = False
@@ -187,6 +266,7 @@ class SharedAttentionImpl:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._config = get_current_vllm_config_or_none()
         for name, expected in (
             ("alibi_slopes", (None,)),
             ("sliding_window", (None, -1, (-1, -1))),
@@ -216,30 +296,75 @@ class SharedAttentionImpl:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer; shapes as in vLLM's `AttentionImpl.forward`, keys and values being in the cache."""
-        plan: PlanBuffers | None = getattr(attn_metadata, "prefix_shared_plan", None)
-        if plan is None or plan.plan is None:
-            stock = super().forward  # type: ignore[misc]  # the stock class has it
+        if attn_metadata is None:
+            self._reserve(query)
+        rows: DecodeRows | None = getattr(attn_metadata, "decode_rows", None)
+        stock = super().forward  # type: ignore[misc]  # the stock class has it
+        if rows is None:
             result: torch.Tensor = stock(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
             return result
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("output_scale: expected None, prefix-shared attention does not quantise its output")
-        tokens = plan.plan.query_tokens
+        self.attend_decode_rows(query, kv_cache, rows, output)
+        if rows.prompts:
+            first = rows.count
+            stock(layer, query[first:], key[first:], value[first:], kv_cache, attn_metadata, output[first:])
+        return output
+
+    def _reserve(self, query: torch.Tensor) -> None:
+        """Allocates the partial results, in the forward pass by which vLLM profiles memory.
+
+        Metadata builders, which hold the plans, are made when the KV cache has got what that pass left over.
+        """
+        if self._config is None or not is_workspace_manager_initialized():
+            return
+        _, heads, head_size = query.shape
+        scheduler = self._config.scheduler_config
+        capacity = step_capacity(
+            ModelHeads(heads, self.num_kv_heads, head_size, query.element_size()),  # type: ignore[attr-defined]  # the stock class has it
+            self._config.cache_config.block_size,
+            query.dtype,
+            scheduler.max_num_seqs,
+            query.device,
+        )
+        allocate = workspace(query.device)
+        for name, shape in capacity.scratch(heads, head_size).items():
+            allocate(name, shape)
+
+    def attend_decode_rows(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, rows: DecodeRows, output: torch.Tensor
+    ) -> None:
+        """Ours for the decode rows; shapes as in `forward`. All it does on the device may stand in a CUDA graph."""
+        count = rows.count
         keys, values = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
         prefix_shared_attention(
-            query[:tokens],
+            query[:count],
             keys,
             values,
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
+            rows.block_table,
             scale=self.scale,  # type: ignore[attr-defined]  # the stock class has it
-            plan=plan,
+            plan=rows.plan,
             impl=self.implementation,
-            output=output[:tokens],
+            output=output[:count],
+            every_launch=rows.every_launch,
         )
-        return output
+
+
+def workspace(device: torch.device) -> Allocate:
+    """Scratch space for all layers and steps out of vLLM's workspace: each name and shape is allocated once a worker.
+
+    A worker without one, as that for CPUs, profiles no memory; there it is new each time.
+    """
+
+    def allocate(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if not is_workspace_manager_initialized():
+            return torch.empty(shape, dtype=torch.float32, device=device)
+        found: torch.Tensor = current_workspace_manager().get_persistent((__name__, name, shape), shape, torch.float32)
+        return found
+
+    return allocate
 
 
 def _refusal(reason: str) -> ValueError:

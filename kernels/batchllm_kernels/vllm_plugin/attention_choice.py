@@ -27,6 +27,10 @@ from batchllm_kernels.vllm_plugin.attention_refusals import REFUSALS_VARIABLE, r
 
 Requested = Literal["auto", "shared", "stock"]
 
+WHOLE_MIXED_STEPS = (
+    "cudagraph_mode FULL (steps with prompts captured whole; FULL_AND_PIECEWISE captures whole decode steps)"
+)
+
 _LOGGER = logging.getLogger(__name__)
 _Engine = TypeVar("_Engine")
 
@@ -76,7 +80,9 @@ def start_with_attention(
         config.attention_config.backend = AttentionBackendEnum.CUSTOM
         # As each of the engine's workers would do by itself, so that the config tells what they do.
         config.compilation_config.resolve_cudagraph_mode_and_sizes(
-            AttentionCGSupport.NEVER, AttentionBackendEnum.CUSTOM.name, use_v2_model_runner=config.use_v2_model_runner
+            AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE,
+            AttentionBackendEnum.CUSTOM.name,
+            use_v2_model_runner=config.use_v2_model_runner,
         )
         with _registered(stock) as refusals:
             try:
@@ -125,7 +131,7 @@ def _unsupported(config: Any, stock: str | None, unknown: tuple[str, ...]) -> It
         ("chunked local attention", bool(model.attention_chunk_size)),
         ("speculative decoding", config.speculative_config is not None),
         ("a model without attention", model.is_attention_free),
-        ("cudagraph_mode FULL", config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL),
+        (WHOLE_MIXED_STEPS, config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL),
     ):
         if present:
             yield f"{name} not supported"

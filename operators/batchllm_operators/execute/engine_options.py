@@ -35,6 +35,13 @@ GPU_MAX_NUM_SEQS = 1024
 """vLLM's choice for its largest GPUs; the others get 256 from it. Admission lets run what the KV cache holds, and with
 shared prefixes that is often more than 256 requests. It costs memory for 1,024 rows of logits."""
 
+VLLM_LARGEST_GRAPH = 512
+"""Tokens of the largest step that vLLM captures as a CUDA graph by itself, on Hopper and Ampere. One with more requests
+runs from Python, in each of its layers; so we let it capture as many as there are sequences."""
+
+GRAPH_SPACING = 16
+"""Tokens between two of vLLM's captured steps of 256 tokens or more; a step is padded to the next."""
+
 
 def check_engine_arguments(model: ModelSpec, known: Collection[str] | None = None) -> None:
     """Refuse names in `model.engine_args` that vLLM does not know, or that have another place in the job.
@@ -118,8 +125,31 @@ def gpu_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         arguments: of `EngineArgs`, as `engine_arguments` returns them.
     """
-    if arguments.get("max_num_seqs") is not None:
-        return {}
-    budget = arguments.get("max_num_batched_tokens")
-    # vLLM refuses a budget that is smaller than the number of sequences, and a budget that is no number.
-    return {"max_num_seqs": min(GPU_MAX_NUM_SEQS, budget) if isinstance(budget, int) else GPU_MAX_NUM_SEQS}
+    choices: dict[str, Any] = {}
+    sequences = arguments.get("max_num_seqs")
+    if sequences is None:
+        budget = arguments.get("max_num_batched_tokens")
+        # vLLM refuses a budget that is smaller than the number of sequences, and a budget that is no number.
+        sequences = min(GPU_MAX_NUM_SEQS, budget) if isinstance(budget, int) else GPU_MAX_NUM_SEQS
+        choices["max_num_seqs"] = sequences
+    if isinstance(sequences, int) and sequences > VLLM_LARGEST_GRAPH and not chooses_graphs(arguments):
+        # A decode step has a token for each sequence.
+        if sequences % GRAPH_SPACING:
+            choices["cudagraph_capture_sizes"] = [*graph_sizes(sequences), sequences]
+        else:
+            choices["max_cudagraph_capture_size"] = sequences
+    return choices
+
+
+def graph_sizes(largest: int) -> list[int]:
+    """The steps, in tokens, that vLLM captures as CUDA graphs by itself where the largest is given."""
+    return [1, 2, 4, *range(8, min(largest + 1, 256), 8), *range(256, largest + 1, GRAPH_SPACING)]
+
+
+def chooses_graphs(arguments: Mapping[str, Any]) -> bool:
+    """Whether arguments of `EngineArgs` say which steps are captured as CUDA graphs, or that none is."""
+    compilation = arguments.get("compilation_config")
+    given = {**(compilation if isinstance(compilation, Mapping) else {}), **arguments}
+    return bool(arguments.get("enforce_eager")) or any(
+        given.get(name) is not None for name in ("max_cudagraph_capture_size", "cudagraph_capture_sizes")
+    )

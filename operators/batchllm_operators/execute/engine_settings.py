@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from batchllm_operators.execute.dtype_choice import DtypeChoice
+from batchllm_operators.execute.engine_options import VLLM_LARGEST_GRAPH, chooses_graphs
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import EngineSetting
 
@@ -23,6 +24,10 @@ _CPU_REASONS = {
     "max_num_batched_tokens": f"{_VLLM}: 256 to 4,096 differ by 7 % at most (measured on 2 cores)",
 }
 _GPU_REASONS = {"max_num_seqs": "ours: no limit below memory, by which requests are admitted"}
+_MORE_GRAPHS = {
+    "max_cudagraph_capture_size": "ours: max_num_seqs, so that decode steps of all requests are captured as CUDA "
+    f"graphs; vLLM's own end is {VLLM_LARGEST_GRAPH} tokens"
+}
 
 
 def engine_settings(
@@ -51,10 +56,15 @@ def engine_settings(
         "async_scheduling": scheduler.async_scheduling,
         "dtype": dtype_name(config),
         "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
+        "max_cudagraph_capture_size": config.compilation_config.max_cudagraph_capture_size,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
     }
     reasons = _REASONS | (_CPU_REASONS if config.device_config.device_type == "cpu" else _GPU_REASONS)
+    if config.device_config.device_type != "cpu" and config.scheduler_config.max_num_seqs > VLLM_LARGEST_GRAPH:
+        reasons = reasons | _MORE_GRAPHS
     given = set(model.engine_args) | ({"dtype"} if model.dtype != "auto" else set())
+    if chooses_graphs(model.engine_args):
+        given.add("max_cudagraph_capture_size")
     reasons = reasons | dict.fromkeys(given, "the job (model)")
     warnings = {}
     if dtype is not None:
