@@ -33,8 +33,9 @@ def test_the_papers_shape_reads_at_most_1_15_times_the_minimum(number_of_groups:
 
 def test_the_report_has_every_workload_and_never_expects_a_loss() -> None:
     report = json.loads(bench("--model", "--json").stdout)
-    assert [row["workload"] for row in report["rows"]] == [step.name for step in workload_steps(16)]
-    assert all(row["expected_speedup"] >= 1 for row in report["rows"])
+    workloads = [step.name for step in workload_steps(16)]
+    assert [row["workload"] for row in report["rows"][: len(workloads)]] == workloads
+    assert all(row["gate"].startswith("stock") for row in report["rows"] if row["speedup_with_l2"] < 1)
     paper = next(row for row in report["rows"] if row["workload"].startswith("one group of the paper"))
     assert paper["read_to_minimum"] <= 1.15
 
