@@ -141,9 +141,10 @@ def test_arithmetic_bounds_what_many_requests_share() -> None:
 
 
 def test_tiles_that_are_not_full_compute_their_padding() -> None:
-    work = work_of(step(1, degree=3, prefix=1600, own=20))
-    assert work.shared is not None
-    assert work.shared.flops == 4 * 8 * 64 * 128 * 1600
+    for degree, rows in ((3, 32), (9, 64), (17, 64 + 32)):
+        work = work_of(step(1, degree=degree, prefix=1600, own=20))
+        assert work.shared is not None
+        assert work.shared.flops == 4 * 8 * rows * 128 * 1600
 
 
 def test_stock_attention_reads_every_context_and_ours_every_block_once() -> None:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from batchllm_kernels.attention.cost import Calibration, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import Calibration, Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner
+from batchllm_kernels.attention.step_planner import LONGEST_PAUSE, StepPlanner
 
 from .batches import Request, Step
 
-LIMITS = StepLimits(max_tokens=256, max_requests=32)
 ASSUMED = calibration_for("a device nobody measured")
 
 
-def planner(limits: StepLimits = LIMITS, calibration: Calibration = ASSUMED) -> StepPlanner:
-    model = ModelHeads(heads=32, kv_heads=8, head_size=128)
-    return StepPlanner(model, 16, torch.bfloat16, limits, calibration, torch.device("cpu"))
+MODEL = ModelHeads(heads=32, kv_heads=8, head_size=128)
 
 
-def look(at: StepPlanner, step: Step) -> PlanBuffers | None:
-    lengths = torch.from_numpy(step.seq_lens), torch.from_numpy(step.query_start_loc)
-    return at.plan(step.block_table, *lengths, max_seq_len=int(step.seq_lens.max()))
+def planner(calibration: Calibration = ASSUMED, *, layers: int = 32, host_hidden: bool = True) -> StepPlanner:
+    cpu = torch.device("cpu")
+    return StepPlanner(MODEL, layers, 16, torch.bfloat16, 32, calibration, cpu, host_hidden=host_hidden)
+
+
+def look(at: StepPlanner, step: Step, *, prefill_rows: bool = False) -> PlanBuffers | None:
+    launching = Launching.PIECES if prefill_rows else Launching.CAPTURED
+    return at.plan(step.block_table, step.seq_lens, launching=launching, prefill_rows=prefill_rows)
 
 
 SHARING = Step([Request(own_tokens=20, shares=(("prefix", 200),)) for _ in range(16)])
@@ -45,31 +48,63 @@ def test_a_step_that_pays_gets_a_plan_in_the_same_buffers_every_time() -> None:
 def test_steps_that_do_not_pay_are_looked_at_less_and_less() -> None:
     made = planner()
     looked_at = []
-    for number in range(60):
+    for number in range(40):
         assert look(made, ALONE) is None
         if made.decision is not None:
             assert not made.decision.share
             looked_at.append(number)
-    assert looked_at == [0, 2, 6, 14, 30, 46]
+    assert looked_at == [0, 2, 6, 14, 22, 30, 38]
 
 
 def test_a_step_that_pays_ends_the_pauses() -> None:
     made = planner()
     for _ in range(7):
         look(made, ALONE)
+    waited = 0
     while look(made, SHARING) is None:
-        pass
+        waited += 1
+    assert waited < LONGEST_PAUSE
     assert look(made, SHARING) is not None
     assert look(made, ALONE) is None
     assert look(made, SHARING) is None
     assert look(made, SHARING) is not None
 
 
-def test_a_plan_larger_than_the_buffers_is_left_to_the_stock_path() -> None:
-    made = planner(StepLimits(max_tokens=2, max_requests=1), replace(ASSUMED, minimum_gain=-1e9))
-    assert look(made, SHARING) is None
-    assert made.decision is not None
-    assert made.decision.reason == "the plan exceeds its buffers"
+def test_steps_with_prompts_that_do_not_pay_keep_no_decode_step_from_sharing() -> None:
+    made = planner()
+    few = Step([*SHARING.requests[:2], *ALONE.requests[:2]])
+    random = np.random.default_rng(0)
+    shared = []
+    for mixed in random.random(1000) < 0.42:
+        plan = look(made, few if mixed else SHARING, prefill_rows=bool(mixed))
+        if mixed:
+            assert plan is None
+        else:
+            shared.append(plan is not None)
+    assert 500 < len(shared) < 650
+    assert all(shared)
+
+
+def test_decode_steps_that_do_not_pay_keep_no_step_with_prompts_from_sharing() -> None:
+    made = planner(replace(ASSUMED, uncaptured_launch_seconds=0.0))
+    for _ in range(40):
+        assert look(made, ALONE) is None
+        assert look(made, SHARING, prefill_rows=True) is not None
+
+
+def test_sharing_pays_for_the_hosts_plan_where_the_device_waits_for_it() -> None:
+    for layers, share in ((2, False), (80, True)):
+        assert look(planner(layers=layers), SHARING) is not None
+        assert (look(planner(layers=layers, host_hidden=False), SHARING) is not None) == share
+
+
+def test_a_plan_without_sharing_is_loaded_whatever_is_shared() -> None:
+    made = planner()
+    buffers = made.load_alone(SHARING.seq_lens)
+    assert buffers.plan is not None
+    assert buffers.plan.shared_tokens == 0
+    assert buffers.plan.own_kv_tokens_read == int(SHARING.seq_lens.sum())
+    assert look(made, SHARING) is buffers
 
 
 def test_columns_beyond_the_longest_request_are_not_looked_at() -> None:
@@ -80,4 +115,4 @@ def test_columns_beyond_the_longest_request_are_not_looked_at() -> None:
 
 def test_models_that_the_kernels_do_not_support_are_refused() -> None:
     with pytest.raises(ValueError, match="head_size: expected 1 to 256, got 576"):
-        StepPlanner(ModelHeads(16, 1, 576), 16, torch.bfloat16, LIMITS, ASSUMED, torch.device("cpu"))
+        StepPlanner(ModelHeads(16, 1, 576), 32, 16, torch.bfloat16, 32, ASSUMED, torch.device("cpu"))

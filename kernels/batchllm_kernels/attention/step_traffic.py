@@ -6,7 +6,7 @@ import numpy as np
 
 from batchllm_kernels.attention.cost import Calibration, ModelHeads, StepWork, Traffic
 from batchllm_kernels.attention.prefix_sharing import Int32s
-from batchllm_kernels.attention.work_plan import DIRECT, Merge, Node, OwnItem, WorkPlan
+from batchllm_kernels.attention.work_plan import DIRECT, Merge, Node, OwnItem, SharedItem, WorkPlan
 
 
 def step_work(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: Calibration) -> StepWork:
@@ -91,8 +91,17 @@ def _shared_launch(plan: WorkPlan, heads: ModelHeads) -> Traffic | None:
         + queries * heads.query_token_bytes,
         # tiles of one run read the same keys side by side; queries are read once for each item
         again_bytes=(read - plan.shared_tokens) * heads.kv_token_bytes + (written - queries) * heads.query_token_bytes,
-        flops=4 * heads.head_size * heads.kv_heads * plan.shared_tile_rows * read,
+        flops=4 * heads.head_size * heads.kv_heads * _tile_rows_times_keys(plan, heads),
     )
+
+
+def _tile_rows_times_keys(plan: WorkPlan, heads: ModelHeads) -> int:
+    """Rows times keys of all shared items, with padding: an item takes the lower tile, of half the rows, if it can."""
+    items = plan.shared_items
+    rows = items[:, SharedItem.ROW_COUNT] * (heads.heads // heads.kv_heads)
+    padded = np.where(2 * rows <= plan.shared_tile_rows, plan.shared_tile_rows // 2, plan.shared_tile_rows)
+    keys = items[:, SharedItem.KV_END] - items[:, SharedItem.KV_START]
+    return int((padded.astype(np.int64) * keys).sum())
 
 
 def _span(columns: Int32s, first: int, end: int) -> int:

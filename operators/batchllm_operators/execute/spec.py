@@ -21,7 +21,8 @@ class ModelSpec(SpecModel):
     attention: Literal["auto", "shared", "stock"] = Field(
         default="stock",
         description="vLLM's own attention, or prefix-shared attention over it: `shared` insists on it, `auto` takes it "
-        "where device, model and settings support it; not the default, because it has not been measured on a GPU yet",
+        "where the plan expects it to pay and device, model and settings support it; not the default, because it has "
+        "not been measured on a GPU yet",
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
 
