@@ -39,7 +39,9 @@ from batchllm_operators.merge.task import merge
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration, engine_seconds
 from batchllm_operators.plan.hardware_rates import default_rates
+from batchllm_operators.plan.markdown import explain_attention
 from batchllm_operators.plan.remaining import has_requests_left
+from batchllm_operators.plan.shared_attention import engine_attention
 from batchllm_operators.plan.task import plan
 from batchllm_operators.records import (
     QUARANTINE_FOLDER,
@@ -108,15 +110,22 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         pool.start()
         with clock.step("stage"):
             staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
+        with clock.step("plan"):
+            ahead = _plan_ahead(run, staged)
+        attention = None if ahead is None else ahead.attention
+        pool.choose_attention(attention)
+        kept = _kept_rates(run)
         with clock.step("execute"):
             calibrated = _calibrate(run, staged, pool)
+        pilot = job.planning.pilot_fraction > 0
+        plan_now = partial(plan_run, run, staged, calibrated, _plan_task(job), attention=attention)
         with clock.step("plan"):
-            planned = plan_run(run, staged, calibrated, _plan_task(job), pilot=job.planning.pilot_fraction > 0)
+            planned = ahead if ahead is not None and not pilot and calibrated == kept else plan_now(pilot=pilot)
         with clock.step("execute"):
             executed = [ExecutedPlan(planned, _execute(run, planned, pool, status))]
         if planned.pilot:
             with clock.step("plan"):
-                planned = plan_run(run, staged, calibrated, _plan_task(job))
+                planned = plan_now()
             with clock.step("execute"):
                 executed.append(ExecutedPlan(planned, _execute(run, planned, pool, status)))
         pool.release()
@@ -160,6 +169,25 @@ def _plan_task(job: BatchJob) -> PlanCall:
     return partial(plan, job_name=job.name)
 
 
+def _plan_ahead(run: JobRun, staged: StageSummary) -> PlanSummary | None:
+    """The plan by the rates that are known before engines load, where the job leaves the choice of attention to it.
+
+    For other jobs None: their engines load beside the planning.
+    """
+    engine = engine_attention(run.job.model, run.job.execution)
+    if engine is None or not has_requests_left(run.work, staged):
+        return None
+    planned = plan_run(run, staged, _kept_rates(run), _plan_task(run.job), attention=engine)
+    if planned.attention is not None:
+        get_run_logger().info("%s", explain_attention(planned.attention))
+    return planned
+
+
+def _kept_rates(run: JobRun) -> Calibration | None:
+    """What engines have measured in earlier runs; None also where the job gives the rates itself."""
+    return None if run.job.planning.cost is not None else kept_calibrations(run).latest()
+
+
 def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
     """The engines' rates as kept; else as an engine measures them now, where the job is long enough to be worth it.
 
@@ -167,7 +195,7 @@ def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibrati
     """
     job = run.job
     cache = kept_calibrations(run)
-    kept = None if job.planning.cost is not None else cache.latest()
+    kept = _kept_rates(run)
     if not has_requests_left(run.work, staged):
         return kept
     if kept is not None or job.planning.cost is not None or not job.execution.calibrate:

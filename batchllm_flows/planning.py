@@ -12,8 +12,9 @@ from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, Ca
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.hardware_rates import default_rates
+from batchllm_operators.plan.shared_attention import EngineAttention, engine_attention
 from batchllm_operators.plan.step import plan_staged
-from batchllm_operators.records import PLAN_PAGE, WORK_FOLDER, PlanSummary, StageSummary
+from batchllm_operators.records import PLAN_PAGE, WORK_FOLDER, AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.row_errors import refuse_too_many_errors
 from batchllm_operators.stage.step import stage_source
 
@@ -45,7 +46,8 @@ def plan_job(
         TransientError: the store does not answer.
     """
     run = open_run(job)
-    planned = plan_run(run, stage_run(run, stage), kept_calibrations(run).latest(), plan)
+    staged, calibrated = stage_run(run, stage), kept_calibrations(run).latest()
+    planned = plan_run(run, staged, calibrated, plan, attention=engine_attention(job.model, job.execution))
     page_uri = None
     with only_shown(warn):
         # Imported here: drawing loads matplotlib.
@@ -80,9 +82,24 @@ def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
 
 
 def plan_run(
-    run: JobRun, staged: StageSummary, calibrated: Calibration | None, plan: PlanCall, *, pilot: bool = False
+    run: JobRun,
+    staged: StageSummary,
+    calibrated: Calibration | None,
+    plan: PlanCall,
+    *,
+    pilot: bool = False,
+    attention: EngineAttention | AttentionForecast | None = None,
 ) -> PlanSummary:
-    """Plan what remains of a run."""
+    """Plan what remains of a run.
+
+    Args:
+        run: the run.
+        staged: what staging found.
+        calibrated: measured rates of an engine.
+        plan: does the plan step.
+        pilot: plan a sample first.
+        attention: of the engines, where the job leaves its choice to the plan; or the forecast it was chosen by.
+    """
     job = run.job
     return plan(
         staged,
@@ -94,6 +111,7 @@ def plan_run(
         default=None if calibrated or job.planning.cost else default_rates(job.model, job.execution),
         usd_per_worker_hour=usd_per_engine_hour(job),
         pilot=pilot,
+        attention=attention,
     )
 
 

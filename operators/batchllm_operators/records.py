@@ -238,6 +238,21 @@ class SharedPrefix(Record):
     """By the tokens of this prefix that its parent does not have."""
 
 
+class AttentionForecast(Record):
+    """What prefix-shared attention is expected to save on a job whose `model.attention` is `auto`."""
+
+    pays: bool
+    """Whether the engines get it, where they support it; else they get vLLM's own."""
+    attention_saving: float
+    """Share of the time of the attention of generated tokens; negative where it would take longer."""
+    engine_saving: float
+    """Share of the engines' whole time."""
+    needed_saving: float
+    """Of the engines' whole time, for `pays`."""
+    rates: str
+    """Where the rates of the kernels come from: measured on a device, or assumed."""
+
+
 class PlanSummary(Record):
     """The plan in figures; `plan/summary.json`, written last.
 
@@ -292,6 +307,8 @@ class PlanSummary(Record):
     """KV capacity of an engine in the forecast."""
     rates: str = "hardware default"
     """Where the rates of the forecast come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
+    attention: AttentionForecast | None = None
+    """Where the job leaves the choice of the attention to its plan."""
     expected_prefill_seconds: float = 0.0
     expected_decode_seconds: float = 0.0
     expected_seconds: float

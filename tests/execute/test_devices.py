@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.devices import DeviceShare, device_shares, gpus_of_machine
+from batchllm_operators.execute.devices import DeviceShare, device_shares, gpu_model, gpus_of_machine
 
 
 def test_the_visible_gpus_are_taken_from_the_environment_before_the_driver(tmp_path: Path) -> None:
@@ -16,6 +16,14 @@ def test_the_visible_gpus_are_taken_from_the_environment_before_the_driver(tmp_p
     assert gpus_of_machine({}, driver) == ["0", "1"]
     assert gpus_of_machine({"CUDA_VISIBLE_DEVICES": "3, GPU-abc"}, driver) == ["3", "GPU-abc"]
     assert gpus_of_machine({"CUDA_VISIBLE_DEVICES": ""}, driver) == []
+
+
+def test_the_driver_tells_the_name_of_the_gpu(tmp_path: Path) -> None:
+    assert gpu_model(tmp_path / "none") is None
+    device = tmp_path / "gpus" / "0000:01:00.0"
+    device.mkdir(parents=True)
+    (device / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 18\n")
+    assert gpu_model(tmp_path / "gpus") == "NVIDIA H100 80GB HBM3"
 
 
 def test_each_engine_gets_gpus_of_its_own() -> None:

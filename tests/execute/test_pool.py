@@ -17,7 +17,7 @@ from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, 
 from batchllm_operators.execute.pool import EnginePool
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
-from batchllm_operators.records import BundleInfo, EngineSetting
+from batchllm_operators.records import AttentionForecast, BundleInfo, EngineSetting
 from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
 
 CALIBRATION = Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1.0)
@@ -103,6 +103,49 @@ def make_pool(work: Any) -> Callable[..., EnginePool]:
         )
 
     return make
+
+
+def attention_forecast(*, pays: bool) -> AttentionForecast:
+    saving = 0.2 if pays else 0.002
+    return AttentionForecast(
+        pays=pays, attention_saving=0.5, engine_saving=saving, needed_saving=0.01, rates="assumed, not measured"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "forecast", "loaded"),
+    [
+        ("auto", attention_forecast(pays=False), "stock"),
+        ("auto", attention_forecast(pays=True), "auto"),
+        ("auto", None, "auto"),
+        ("shared", attention_forecast(pays=False), "shared"),
+        ("stock", attention_forecast(pays=False), "stock"),
+    ],
+)
+def test_engines_get_vllms_own_attention_where_the_plan_was_to_choose_and_expects_no_gain(
+    work: Any, asked: Any, forecast: AttentionForecast | None, loaded: str
+) -> None:
+    handle = ToldHandle()
+    pool = EnginePool(
+        model=ModelSpec(id="m", attention=asked),
+        execution=ExecutionSpec(),
+        block_size=16,
+        sampling=SamplingSpec(),
+        work=work.store,
+        make_handle=lambda _: handle,
+    )
+    with pool:
+        pool.choose_attention(forecast)
+        pool.run_bundle(work.write_bundle(), nothing)
+    (load,) = handle.loads
+    assert load.model.attention == loaded
+    changed = asked == "auto" and loaded == "stock"
+    assert load.attention_reason == (
+        "model.attention: auto; prefix-shared attention is expected to save 0.2% of the engines' time, 1.0% needed "
+        "(rates of its kernels: assumed, not measured)"
+        if changed
+        else None
+    )
 
 
 def test_an_engine_gets_what_the_job_says(make_pool: Callable[..., EnginePool], work: Any) -> None:

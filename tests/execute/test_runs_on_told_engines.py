@@ -13,7 +13,8 @@ from batchllm_flows.flows import batch_inference
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_ahead import engine_ahead
-from batchllm_operators.records import WORK_FOLDER
+from batchllm_operators.plan import shared_attention
+from batchllm_operators.records import PLAN_SUMMARY, WORK_FOLDER, PlanSummary
 from batchllm_operators.store import Store
 from tests.flows.jobs import job, questions, write_input
 
@@ -92,3 +93,42 @@ def test_no_model_is_loaded_where_nothing_is_to_compute_or_too_many_rows_are_bad
                 batch_inference(this_job)
     assert not [line for line in told_lines if line.startswith("engine 0: ")]
     assert logs_kept(tmp_path) == []
+
+
+@pytest.mark.parametrize(("attention", "gpu"), [("auto", True), ("auto", False), ("shared", True)])
+def test_engines_get_vllms_own_attention_where_the_plan_says_that_sharing_does_not_pay(
+    tmp_path: Path,
+    tiny_llama: str,
+    told_engine: TellEngine,
+    told_lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    attention: str,
+    gpu: bool,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if gpu else "")
+    short_answers = a_job(tmp_path, tiny_llama, told_engine(), questions(12))
+    model = short_answers.model.model_copy(update={"attention": attention})
+    report = batch_inference(short_answers.model_copy(update={"model": model}))
+    (setting,) = report.engine_settings
+    said = [line for line in told_lines if line.startswith("Prefix-shared attention (`model.attention: auto`)")]
+    planned = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
+    if attention == "auto" and gpu:
+        assert planned.attention is not None
+        assert setting.value == "stock"
+        assert setting.reason.startswith("model.attention: auto; prefix-shared attention is expected to save ")
+        assert setting.reason.endswith("1.0% needed (rates of its kernels: assumed, not measured)")
+        assert len(said) == 1
+    else:
+        assert (setting.value, setting.reason, planned.attention, said) == (attention, "the job", None, [])
+
+
+def test_engines_get_shared_attention_where_the_plan_says_that_it_pays(
+    tmp_path: Path, tiny_llama: str, told_engine: TellEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(shared_attention, "NEEDED_SAVING", -1.0)
+    job_of_ours = a_job(tmp_path, tiny_llama, told_engine(), questions(12), calibrate=True)
+    model = job_of_ours.model.model_copy(update={"attention": "auto"})
+    report = batch_inference(job_of_ours.model_copy(update={"model": model}))
+    (setting,) = report.engine_settings
+    assert (setting.value, setting.reason) == ("auto", "the job")

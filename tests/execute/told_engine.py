@@ -18,11 +18,12 @@ from typing import Any
 
 from batchllm_operators.execute.engine import Completion, EngineLimits, Request
 from batchllm_operators.execute.engine_process import EngineProcess
+from batchllm_operators.execute.messages import Load
 from batchllm_operators.records import EngineSetting
 
 
 class ToldEngine:
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], load: Load) -> None:
         if fault := settings.get("load_fault"):
             print(settings["prints"])
             raise RuntimeError(fault)
@@ -34,7 +35,8 @@ class ToldEngine:
         self.held: list[Request] = []
         self.generated: dict[bytes, int] = {}
         self.computed_tokens = 0
-        self.settings = (EngineSetting(name="told", value="yes", reason="a test"),)
+        reason = load.attention_reason or "the job"
+        self.settings = (EngineSetting(name="attention", value=load.model.attention, reason=reason),)
         self.limits = EngineLimits("1 x nothing", 5000, 100_000, self.capacity, 4096, 2048)
 
     @property
@@ -80,7 +82,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     channel = socket.socket(fileno=int(sys.argv[sys.argv.index("--channel-fd") + 1]))
     channel.set_inheritable(False)
-    process = EngineProcess(channel, lambda _: ToldEngine(settings))
+    process = EngineProcess(channel, lambda load: ToldEngine(settings, load))
     signal.signal(signal.SIGTERM, process.stop)
     process.serve()
 

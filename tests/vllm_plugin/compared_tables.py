@@ -8,16 +8,17 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from batchllm_kernels.attention.cost import Calibration
 from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
+from tests.vllm_plugin.calibrations import free_launches
 from tests.vllm_plugin.plain_cpu_backend import SharedBuilder, SharedImpl
 
-NEVER = Calibration("test: no gain", 1e12, 1e12, 1e15, 1e15, 0.0, 1.0)
+NEVER = free_launches("test: no gain", minimum_gain=1.0)
 
 
 class ComparingBuilder(SharedBuilder):
     """Before it builds a step, compares; on a CPU the device's table can be read at any time."""
 
     compared: ClassVar[list[dict[str, int]]] = []
-    """For each step its requests, the blocks in use, and how many of them differ; None blocks: no host table."""
+    """For each step its requests, the blocks in use, how many of them differ, and 1 where the table was made up."""
 
     @staticmethod
     def calibration() -> Calibration:

@@ -23,6 +23,7 @@ from batchllm_kernels.vllm_plugin.attention_backend import (
     SharedAttentionImpl,
     SharedMetadataBuilder,
 )
+from tests.vllm_plugin.calibrations import free_launches
 from tests.vllm_plugin.recorded_graph import launch
 
 REFERENCE_VARIABLE = "TEST_REFERENCE_ATTENTION"
@@ -66,7 +67,7 @@ class SharedImpl(SharedAttentionImpl, PlainImpl):
 class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):
     @staticmethod
     def calibration() -> Calibration:
-        return Calibration("test: any gain", 1e12, 1e12, 1e15, 1e15, 0.0, 0.0)
+        return free_launches("test: any gain, and any loss", minimum_gain=-1e9)
 
 
 class SharedBackend(CPUAttentionBackend):

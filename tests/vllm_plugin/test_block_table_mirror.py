@@ -126,6 +126,57 @@ def test_a_runner_is_prepared_once_however_often_it_is_asked_for(second_runner: 
     assert prepared == (BlockTable.get_device_tensor, BlockTables.append_block_ids, BlockTables.gather_block_tables)
 
 
+@pytest.fixture
+def second_runners_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own, of two KV cache groups, as its CPU worker has them; the kernel that gathers rows does nothing."""
+    from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
+    from vllm.v1.worker.gpu import block_table, buffer_utils
+
+    class NoKernel:
+        def __getitem__(self, _grid: Any) -> Any:
+            return lambda *_args, **_options: None
+
+    monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)
+    monkeypatch.setattr(block_table, "_gather_block_tables_kernel", NoKernel())
+    keep_host_tables(engine(second_runner=True))
+    return block_table.BlockTables([16, 32], 4, 64, [8, 4], torch.device("cpu"))
+
+
+def of_requests(tables: Any, group: int, requests: list[int]) -> list[list[int]]:
+    """Rows of a group's table as a metadata builder gets them for a step of these requests."""
+    gathered = tables.gather_block_tables(torch.tensor(requests), num_reqs_padded=len(requests))
+    index = np.array(requests, dtype=np.intp)
+    metadata = SimpleNamespace(block_table_tensor=gathered[group], num_reqs=len(requests), req_idx=index)
+    return rows(metadata, 3)
+
+
+def test_what_the_second_runner_appends_stands_in_the_rows_of_each_group(second_runners_tables: Any) -> None:
+    tables = second_runners_tables
+    tables.append_block_ids(3, ([1, 2], [7]), overwrite=True)
+    tables.append_block_ids(1, ([1, 5], [8]), overwrite=True)
+    tables.append_block_ids(3, ([6], []), overwrite=False)
+    assert of_requests(tables, 0, [1, 3]) == [[1, 5, 0], [1, 2, 6]]
+    assert of_requests(tables, 1, [1, 3]) == [[8, 0, 0], [7, 0, 0]]
+    tables.append_block_ids(3, ([9], [4]), overwrite=True)  # another request in its place
+    tables.append_block_ids(3, ([10], [5]), overwrite=False)
+    assert [row[:2] for group in (0, 1) for row in of_requests(tables, group, [3])] == [[9, 10], [4, 5]]
+
+
+def test_blocks_that_vllm_redirects_to_the_null_block_are_so_on_the_host_too(
+    second_runners_tables: Any,
+) -> None:
+    second_runners_tables.append_block_ids(0, ([1, 2], [3]), overwrite=True)
+    second_runners_tables.redirect_writes_to_null_block = True
+    second_runners_tables.append_block_ids(0, ([4, 5], [6]), overwrite=True)
+    assert of_requests(second_runners_tables, 0, [0]) == [[0, 0, 0]]
+
+
+def test_the_dummies_of_the_second_runner_are_told_from_its_steps(second_runners_tables: Any) -> None:
+    for table in second_runners_tables.get_dummy_block_tables(2):
+        metadata = SimpleNamespace(block_table_tensor=table, num_reqs=2, req_idx=np.arange(2))
+        assert rows_of_step(metadata, 2) is None
+
+
 def compared(model: str, *states: str, **variables: str) -> list[dict[str, Any]]:
     """Engines whose every step compares its rows of the host with those of the device."""
     done = subprocess.run(

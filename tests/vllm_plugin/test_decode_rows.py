@@ -21,6 +21,7 @@ from batchllm_kernels.vllm_plugin import attention_backend
 from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
 from batchllm_kernels.vllm_plugin.block_table_mirror import HostTable, note
 from batchllm_kernels.vllm_plugin.shared_flash_attn import SharedBuilder as OverFlashAttention
+from tests.vllm_plugin.calibrations import free_launches
 
 BLOCK = 16
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
@@ -66,7 +67,7 @@ class Builder(SharedMetadataBuilder, StockBuilder):
 
     @classmethod
     def calibration(cls) -> Calibration:
-        return Calibration("test", 1e12, 1e12, 1e15, 1e15, 0.0, cls.gain)
+        return free_launches("test", minimum_gain=cls.gain)
 
 
 class ReluctantBuilder(Builder):
@@ -91,12 +92,12 @@ def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FUL
         model_config=SimpleNamespace(
             get_num_attention_heads=lambda _: HEADS, rswa_window=None, is_mm_prefix_lm=False, hf_config=None
         ),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16, async_scheduling=True),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32),
         kernel_config=SimpleNamespace(enable_jit_warmup=False),
     )
-    return kind(spec, [], config, torch.device("cpu"))
+    return kind(spec, ["layer"], config, torch.device("cpu"))
 
 
 def step(query_lens: list[int], seq_lens: list[int], padding: int = 0) -> CommonAttentionMetadata:
@@ -276,7 +277,7 @@ def test_partial_results_are_those_that_the_pass_by_which_vllm_profiles_memory_h
 ) -> None:
     """Builders, with the plans, are made after the KV cache was sized."""
     config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16, async_scheduling=True),
         cache_config=SimpleNamespace(block_size=BLOCK),
     )
     workspace.init_workspace_manager(torch.device("cpu"))

@@ -42,8 +42,8 @@ class PreparedLaunches:
         scale: factor of the scores before the softmax.
         buffers: plan and scratch space.
         tuning: launch parameters.
-        make_launcher: makes what starts a kernel, of (kernel, options); the benchmark of host time puts in one that
-            starts nothing.
+        make_launcher: makes what starts a kernel, of (kernel, options); the benchmark puts in one that starts some
+            kernels only.
 
     Raises:
         ValueError: on a device other than CUDA, unless Triton interprets.
@@ -68,7 +68,7 @@ class PreparedLaunches:
             )
         _, heads, head_size = query.shape
         _, block_size, kv_heads, _ = key_cache.shape
-        make_launcher = make_launcher or (_interpreted if INTERPRETED else _compiled)
+        make_launcher = make_launcher or (interpreted_launcher if INTERPRETED else compiled_launcher)
         constants = kernel_constants(heads // kv_heads, head_size, block_size, query.dtype, tuning)
         shared, own = tuning.shared, tuning.own
         self._shared = make_launcher(attend_shared_kernel, {"num_warps": shared.num_warps})
@@ -178,14 +178,16 @@ def kernel_constants(
     }
 
 
-def _interpreted(kernel: Any, options: dict[str, Any]) -> Launcher:
+def interpreted_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
+    """Runs a kernel in Triton's interpreter."""
+
     def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
         kernel[grid](*arguments, **options)
 
     return launch
 
 
-def _compiled(kernel: Any, options: dict[str, Any]) -> Launcher:
+def compiled_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
     """Starts what Triton compiled at the first call, as long as all addresses are aligned as they were then.
 
     Numbers are the same in every call, so that Triton would compile nothing else for them.

@@ -1,88 +1,158 @@
-"""Search for launch parameters on a device, once, offline."""
+"""Search for launch parameters on a device, once, offline: for the shared and the own launch apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
+from math import exp, log
+from statistics import mean
+from typing import Any, Literal
 
-import torch
+from batchllm_kernels.attention.tuning import OwnTuning, SharedTuning, Tuning
+from batchllm_kernels.bench.grid import GridPoint
+from batchllm_kernels.bench.layered_step import LayeredStep, layered_step
+from batchllm_kernels.bench.measure import checked_errors
+from batchllm_kernels.bench.ours import OWN_LAUNCH, SHARED_LAUNCH, plan_of, tuned_call, tuning_of
+from batchllm_kernels.bench.results import Row
+from batchllm_kernels.bench.setup import REHEARSED_POINTS, Setup
 
-from batchllm_kernels.attention.launch import launch_planned_attention
-from batchllm_kernels.attention.plan_buffers import PlanBuffers
-from batchllm_kernels.attention.reference import paged_attention
-from batchllm_kernels.attention.tuning import Tuning
-from batchllm_kernels.attention.work_plan import PlanShape, plan_work
-from batchllm_kernels.bench.measure import MAX_ERROR, GridPoint, Timer, WrongResultError, point_inputs
+Kernel = Literal["shared", "own"]
+LAUNCHES: dict[Kernel, str] = {"shared": SHARED_LAUNCH, "own": OWN_LAUNCH}
 
-POINTS = (GridPoint(2000, 16, 200, 32, 8), GridPoint(2048, 128, 64, 64, 8), GridPoint(256, 2, 512, 32, 8))
+# one head count, so that a candidate is compiled once
+POINTS: dict[Kernel, tuple[GridPoint, ...]] = {
+    "shared": (
+        GridPoint(2000, 16, requests=256),
+        GridPoint(4096, 64, requests=512),
+        GridPoint(16000, 256, requests=256),
+    ),
+    "own": (GridPoint(2000, 16, requests=512), GridPoint(2000, 1, requests=256), GridPoint(2000, 1, requests=16)),
+}
+SMALL_POINT = GridPoint(512, 16, own=40, requests=32)  # to compile a candidate, and see that it is right
 
 
-def candidates(*, quick: bool = False) -> Iterator[Tuning]:
-    """Launch parameters to try; `quick` tries two."""
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Launch parameters of one kernel.
+
+    Attributes:
+        kernel: that they are for.
+        tuning: with those parameters, and the table's for the other kernel.
+    """
+
+    kernel: Kernel
+    tuning: Tuning
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of its kernel."""
+        return asdict(self.tuning.shared if self.kernel == "shared" else self.tuning.own)
+
+    @property
+    def key(self) -> str:
+        """Its name in a file of results."""
+        return f"{self.kernel} " + " ".join(f"{name}={value}" for name, value in self.parameters.items())
+
+
+def candidates(setup: Setup, *, quick: bool = False) -> dict[str, Candidate]:
+    """What to try, by a name each: the table's entries, then the likely ones; `quick` tries few."""
+    table = tuning_of(_points(setup, "own")[0], setup.device, setup.dtype)
+    made = [Candidate("own", table), Candidate("shared", table)]
+    if not setup.rehearsal:
+        own = [Candidate("own", replace(table, own=one)) for one in own_candidates(quick=quick)]
+        shared = [Candidate("shared", replace(table, shared=one)) for one in shared_candidates(quick=quick)]
+        # in turns, so that a search that is cut off has tried some of both
+        made += [one for pair in zip(own, shared, strict=False) for one in pair]
+        made += own[len(shared) :] + shared[len(own) :]
+    return {one.key: one for one in made}
+
+
+def own_candidates(*, quick: bool) -> Iterator[OwnTuning]:
+    """For the own launch."""
     if quick:
-        yield Tuning(16, 64, 32, 4, 5)
-        yield Tuning(16, 64, 64, 4, 3)
+        for kv_tile, warps, stages in (
+            (16, 1, 6), (16, 1, 8), (16, 2, 6), (16, 1, 4), (16, 4, 6), (16, 2, 4), (16, 2, 8), (16, 4, 4),
+        ):  # fmt: skip
+            yield OwnTuning(kv_tile, warps, stages)
         return
-    for wide, kv_tile, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 5, 7)):
-        yield Tuning(16, wide, kv_tile, warps, stages)
+    for kv_tile, warps, stages in product((16, 32), (1, 2, 4), (4, 6, 3, 5, 8, 2)):
+        yield OwnTuning(kv_tile, warps, stages)
 
 
-def best_tuning(
-    head_size: int, dtype: torch.dtype, device: torch.device, timer: Timer, *, quick: bool = False
-) -> tuple[Tuning, float]:
-    """The parameters with the least time over all points, and that time in microseconds.
-
-    Candidates that do not fit the device or are wrong are left out.
-
-    Raises:
-        RuntimeError: when none works.
-    """
-    from triton.runtime.errors import OutOfResources
-
-    best: tuple[Tuning, float] | None = None
-    for tuning in candidates(quick=quick):
-        try:
-            time = sum(_time(point, tuning, head_size, dtype, device, timer) for point in POINTS)
-        except (OutOfResources, WrongResultError):
-            continue
-        if best is None or time < best[1]:
-            best = (tuning, time)
-    if best is None:
-        raise RuntimeError(f"head_size {head_size}, {dtype}: expected launch parameters that work, got none")
-    return best
+def shared_candidates(*, quick: bool) -> Iterator[SharedTuning]:
+    """For the shared launch."""
+    if quick:
+        for low, high, kv_tile, warps, low_stages, high_stages, programs in (
+            (64, 64, 64, 4, 3, 3, 2), (64, 128, 64, 8, 3, 2, 2), (64, 64, 32, 4, 4, 4, 3), (64, 128, 64, 8, 3, 3, 1),
+            (64, 64, 64, 4, 2, 2, 3), (64, 128, 32, 8, 4, 3, 2), (64, 64, 32, 4, 3, 3, 4), (64, 128, 128, 8, 2, 2, 1),
+        ):  # fmt: skip
+            yield SharedTuning(low, high, kv_tile, warps, low_stages, high_stages, programs)
+        return
+    for (low, high), warps, kv_tile, stages, programs in product(
+        ((64, 128), (64, 64), (32, 64), (16, 64), (128, 128)), (4, 8), (64, 32, 128), (3, 2, 4), (2, 1, 3)
+    ):
+        yield SharedTuning(low, high, kv_tile, warps, stages, stages, programs)
 
 
-def _time(
-    point: GridPoint, tuning: Tuning, head_size: int, dtype: torch.dtype, device: torch.device, timer: Timer
-) -> float:
-    """Microseconds of one point.
+def compiled(setup: Setup, candidate: Candidate) -> Row:
+    """Compiles a candidate and runs it once.
 
     Raises:
-        WrongResultError: when the result is off by more than `MAX_ERROR`.
+        WrongResultError: when the result is wrong.
     """
-    point = GridPoint(point.prefix, point.degree, point.own, point.heads, point.kv_heads, head_size)
-    step = point.step()
-    inputs = point_inputs(step, point, device, dtype)
-    shape = PlanShape(
-        block_size=point.block_size,
-        queries_per_kv_head=point.heads // point.kv_heads,
-        element_bytes=dtype.itemsize,
-        narrow_tile_rows=tuning.narrow_tile_rows,
-        wide_tile_rows=tuning.wide_tile_rows,
-    )
-    plan = plan_work(step.block_table, step.seq_lens, step.query_start_loc, shape)
-    buffers = PlanBuffers.of_plan(plan, point.heads, point.head_size, device)
-    output = torch.empty_like(inputs[0])
-    scale = head_size**-0.5
+    point = REHEARSED_POINTS[0] if setup.rehearsal else SMALL_POINT
+    inputs = layered_step(point, setup.device, setup.dtype, layers=1)
+    return {"errors": checked_errors({candidate.key: _whole(inputs, candidate)}, inputs)}
 
-    def call() -> torch.Tensor:
-        launch_planned_attention(*inputs, scale, buffers, tuning, output)
-        return output
 
-    some = slice(0, 8)
-    query, keys, values, table, lengths, starts = inputs
-    expected = paged_attention(query[some], keys, values, table[some], lengths[some], starts[:9], scale)
-    error = float((call()[some].float() - expected).abs().max() / expected.abs().max())
-    if not error <= MAX_ERROR:
-        raise WrongResultError(f"{tuning}: expected a relative error of at most {MAX_ERROR}, got {error:.3g}")
-    return timer(call)
+def measured(setup: Setup, candidate: Candidate) -> Row:
+    """Microseconds of the candidate's launch alone on each point.
+
+    Raises:
+        WrongResultError: when a result is wrong.
+    """
+    times = {}
+    for point in _points(setup, candidate.kernel):
+        inputs = _inputs(setup, point)
+        checked_errors({candidate.key: _whole(inputs, candidate)}, inputs)
+        plan = plan_of(inputs, share=True, tuning=candidate.tuning)
+        alone = tuned_call(inputs, plan, candidate.tuning, only=LAUNCHES[candidate.kernel])
+        times[point.key] = setup.timer({candidate.key: alone}, inputs.layers)[candidate.key]
+    return {"kernel": candidate.kernel, "parameters": candidate.parameters, "microseconds": times}
+
+
+def best(rows: Sequence[Row]) -> dict[str, Any]:
+    """For each kernel the parameters with the least geometric mean of their times, each relative to its point's best.
+
+    Raises:
+        ValueError: when a kernel has none.
+    """
+    entry: dict[str, Any] = {}
+    for kernel in LAUNCHES:
+        tried = [row for row in rows if row["kernel"] == kernel]
+        if not tried:
+            raise ValueError(f"{kernel}: expected candidates that were measured, got none")
+        entry[kernel] = min(tried, key=lambda row, tried=tried: _relative_time(row, tried))["parameters"]  # type: ignore[misc]
+    return entry
+
+
+def _relative_time(row: Row, tried: Sequence[Row]) -> float:
+    times: dict[str, float] = row["microseconds"]
+    least = {point: min(other["microseconds"][point] for other in tried) for point in times}
+    return exp(mean(log(time / least[point]) for point, time in times.items()))
+
+
+def _points(setup: Setup, kernel: Kernel) -> tuple[GridPoint, ...]:
+    return REHEARSED_POINTS if setup.rehearsal else POINTS[kernel]
+
+
+def _whole(inputs: LayeredStep, candidate: Candidate) -> Any:
+    return tuned_call(inputs, plan_of(inputs, share=True, tuning=candidate.tuning), candidate.tuning)
+
+
+@cache
+def _inputs(setup: Setup, point: GridPoint) -> LayeredStep:
+    """One step for all candidates of a process."""
+    return layered_step(point, setup.device, setup.dtype, layers=setup.layers)

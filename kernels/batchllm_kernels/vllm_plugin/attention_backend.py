@@ -28,9 +28,9 @@ from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, Decision, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
-from batchllm_kernels.attention.step_planner import StepLimits, StepPlanner, step_capacity
+from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
@@ -164,12 +164,14 @@ class SharedMetadataBuilder:
                 kv_cache_spec.head_size,
                 kv_cache_spec.dtype.itemsize,
             ),
+            len(layer_names),
             kv_cache_spec.block_size,
             kv_cache_spec.dtype,
-            StepLimits(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs),
+            vllm_config.scheduler_config.max_num_seqs,
             self.calibration(),
             device,
-            workspace(device),
+            host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
+            allocate=workspace(device),
         )
         self._block_size = kv_cache_spec.block_size
         self._compilation = vllm_config.compilation_config
@@ -214,7 +216,7 @@ class SharedMetadataBuilder:
 
     def _decode_rows(self, common: Any, count: int, prompts: bool) -> DecodeRows | None:
         """What ours is to run of a step in which `count` requests stand first with one query token each."""
-        lengths = common.seq_lens_cpu_upper_bound[:count]  # exact without drafts
+        lengths = common.seq_lens_cpu_upper_bound[:count].numpy()  # exact without drafts
         longest = common.max_seq_len
         graphs = not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         # Nothing is shared within a block. vLLM's V1 runner warms up with such steps before a capture: all launches.
@@ -225,8 +227,13 @@ class SharedMetadataBuilder:
         elif count > 1:
             block_table = rows_of_step(common, -(-longest // self._block_size))
             if block_table is not None:  # else made up, and no sign of what batches share
-                starts = common.query_start_loc_cpu[: count + 1]
-                plan = self._planner.plan(block_table[:count], lengths, starts, longest)
+                replayed = graphs and count <= (self._compilation.max_cudagraph_capture_size or 0)
+                plan = self._planner.plan(
+                    block_table[:count],
+                    lengths,
+                    launching=Launching.CAPTURED if replayed else Launching.PIECES,
+                    prefill_rows=prompts,
+                )
                 self._decision = self._planner.decision
         if plan is not None:
             return DecodeRows(count, plan, common.block_table_tensor[:count], prompts, every_launch)
@@ -319,7 +326,7 @@ class SharedAttentionImpl:
             ModelHeads(heads, self.num_kv_heads, head_size, query.element_size()),  # type: ignore[attr-defined]  # the stock class has it
             self._config.cache_config.block_size,
             query.dtype,
-            StepLimits(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            scheduler.max_num_seqs,
             query.device,
         )
         allocate = workspace(query.device)

@@ -34,6 +34,19 @@ def gpus_of_machine(environment: Mapping[str, str] = os.environ, driver: Path = 
     return [str(index) for index, _ in enumerate(sorted(driver.iterdir()))] if driver.is_dir() else []
 
 
+def gpu_model(driver: Path = _NVIDIA_GPUS) -> str | None:
+    """The name of the machine's first GPU, as `NVIDIA H100 80GB HBM3`; None where the driver tells none.
+
+    Read from the driver's files, as CUDA names it too.
+    """
+    for information in sorted(driver.glob("*/information")):
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "Model":
+                return value.strip()
+    return None
+
+
 def device_shares(engines: int, gpus_per_engine: int, gpus: Sequence[str], cores: Sequence[int]) -> list[DeviceShare]:
     """What each of several engines gets.
 

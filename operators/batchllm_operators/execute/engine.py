@@ -132,6 +132,7 @@ class VllmEngine:
         model: the model part of the job.
         block_size: tokens of a KV-cache block.
         gpus: tensor-parallel size.
+        attention_reason: why `model.attention` is not as the job says; None: it is.
 
     Raises:
         TerminalError: another vLLM, a bad engine argument, a model folder that is none, weights in float32 that do not
@@ -139,7 +140,7 @@ class VllmEngine:
         Exception: whatever vLLM raises when the model does not load.
     """
 
-    def __init__(self, model: ModelSpec, *, block_size: int, gpus: int) -> None:
+    def __init__(self, model: ModelSpec, *, block_size: int, gpus: int, attention_reason: str | None = None) -> None:
         _check_model_folder(model.id)
         _check_version()
         _check_environment()
@@ -163,6 +164,7 @@ class VllmEngine:
             arguments |= gpu_choices(arguments)
         self._engine, self._attention = _start(model, arguments)
         self._model = model
+        self._attention_reason = attention_reason
         self._capacity: int = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._unfinished: dict[str, Request] = {}
         self._submitted = 0
@@ -196,7 +198,9 @@ class VllmEngine:
     @property
     def settings(self) -> tuple[EngineSetting, ...]:
         """What decides its throughput, as vLLM resolved it, and who chose it."""
-        return engine_settings(self._engine.vllm_config, self._model, self._attention, self._dtype)
+        return engine_settings(
+            self._engine.vllm_config, self._model, self._attention, self._dtype, self._attention_reason
+        )
 
     @property
     def unfinished(self) -> int:

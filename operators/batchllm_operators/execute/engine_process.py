@@ -319,7 +319,9 @@ def main() -> None:
     )
     process = EngineProcess(
         channel,
-        lambda load: VllmEngine(load.model, block_size=load.block_size, gpus=load.gpus),
+        lambda load: VllmEngine(
+            load.model, block_size=load.block_size, gpus=load.gpus, attention_reason=load.attention_reason
+        ),
         StepTraces(Path(steps), Path(attention)) if steps and attention else None,
         prepare=import_vllm,
         phases=Path(phases) if phases else None,

@@ -31,7 +31,11 @@ _MORE_GRAPHS = {
 
 
 def engine_settings(
-    config: Any, model: ModelSpec, attention: AttentionChoice, dtype: DtypeChoice | None = None
+    config: Any,
+    model: ModelSpec,
+    attention: AttentionChoice,
+    dtype: DtypeChoice | None = None,
+    attention_reason: str | None = None,
 ) -> tuple[EngineSetting, ...]:
     """The settings of a loaded engine.
 
@@ -40,6 +44,7 @@ def engine_settings(
         model: the model part of the job, whose `engine_args` go before every choice of ours and of vLLM.
         attention: as the engine was started with.
         dtype: as it was chosen on a CPU; None: the job or vLLM chose it.
+        attention_reason: why `model.attention` is not as the job says; None: it is.
     """
     scheduler, cache = config.scheduler_config, config.cache_config
     values = {
@@ -68,7 +73,7 @@ def engine_settings(
         EngineSetting(name=name, value=str(value), reason=reasons.get(name, _VLLM), warning=warnings.get(name))
         for name, value in values.items()
     ]
-    reason = f"model.attention: {model.attention}"
+    reason = attention_reason or f"model.attention: {model.attention}"
     if attention.reasons:
         what = "" if model.attention == "stock" else "prefix-shared attention not supported: "
         reason += f"; {what}{'; '.join(attention.reasons)}"

@@ -48,6 +48,8 @@ class Load(Record):
     """Tokens of a KV-cache block."""
     gpus: int
     """GPUs of this engine: its tensor-parallel size."""
+    attention_reason: str | None = None
+    """Why the model's attention is not as the job says; None: it is."""
     calibrate: bool = False
     """Whether the engine is to measure its rates before it takes its first bundle."""
     calibration_seconds: float = Field(default=20.0, gt=0)

@@ -30,6 +30,16 @@ class ModelShape(Record):
     """Numbers in the KV cache for one token, over all layers."""
 
 
+class AttentionShape(Record):
+    """The heads of a decoder's attention, of all ranks together."""
+
+    layers: int
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    head_size: int
+
+
 def read_model_config(model: ModelSpec) -> dict[str, Any]:
     """The model's `config.json`: of a folder, or from the Hugging Face cache or hub; without weights or remote code.
 
@@ -61,28 +71,38 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape | None:
     Args:
         config: as `read_model_config` returns it.
     """
-    text = _text_part(config)
-
-    def number(*names: str, default: int | None = None) -> int | None:
-        found = (value for name in names if type(value := text.get(name)) is int and value > 0)
-        return next(found, default)
-
-    hidden, layers, vocabulary = number("hidden_size"), number("num_hidden_layers"), number("vocab_size")
-    heads, inner = number("num_attention_heads"), number("intermediate_size")
-    if hidden is None or layers is None or vocabulary is None or heads is None or inner is None:
+    text, attention = _text_part(config), attention_shape(config)
+    hidden, vocabulary, inner = (_number(text, name) for name in ("hidden_size", "vocab_size", "intermediate_size"))
+    if attention is None or hidden is None or vocabulary is None or inner is None:
         return None
-    kv_heads = number("num_key_value_heads", default=heads) or heads
-    head_size = number("head_dim", default=hidden // heads) or 1
-    attention = hidden * head_size * (2 * heads + 2 * kv_heads)
-    experts = number(*_EXPERTS, default=1) or 1
-    used = min(number("num_experts_per_tok", default=1) or 1, experts)
-    expert = 3 * hidden * ((number("moe_intermediate_size") if experts > 1 else None) or inner)
+    layers, head_size = attention.layers, attention.head_size
+    attention_parameters = hidden * head_size * (2 * attention.heads + 2 * attention.kv_heads)
+    experts = _number(text, *_EXPERTS) or 1
+    used = min(_number(text, "num_experts_per_tok") or 1, experts)
+    expert = 3 * hidden * ((_number(text, "moe_intermediate_size") if experts > 1 else None) or inner)
     table = vocabulary * hidden
     tables = table if config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)) else 2 * table
     return ModelShape(
-        parameters=layers * (attention + experts * expert) + tables,
-        active_parameters=layers * (attention + used * expert) + table,
-        kv_values=layers * 2 * kv_heads * head_size,
+        parameters=layers * (attention_parameters + experts * expert) + tables,
+        active_parameters=layers * (attention_parameters + used * expert) + table,
+        kv_values=layers * 2 * attention.kv_heads * head_size,
+    )
+
+
+def attention_shape(config: Mapping[str, Any]) -> AttentionShape | None:
+    """The heads that a `config.json` tells; None where it lacks the names that Llama's descendants share.
+
+    Args:
+        config: as `read_model_config` returns it.
+    """
+    text = _text_part(config)
+    hidden, layers = _number(text, "hidden_size"), _number(text, "num_hidden_layers")
+    heads = _number(text, "num_attention_heads")
+    if hidden is None or layers is None or heads is None:
+        return None
+    kv_heads = _number(text, "num_key_value_heads") or heads
+    return AttentionShape(
+        layers=layers, heads=heads, kv_heads=kv_heads, head_size=_number(text, "head_dim") or hidden // heads or 1
     )
 
 
@@ -96,3 +116,8 @@ def stored_parameters(model: ModelSpec, config: Mapping[str, Any]) -> int | None
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((part for name in _TEXT_PARTS if isinstance(part := config.get(name), dict)), config)
+
+
+def _number(text: Mapping[str, Any], *names: str) -> int | None:
+    """The first of some fields that is a positive whole number."""
+    return next((value for name in names if type(value := text.get(name)) is int and value > 0), None)

@@ -34,7 +34,7 @@ from batchllm_operators.execute.slots import Lease, Slot
 from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.spec import CostModel
-from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
+from batchllm_operators.records import AttentionForecast, BundleInfo, BundleResult, EngineSetting
 from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
@@ -230,6 +230,24 @@ class EnginePool:
             how = {"calibrate": True, "calibration_seconds": seconds, "default_rates": default}
             _, loaded = self._warm(slot, self._load.model_copy(update=how))
             return None if loaded is None else loaded.calibration
+
+    def choose_attention(self, forecast: AttentionForecast | None) -> None:
+        """Give the engines vLLM's own attention, where the job leaves the choice to its plan and sharing does not pay.
+
+        For engines that are loaded from now on.
+
+        Args:
+            forecast: of the plan; None: there is none, and the engines are loaded as the job says.
+        """
+        model = self._load.model
+        if forecast is None or forecast.pays or model.attention != "auto":
+            return
+        reason = (
+            f"model.attention: auto; prefix-shared attention is expected to save {forecast.engine_saving:.1%} of the "
+            f"engines' time, {forecast.needed_saving:.1%} needed (rates of its kernels: {forecast.rates})"
+        )
+        stock = model.model_copy(update={"attention": "stock"})
+        self._load = self._load.model_copy(update={"model": stock, "attention_reason": reason})
 
     def start(self) -> None:
         """Start the process of the first engine, which imports its packages; no model is loaded.

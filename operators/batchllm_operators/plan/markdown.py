@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchllm_operators.records import PlanSummary
+from batchllm_operators.records import AttentionForecast, PlanSummary
 from batchllm_operators.row_errors import most_frequent_first
 from batchllm_operators.wording import counted, markdown_code, markdown_text
 
@@ -30,6 +30,8 @@ _SOURCES = {
 def plan_markdown(plan: PlanSummary) -> str:
     """The plan in Markdown: what is saved, what it will take, why this order, the largest groups, the bundles."""
     lines = ["## Pilot" if plan.pilot else "## Plan", "", _headline(plan), "", _saving(plan), ""]
+    if plan.attention is not None:
+        lines += [explain_attention(plan.attention), ""]
     lines += [*_counts(plan), *_row_errors(plan), *_forecast(plan), "", "### Order", "", explain_order(plan)]
     if plan.largest_groups:
         lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
@@ -88,6 +90,20 @@ def explain_order(plan: PlanSummary) -> str:
             f"{counted(plan.workers, 'engine')} finish together."
         )
     return " ".join(sentences)
+
+
+def explain_attention(forecast: AttentionForecast) -> str:
+    """What prefix-shared attention is expected to save, and which attention the engines get."""
+    outcome = (
+        "the engines get it, where they support it"
+        if forecast.pays
+        else f"below {forecast.needed_saving:.1%} it does not pay, and the engines get vLLM's own"
+    )
+    return (
+        f"Prefix-shared attention (`model.attention: auto`) is expected to save {forecast.attention_saving:.1%} of the "
+        f"time of decode attention and {forecast.engine_saving:.1%} of the engines' time: {outcome}. Rates of its "
+        f"kernels: {markdown_text(forecast.rates)}."
+    )
 
 
 def _headline(plan: PlanSummary) -> str:

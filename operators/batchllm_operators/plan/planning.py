@@ -12,11 +12,12 @@ from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.figures import summarise
-from batchllm_operators.plan.forming import GIGABYTE, form_plan
-from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
+from batchllm_operators.plan.forming import GIGABYTE, Plan, form_plan
+from batchllm_operators.plan.requests import HashSpool, RequestColumns, read_requests, read_results
+from batchllm_operators.plan.shared_attention import EngineAttention, PlannedGroups, attention_forecast
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
-from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.store import Store
 
 
@@ -31,6 +32,7 @@ def plan_requests(
     earlier: Sequence[Store] = (),
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
+    attention: EngineAttention | AttentionForecast | None = None,
 ) -> PlanSummary:
     """Plan what remains of a job: staged requests without those that readable results answer.
 
@@ -48,6 +50,8 @@ def plan_requests(
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample of `planning.pilot_fraction` only, unless output lengths are known already. The summary
             says whether it is one; plan again once its bundles are computed.
+        attention: of the engines, for a forecast of what prefix-shared attention saves; or that forecast, where an
+            earlier plan of the run has made it; None: nothing is told of it.
 
     Raises:
         TerminalError: a staged part is missing or damaged.
@@ -73,6 +77,7 @@ def plan_requests(
             "error_rows": stage.error_rows,
             "error_examples": stage.error_examples,
             "rates": rates_source(planning.cost, calibrated),
+            "attention": _attention(attention, plan, requests, planning, cost),
             "field_sharing": stage.field_sharing,
             "stage_seconds": stage.seconds,
             "seconds": round(time.monotonic() - started, 3),
@@ -80,3 +85,21 @@ def plan_requests(
     )
     write_summary(work, summary)
     return summary
+
+
+def _attention(
+    known: EngineAttention | AttentionForecast | None,
+    plan: Plan,
+    requests: RequestColumns,
+    planning: PlanningSpec,
+    cost: CostModel,
+) -> AttentionForecast | None:
+    if known is None or isinstance(known, AttentionForecast):
+        return known
+    if plan.pilot or planning.order == "input" or not len(plan.request):
+        return None  # a sample shares less than the job, and in the order of the rows members do not run together
+    groups = PlannedGroups.of_requests(
+        plan.group, plan.prefix_tokens, requests.prompt_tokens[plan.request], plan.output_tokens
+    )
+    seconds = float(plan.prefill_seconds.sum() + plan.decode_seconds.sum())
+    return attention_forecast(groups, known, cost, engine_seconds=seconds)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
+from batchllm_operators.plan.shared_attention import EngineAttention
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
-from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
@@ -27,6 +28,7 @@ def plan_staged(
     default: CostModel | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
+    attention: EngineAttention | AttentionForecast | None = None,
     *,
     log: Callable[[str], None] = _LOGGER.info,
 ) -> PlanSummary:
@@ -42,6 +44,7 @@ def plan_staged(
         default: the rates where nothing was measured, as `default_rates` makes them.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
+        attention: of the engines, or its forecast, see `plan_requests`.
         log: takes one line on what came out.
 
     Raises:
@@ -58,6 +61,7 @@ def plan_staged(
         earlier=earlier_runs(work_uri, storage),
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,
+        attention=attention,
     )
     log(
         f"planned {counted(summary.requests, 'request')} in {counted(summary.groups, 'group')} and "

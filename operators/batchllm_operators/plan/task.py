@@ -9,9 +9,10 @@ from prefect.logging import get_run_logger
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.plots import forest_plot
+from batchllm_operators.plan.shared_attention import EngineAttention
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.step import plan_staged
-from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.svg import markdown_image
@@ -35,6 +36,7 @@ def plan(
     default: CostModel | None = None,
     usd_per_worker_hour: float | None = None,
     pilot: bool = False,
+    attention: EngineAttention | AttentionForecast | None = None,
     job_name: str = "batch-inference",
 ) -> PlanSummary:
     """Group, order and pack the requests that remain; written to `plan/` of the work folder, shown as an artifact.
@@ -49,6 +51,7 @@ def plan(
         default: the rates where nothing was measured, as `default_rates` makes them.
         usd_per_worker_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
+        attention: of the engines, or its forecast, see `plan_requests`.
         job_name: for the artifact's key.
 
     Raises:
@@ -65,6 +68,7 @@ def plan(
         default=default,
         usd_per_worker_hour=usd_per_worker_hour,
         pilot=pilot,
+        attention=attention,
         log=get_run_logger().info,
     )
     shown = [plan_markdown(summary), *markdown_image("What is shared, and by how many", forest_plot(summary))]

@@ -1,4 +1,7 @@
-"""vLLM's own attention kernels on a paged cache, as the benchmark calls them."""
+"""vLLM's own attention kernels on a paged cache, as the benchmark calls them: steps of decoding requests alone.
+
+Nothing here waits for the device, so that the calls can be captured in CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ def unified_attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     scale: float,
+    max_seq_len: int,
 ) -> torch.Tensor:
     """vLLM's Triton kernel, one program for each request and KV head; shapes as in `api.prefix_shared_attention`."""
     from vllm.v1.attention.ops import triton_unified_attention
@@ -24,9 +28,9 @@ def unified_attention(
         v=value_cache,
         out=output,
         cu_seqlens_q=query_start_loc,
-        max_seqlen_q=int(query_start_loc.diff().max()),
+        max_seqlen_q=1,
         seqused_k=seq_lens,
-        max_seqlen_k=int(seq_lens.max()),
+        max_seqlen_k=max_seq_len,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1),
@@ -47,6 +51,7 @@ def flash_attention(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     scale: float,
+    max_seq_len: int,
 ) -> torch.Tensor:
     """The FlashAttention that vLLM ships; shapes as in `api.prefix_shared_attention`."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
@@ -55,9 +60,9 @@ def flash_attention(
         q=query,
         k=key_cache,
         v=value_cache,
-        max_seqlen_q=int(query_start_loc.diff().max()),
+        max_seqlen_q=1,
         cu_seqlens_q=query_start_loc,
-        max_seqlen_k=int(seq_lens.max()),
+        max_seqlen_k=max_seq_len,
         seqused_k=seq_lens,
         softmax_scale=scale,
         causal=True,
