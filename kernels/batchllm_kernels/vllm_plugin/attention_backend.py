@@ -173,7 +173,6 @@ class SharedMetadataBuilder:
             host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
             allocate=workspace(device),
         )
-        self._block_size = kv_cache_spec.block_size
         self._compilation = vllm_config.compilation_config
         self._capturing = False
         self._decision: Decision | None = None
