@@ -92,12 +92,12 @@ def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FUL
         model_config=SimpleNamespace(
             get_num_attention_heads=lambda _: HEADS, rswa_window=None, is_mm_prefix_lm=False, hf_config=None
         ),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16, async_scheduling=True),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32),
         kernel_config=SimpleNamespace(enable_jit_warmup=False),
     )
-    return kind(spec, [], config, torch.device("cpu"))
+    return kind(spec, ["layer"], config, torch.device("cpu"))
 
 
 def step(query_lens: list[int], seq_lens: list[int], padding: int = 0) -> CommonAttentionMetadata:
@@ -277,7 +277,7 @@ def test_partial_results_are_those_that_the_pass_by_which_vllm_profiles_memory_h
 ) -> None:
     """Builders, with the plans, are made after the KV cache was sized."""
     config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16, async_scheduling=True),
         cache_config=SimpleNamespace(block_size=BLOCK),
     )
     workspace.init_workspace_manager(torch.device("cpu"))
