@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     modes.add_argument("--host", action="store_true", help="host time of a layer's call and of a step; needs no device")
     modes.add_argument("--compile", action="store_true", help="registers, shared memory and spills; needs no device")
     modes.add_argument("--summary", action="store_true", help="a table of --results; needs no device")
-    modes.add_argument("--facts", action="store_true", help="device, versions, rates of copies and products, host time")
+    modes.add_argument("--facts", action="store_true", help="device, versions, rates of copies and products")
     modes.add_argument("--check", action="store_true", help="every kernel against the reference, on odd shapes")
     modes.add_argument("--device", choices=["cuda"], help="measure the grid, correctness first")
     modes.add_argument("--calibrate", action="store_true", help="measure what the cost gate needs, print its entry")

@@ -72,6 +72,8 @@ def summary(path: Path) -> str:
         lines += [f"  FAILED {row['key']}: {row['failed'][:300]}" for row in failed]
     timed = [row for row in by_stage.get("time", {}).values() if "failed" not in row]
     lines += _table(timed)
+    skipped = {(name, reason) for row in timed for name, reason in row.get("skipped", {}).items()}
+    lines += [f"skipped {name}: {reason}" for name, reason in sorted(skipped)]
     for goal in goals(timed):
         met = "met   " if goal.shortfall <= 1 else "MISSED"
         lines.append(f"{met} {goal.what}: {goal.got:.3g} of {goal.expected:.3g}, {goal.point}")
