@@ -34,5 +34,6 @@ shapes = st.builds(
     element_bytes=st.sampled_from([1, 2, 4]),
     shared_tile_rows=st.sampled_from([8, 16, 64]),
     target_items=st.sampled_from([1, 4, 64]),
+    own_target_items=st.sampled_from([1, 4, 64]),
     minimum_split_tokens=st.sampled_from([16, 256]),
 )

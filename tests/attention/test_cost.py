@@ -125,7 +125,7 @@ def test_a_small_model_does_not_leave_the_graphs_for_a_small_gain() -> None:
 
 
 def test_the_hosts_time_of_a_plan_counts_once_a_step_where_nothing_hides_it() -> None:
-    work = work_of(step(1, prefix=2000))
+    work = work_of(step(16, prefix=2000))
     for layers, share in ((2, False), (80, True)):
         setting = StepSetting(layers, Launching.CAPTURED, exposed_host_seconds=0.5e-3)
         assert decide(work, setting, ASSUMED).share is share
@@ -193,7 +193,9 @@ def test_padding_rows_and_rows_alone_are_counted_once() -> None:
     made = decode_step("alone", [SharingRequest((), 300), SharingRequest((), 77)], 16)
     table = np.vstack([made.block_table, np.zeros_like(made.block_table)])
     lengths = np.append(made.seq_lens, [0, 0]).astype(np.int32)
-    work = step_work(plan_work(table, lengths, replace(SHAPE, target_items=1)), lengths, HEADS, ASSUMED)
+    work = step_work(
+        plan_work(table, lengths, replace(SHAPE, target_items=1, own_target_items=1)), lengths, HEADS, ASSUMED
+    )
     assert work.stock == work.own == Traffic(377 * HEADS.kv_token_bytes + 4 * HEADS.query_token_bytes)
     assert work.shared is None
     assert work.merge is None

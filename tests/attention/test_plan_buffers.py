@@ -41,7 +41,9 @@ def test_plans_that_share_on_every_level_and_split_everything_fit_the_capacity(d
             for row in range(rows)
         ]
     )
-    shape = PlanShape(16, 4, shared_tile_rows=512, target_items=target_items, minimum_split_tokens=16)
+    shape = PlanShape(
+        16, 4, shared_tile_rows=512, target_items=target_items, own_target_items=target_items, minimum_split_tokens=16
+    )
     plan = step.plan(shape)
     assert len(plan.nodes) == sum(groups.values())
     assert len(plan.shared_rows) == 4 * rows

@@ -48,7 +48,9 @@ def test_reference_equals_dense_attention(requests: list[Request], heads: int, k
 def test_a_plan_gives_dense_attention(heads: int, kv_heads: int, target_items: int, share: bool) -> None:
     step = Step(mixed_requests())
     numbers = tensors(step, heads=heads, kv_heads=kv_heads, head_size=24)
-    shape = PlanShape(16, heads // kv_heads, target_items=target_items, minimum_split_tokens=16)
+    shape = PlanShape(
+        16, heads // kv_heads, target_items=target_items, own_target_items=target_items, minimum_split_tokens=16
+    )
     assert relative_error(numbers.planned(step.plan(shape, share=share)), dense_attention(numbers)) < 1e-5
 
 

@@ -136,8 +136,8 @@ def plan_shape(
         head_size: numbers of a head.
         dtype: of query and cache.
         device: that runs the kernels.
-        target_items: items per KV head that fill the device; default as many programs as run at once, of an H100 where
-            the device has no multiprocessors.
+        target_items: shared items, and own items, per KV head that fill the device; default as many programs as keep
+            it busy, of an H100 where the device has no multiprocessors.
 
     Raises:
         ValueError: when the heads are not supported.
@@ -146,15 +146,16 @@ def plan_shape(
     if block_size % BLOCK_MULTIPLE:
         raise ValueError(f"block_size: expected a multiple of {BLOCK_MULTIPLE} tokens, got {block_size}")
     tuning = _tuning(heads // kv_heads, head_size, dtype, device)
-    if target_items is None:
-        programs = tuning.shared.programs_per_multiprocessor * multiprocessors(device)
-        target_items = max(1, programs // kv_heads)
+    processors = multiprocessors(device)
+    shared = target_items or max(1, tuning.shared.programs_per_multiprocessor * processors // kv_heads)
+    own = target_items or max(1, tuning.own.programs_per_multiprocessor * processors // kv_heads)
     return PlanShape(
         block_size=block_size,
         queries_per_kv_head=heads // kv_heads,
         element_bytes=dtype.itemsize,
         shared_tile_rows=tuning.shared.high_tile_rows,
-        target_items=target_items,
+        target_items=shared,
+        own_target_items=own,
     )
 
 

@@ -47,18 +47,18 @@ class PlanCapacity:
 
         A level of the trie names a row at most once, and a node has two rows or more: at most half as many nodes as
         rows, and beyond one tile for each node as many as rows fill. A range is split only if it is longer than the
-        share of one of `target_items` programs, and has at most one further split for each whole share in it: ranges
-        that are split, and the further splits of all of them, are no more than programs. A tile has at most
+        share of one of the programs that the shape aims at, and has at most one further split for each whole share in
+        it: ranges that are split, and the further splits of all of them, are no more than programs. A tile has at most
         `shared_tile_tokens` rows, each of which has a partial result for each split.
         """
-        programs, tile = shape.target_items, shape.shared_tile_tokens
-        merges = min(max_requests, programs)
+        programs, own_programs, tile = shape.target_items, shape.own_target_items, shape.shared_tile_tokens
+        merges = min(max_requests, own_programs)
         return PlanCapacity(
             shared_items=MAX_LEVELS * (max_requests // 2 + max_requests // tile) + programs,
             shared_rows=MAX_LEVELS * max_requests,
-            own_items=max_requests + programs,
+            own_items=max_requests + own_programs,
             merges=merges,
-            partials=MAX_LEVELS * max_requests + min(tile, max_requests) * programs + merges + programs,
+            partials=MAX_LEVELS * max_requests + min(tile, max_requests) * programs + merges + own_programs,
         )
 
     @staticmethod

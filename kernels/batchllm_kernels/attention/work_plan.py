@@ -65,7 +65,8 @@ class PlanShape:
         queries_per_kv_head: query heads that read one KV head; they are folded into the rows of a tile.
         element_bytes: bytes of a number in the KV cache.
         shared_tile_rows: rows (query tokens x heads of one KV head) of the tile of a shared item.
-        target_items: items per KV head that fill the device; where there are fewer, long ones are split.
+        target_items: shared items per KV head that fill the device; where there are fewer, long ones are split.
+        own_target_items: own items per KV head that do; they are smaller.
         minimum_split_tokens: KV tokens under which an item is never split.
         split_shared: False leaves every node in one piece, so that each of its rows has one partial result: for a
             kernel that splits by itself.
@@ -79,7 +80,8 @@ class PlanShape:
     element_bytes: int = 2
     shared_tile_rows: int = 64
     target_items: int = 64
-    minimum_split_tokens: int = 256
+    own_target_items: int = 64
+    minimum_split_tokens: int = 64
     split_shared: bool = True
 
     def __post_init__(self) -> None:
@@ -240,11 +242,15 @@ def _split(kv_tokens: Int64s, longest: Int64s, shape: PlanShape) -> _Splits:
     return _Splits(count, split_tokens)
 
 
-def _longest(reading: int, rows: Int64s, shape: PlanShape, *, shares: int = 1) -> Int64s:
-    """KV tokens of the longest item: so many shares of a program in what is read, at least four times the traffic of
-    the partial results of its rows."""
-    shortest = max(shape.minimum_split_tokens, -(-reading * shares // shape.target_items))
-    return np.maximum(shortest, int(4 * shape.partial_cost_tokens) * rows)
+def _longest(reading: int, rows: Int64s, shape: PlanShape, target_items: int) -> Int64s:
+    """KV tokens of the longest item: a program's share of what is read, and at least as much traffic as the partial
+    results of its rows.
+
+    Where the device is full, nothing is split. Where it is not, a split costs traffic that nobody else has use for, and
+    saves time: a program takes a few microseconds for a tile of keys however idle the device is.
+    """
+    shortest = max(shape.minimum_split_tokens, -(-reading // target_items))
+    return np.maximum(shortest, int(shape.partial_cost_tokens) * rows)
 
 
 def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
@@ -254,7 +260,7 @@ def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
         return _Splits(np.ones_like(kv_tokens), kv_tokens)
     tiles = -(-nodes.row_count // shape.shared_tile_tokens)
     rows_of_tile = np.minimum(nodes.row_count, shape.shared_tile_tokens)
-    return _split(kv_tokens, _longest(int((tiles * kv_tokens).sum()), rows_of_tile, shape), shape)
+    return _split(kv_tokens, _longest(int((tiles * kv_tokens).sum()), rows_of_tile, shape, shape.target_items), shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +280,9 @@ def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRan
     token = np.flatnonzero(lengths)
     kv_start, kv_end = start[token], lengths[token]
     kv_tokens = kv_end - kv_start
-    shares = 1 if len(token) < shape.target_items else STRAGGLER
-    longest = _longest(int(kv_tokens.sum()), np.ones_like(token), shape, shares=shares)
+    shares = 1 if len(token) < shape.own_target_items else STRAGGLER
+    reading = int(kv_tokens.sum()) * shares
+    longest = _longest(reading, np.ones_like(token), shape, shape.own_target_items)
     return _OwnRanges(token, kv_start, kv_end, _split(kv_tokens, longest, shape))
 
 
