@@ -19,6 +19,9 @@ from batchllm_kernels.attention.flash_shared import (
 )
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.work_plan import OwnItem, PlanShape, WorkPlan
+from batchllm_kernels.bench.check import check, check_cases, poisoned_step
+from batchllm_kernels.bench.ours import FLASH_IDLE, FLASH_LAUNCH, FLASH_OF_PLAN, FLASH_SHARED, flash_calls
+from batchllm_kernels.bench.workloads import SharingRequest
 
 from .batches import Request, Step, Tensors, mixed_requests, relative_error, tensors
 from .plan_batches import batches, shapes
@@ -290,3 +293,17 @@ def test_flash_attention_runs_the_shared_parts_where_there_is_one() -> None:
     ):
         chosen = choose_shared_implementation(**(hopper | change))  # type: ignore[arg-type]
         assert (chosen.implementation, chosen.reason) == ("triton", reason)
+
+
+def test_the_benchmark_checks_and_times_it_where_there_is_a_library(device: torch.device) -> None:
+    case = replace(next(check_cases()), heads=2, kv_heads=1, head_size=16, padding=3)
+    errors = check(case, device, ReferenceVarlenAttention())["errors"]
+    assert set(errors) == {"shared", "unshared", FLASH_SHARED, FLASH_OF_PLAN}
+    inputs = poisoned_step(case, device)
+    calls = flash_calls(inputs, ReferenceVarlenAttention())
+    inputs.output.fill_(torch.nan)
+    assert set(calls) == {FLASH_SHARED, FLASH_OF_PLAN, FLASH_LAUNCH, FLASH_IDLE}
+    assert calls[FLASH_LAUNCH](0).isnan().all(), "the output is that of own parts"
+    assert calls[FLASH_IDLE](0).isnan().all(), "there is nothing to do"
+    alone = replace(case, requests=(SharingRequest((), 65),))
+    assert not flash_calls(poisoned_step(alone, device), ReferenceVarlenAttention())

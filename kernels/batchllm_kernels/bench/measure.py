@@ -16,11 +16,14 @@ from batchllm_kernels.bench.flash_attention_3 import FlashAttention3
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import LayeredStep, layered_step
 from batchllm_kernels.bench.ours import (
+    FLASH_OF_PLAN,
+    FLASH_SHARED,
     IDLE,
     OURS,
     OWN_LAUNCH,
     SHARED,
     UNSHARED,
+    flash_calls,
     idle_call,
     launches_alone,
     our_call,
@@ -137,7 +140,10 @@ def measure_point(
     others = rivals(inputs, flash_attention_3)
     calls: dict[str, LayerCall] = {name: our_call(inputs, plan) for name, plan in plans.items()}
     calls |= others.calls
+    flash = {} if isinstance(flash_attention_3, str) else flash_calls(inputs, flash_attention_3)
+    calls |= {name: flash.pop(name) for name in (FLASH_SHARED, FLASH_OF_PLAN) if name in flash}
     errors = checked_errors(calls, inputs)
+    calls |= flash
     calls |= launches_alone(inputs, plans[SHARED])
     calls[IDLE] = idle_call(inputs, plans[SHARED])
     return MeasuredPoint(
