@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
+from batchllm_kernels.attention.cost import Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.flash_shared import (
     FlashSettings,
     SequenceBounds,
@@ -18,9 +20,13 @@ from batchllm_kernels.attention.flash_shared import (
     shared_sequences,
 )
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
+from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
 from batchllm_kernels.attention.work_plan import OwnItem, PlanShape, WorkPlan
 from batchllm_kernels.bench.check import check, check_cases, poisoned_step
+from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.ours import FLASH_IDLE, FLASH_LAUNCH, FLASH_OF_PLAN, FLASH_SHARED, flash_calls
+from batchllm_kernels.bench.replay import replay_row
+from batchllm_kernels.bench.setup import rehearsal_setup
 from batchllm_kernels.bench.workloads import SharingRequest
 
 from .batches import Request, Step, Tensors, mixed_requests, relative_error, tensors
@@ -307,3 +313,42 @@ def test_the_benchmark_checks_and_times_it_where_there_is_a_library(device: torc
     assert calls[FLASH_IDLE](0).isnan().all(), "there is nothing to do"
     alone = replace(case, requests=(SharingRequest((), 65),))
     assert not flash_calls(poisoned_step(alone, device), ReferenceVarlenAttention())
+
+
+def test_the_benchmark_replays_it_with_changed_plans(device: torch.device) -> None:
+    setup = rehearsal_setup(None)
+    library: Any = ReferenceVarlenAttention()
+    point = GridPoint(48, 3, own=5, heads=2, kv_heads=1, head_size=16, requests=6)
+    row = replay_row(replace(setup, dtype=torch.bfloat16, flash_attention_3=library, layers=1), point)
+    assert len(row["relative_errors"]) == 12
+    assert len(set(library.addresses)) == 1
+
+
+def test_the_planner_of_an_engine_loads_plans_for_it(device: torch.device) -> None:
+    """Captured for 20 rows, replayed with a plan that shares and one that does not, and a step of its own launches."""
+    attention = ReferenceVarlenAttention()
+    step = Step([*four_levels(), *[Request(own_tokens=0)] * 4])
+    numbers = tensors(step, heads=4, head_size=16, dtype=torch.bfloat16, device=device)
+    model = ModelHeads(4, 1, 16)
+    always = replace(calibration_for("nobody's"), minimum_gain=-1e9)
+    blocks = step.block_table.shape[1]
+    engine = StepPlanner(
+        model, 1, 16, torch.bfloat16, 20, always, device, shared_attention=attention, max_blocks=blocks
+    )
+    assert engine.shared_impl == "flash_attention_3"
+    real = step.block_table[:16], step.seq_lens[:16]
+    assert attend(numbers, engine.load_alone(real[1], rows=20), every_launch=True)[:16].isfinite().all()
+    for rows in (20, None):
+        kind = {"launching": Launching.CAPTURED if rows else Launching.PIECES, "prefill_rows": False}
+        buffers = engine.plan(*real, **kind, device_table=numbers.block_table, rows=rows)  # type: ignore[arg-type]
+        assert buffers is not None
+        assert buffers.plan is not None
+        assert buffers.plan.shared_tokens
+        output = attend(numbers, buffers, every_launch=rows is not None)
+        assert relative_error(output, numbers.expected()) < 1e-2
+    alone = engine.load_alone(real[1], rows=20)
+    assert relative_error(attend(numbers, alone, every_launch=True), numbers.expected()) < 1e-2
+    captured = attention.addresses[0]
+    assert attention.addresses[1] == attention.addresses[-1] == captured
+    capacity = step_capacity(model, 16, torch.bfloat16, 20, device, shared_impl="flash_attention_3")
+    assert buffers.partials.shape == capacity.scratch(4, 16)["partials"]

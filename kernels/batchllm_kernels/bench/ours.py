@@ -122,6 +122,28 @@ def _nothing_of(plan: WorkPlan) -> WorkPlan:
     )
 
 
+def flash_settings(inputs: LayeredStep, attention: VarlenAttention, rows: int) -> FlashSettings:
+    """FlashAttention 3 for the shared parts of steps of so many rows."""
+    point = inputs.point
+    shape = plan_shape(
+        block_size=point.block_size,
+        heads=point.heads,
+        kv_heads=point.kv_heads,
+        head_size=point.head_size,
+        dtype=inputs.query.dtype,
+        device=inputs.device,
+        shared_impl="flash_attention_3",
+    )
+    return FlashSettings(
+        attention,
+        shape,
+        point.kv_heads,
+        inputs.query.dtype,
+        inputs.block_table.shape[1],
+        SequenceBounds.of_steps(rows, shape),
+    )
+
+
 def flash_calls(inputs: LayeredStep, attention: VarlenAttention) -> dict[str, LayerCall]:
     """The same with FlashAttention 3 for the shared parts, of a plan of its own.
 
@@ -133,27 +155,11 @@ def flash_calls(inputs: LayeredStep, attention: VarlenAttention) -> dict[str, La
         attention: FlashAttention 3.
     """
     point, rows = inputs.point, len(inputs.query)
-    shape = plan_shape(
-        block_size=point.block_size,
-        heads=point.heads,
-        kv_heads=point.kv_heads,
-        head_size=point.head_size,
-        dtype=inputs.query.dtype,
-        device=inputs.device,
-        shared_impl="flash_attention_3",
-    )
-    plan = plan_work(inputs.step.block_table, inputs.step.seq_lens, shape)
+    settings = flash_settings(inputs, attention, rows)
+    plan = plan_work(inputs.step.block_table, inputs.step.seq_lens, settings.shape)
     if not len(plan.nodes):
         return {}
-    capacity = PlanCapacity.of_steps(rows, shape)
-    settings = FlashSettings(
-        attention,
-        shape,
-        point.kv_heads,
-        inputs.query.dtype,
-        inputs.block_table.shape[1],
-        SequenceBounds.of_steps(rows, shape),
-    )
+    capacity = PlanCapacity.of_steps(rows, settings.shape)
 
     def buffers(of: WorkPlan, launched_for: int | None) -> PlanBuffers:
         made = PlanBuffers(capacity, point.heads, point.head_size, inputs.device, flash=settings)
