@@ -1,15 +1,17 @@
-"""The benchmark calls FlashAttention 3 with the very arguments of vLLM's own functions."""
+"""The benchmark and the engine call FlashAttention 3 with the very arguments of vLLM's own functions."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from batchllm_kernels.attention.flash_shared import VarlenAttention
 from batchllm_kernels.bench.flash_attention_3 import SPLITS_IN_CUDA_GRAPHS, FlashAttention3
 
 pytestmark = pytest.mark.usefixtures("vllm")
@@ -88,6 +90,58 @@ def test_attention_and_its_metadata_have_the_arguments_of_vllm(recorder: Recorde
     )  # fmt: skip
     assert same(recorder.calls[0], recorder.calls[2])
     assert same(recorder.calls[1], recorder.calls[3])
+
+
+def test_shared_parts_are_called_for_through_vllm_as_through_the_library(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from batchllm_kernels.vllm_plugin.flash_attention_3 import VllmFlashAttention3
+
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", interface())
+    query, output = torch.zeros(3, 8, 128), torch.zeros(3, 8, 128)
+    keys, values = torch.zeros(7, 2, 16, 256).transpose(1, 2).split(128, dim=-1)
+    table, lengths, starts = torch.zeros(2, 4).int(), torch.ones(2).int(), torch.tensor([0, 2, 3]).int()
+    metadata = torch.zeros(9).int()
+    bounds = {"max_query_len": 3, "max_seq_len": 64, "causal": False, "splits": 1}
+    called: VarlenAttention
+    for called in (FlashAttention3(Path("a library")), VllmFlashAttention3()):
+        called.scheduler_metadata(query, keys, starts, lengths, **bounds)  # type: ignore[arg-type]
+        result, lse = called.attend(
+            query, keys, values, table, starts, lengths, scale=0.1, metadata=metadata, output=output, **bounds
+        )  # type: ignore[arg-type]
+        assert (result.item(), lse.item()) == (0.0, 1.0)
+    assert same(recorder.calls[0], recorder.calls[2])
+    assert same(recorder.calls[1], recorder.calls[3])
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "implementation"),
+    [((9, 0), None, "flash_attention_3"), ((9, 0), "FA3 is unavailable", "triton"), ((10, 0), None, "triton")],
+)
+def test_shared_parts_run_in_flash_attention_3_where_vllm_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], missing: str | None, implementation: str
+) -> None:
+    from vllm.platforms.interface import DeviceCapability
+
+    from batchllm_kernels.vllm_plugin import flash_attention_3
+
+    vllms = interface()
+    assert callable(vllms.fa_version_unsupported_reason)
+    monkeypatch.setattr(vllms, "fa_version_unsupported_reason", lambda version: missing if version == 3 else "another")
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", vllms)
+    platform = SimpleNamespace(
+        is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(*capability), device_name="cuda"
+    )
+    monkeypatch.setattr(flash_attention_3, "current_platform", platform)
+    chosen = flash_attention_3.shared_implementation(torch.bfloat16, 128)
+    assert chosen.implementation == implementation
+    assert missing is None or chosen.reason == missing
+
+
+def test_without_cuda_the_triton_kernel_runs_shared_parts() -> None:
+    from batchllm_kernels.vllm_plugin.flash_attention_3 import shared_implementation
+
+    assert shared_implementation(torch.bfloat16, 128).implementation == "triton"
 
 
 def test_captured_steps_have_as_many_splits_as_vllm_allows() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from batchllm_kernels.attention.flash_kernels import copy_blocks_kernel, gather_queries_kernel
+from batchllm_kernels.attention.flash_launch import COPY_TILE, COPY_WARPS, GATHER_WARPS, gather_constants
+from batchllm_kernels.attention.flash_shared import DTYPES as FLASH_DTYPES
 from batchllm_kernels.attention.launch import MERGE_WARPS, kernel_constants
 from batchllm_kernels.attention.triton_kernels import attend_own_kernel, attend_shared_kernel, merge_splits_kernel
 from batchllm_kernels.attention.tuning import tuning_for
@@ -56,9 +59,11 @@ def compile_kernels(
     tuning = tuning_for(architecture, head_size, dtype).with_room_for(heads // kv_heads)
     element = f"*{ELEMENT_TYPES[dtype]}"
     pointers = dict.fromkeys(("query", "key_cache", "value_cache", "output"), element)
-    pointers |= dict.fromkeys(("partials", "lses"), "*fp32")
-    constants = kernel_constants(heads // kv_heads, head_size, block_size, dtype, tuning)
-    return [
+    pointers |= dict.fromkeys(("partials", "lses", "part_lses"), "*fp32")
+    pointers |= dict.fromkeys(("parts", "gathered"), element)
+    model = heads // kv_heads, head_size, block_size, dtype, tuning
+    constants = kernel_constants(*model, parts_in_rows=False)
+    compiled = [
         _compile(kernel, pointers, constants[kernel.__name__], target, {"num_warps": warps})
         for kernel, warps in (
             (attend_shared_kernel, tuning.shared.num_warps),
@@ -66,6 +71,16 @@ def compile_kernels(
             (merge_splits_kernel, MERGE_WARPS),
         )
     ]
+    if dtype in FLASH_DTYPES:
+        constants = kernel_constants(*model, parts_in_rows=True)
+        for kernel, of_kernel, warps in (
+            (attend_own_kernel, constants["attend_own_kernel"], tuning.own.num_warps),
+            (gather_queries_kernel, gather_constants(head_size), GATHER_WARPS),
+            (copy_blocks_kernel, (block_size, COPY_TILE), COPY_WARPS),
+        ):
+            made = _compile(kernel, pointers, of_kernel, target, {"num_warps": warps})
+            compiled.append(replace(made, kernel=f"{made.kernel}, with FlashAttention 3"))
+    return compiled
 
 
 def _compile(
@@ -79,7 +94,7 @@ def _compile(
             signature[name] = "constexpr"
         elif name == "scale_log2":
             signature[name] = "fp32"
-        elif name in ("heads", "kv_heads"):
+        elif name in ("heads", "kv_heads", "part_lse_head_step"):
             signature[name] = "i32"
         else:
             # what the launcher finds of real tensors: allocations and strides are multiples of 16

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from batchllm_kernels.attention.flash_shared import TILE_ROWS, SharedImplementation
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.reference import planned_attention
 from batchllm_kernels.attention.tuning import Tuning, device_architecture, multiprocessors, tuning_for
@@ -31,6 +32,7 @@ def prefix_shared_attention(
     scale: float,
     plan: PlanBuffers,
     impl: Implementation,
+    shared_impl: SharedImplementation = "triton",
     output: torch.Tensor | None = None,
     every_launch: bool = False,
 ) -> torch.Tensor:
@@ -49,6 +51,8 @@ def prefix_shared_attention(
         scale: factor of the scores before the softmax.
         plan: the step's work plan on the query's device, from `plan_work` on the same block table.
         impl: "triton", or "reference" for plain PyTorch in fp32; never chosen for the caller.
+        shared_impl: of "triton", what runs the shared parts: its own kernel, or FlashAttention 3, for which the buffers
+            must be made (`PlanBuffers.flash`).
         output: where the result goes, shape, dtype and device of the query; new if None.
         every_launch: run also the launches that the loaded plan has nothing for, and over what any plan may have:
             whoever captures a CUDA graph replays it for the plans that are loaded later.
@@ -64,6 +68,11 @@ def prefix_shared_attention(
     work = plan.plan
     if work is None:
         raise ValueError("plan: expected buffers with a plan loaded, got empty ones")
+    buffers_for: SharedImplementation = "triton" if plan.flash is None else "flash_attention_3"
+    if buffers_for != shared_impl:
+        raise ValueError(f"shared_impl: expected {buffers_for!r}, for which the buffers are made, got {shared_impl!r}")
+    if every_launch and plan.flash is not None and not plan.flash.bounds.sequences:
+        raise ValueError("every_launch: expected a plan loaded with `rows`, got one without shared parts and bounds")
     if work.query_tokens > len(query):
         raise ValueError(f"plan: expected at most {len(query)} query tokens, got {work.query_tokens}")
     layout = (
@@ -108,10 +117,10 @@ def _prepared(
         raise ValueError(f"impl: expected 'triton' or 'reference', got {impl!r}")
     tuning = _tuning(query.shape[1] // key_cache.shape[2], query.shape[2], query.dtype, query.device)
     work = plan.plan
-    if work is not None and work.shared_tile_rows != tuning.shared.high_tile_rows:
+    of_kernel = tuning.shared.high_tile_rows
+    if plan.flash is None and work is not None and work.shared_tile_rows != of_kernel:
         raise ValueError(
-            f"plan: expected tiles of {tuning.shared.high_tile_rows} rows (plan_shape gives them), "
-            f"got {work.shared_tile_rows}"
+            f"plan: expected tiles of {of_kernel} rows (plan_shape gives them), got {work.shared_tile_rows}"
         )
     from batchllm_kernels.attention.launch import PreparedLaunches
 
@@ -127,6 +136,7 @@ def plan_shape(
     dtype: torch.dtype,
     device: torch.device,
     target_items: int | None = None,
+    shared_impl: SharedImplementation = "triton",
 ) -> PlanShape:
     """The shape that plans for these kernels on this device must have.
 
@@ -138,6 +148,7 @@ def plan_shape(
         device: that runs the kernels.
         target_items: shared items, and own items, per KV head that fill the device; default as many programs as keep
             it busy, of an H100 where the device has no multiprocessors.
+        shared_impl: what runs the shared parts.
 
     Raises:
         ValueError: when the heads are not supported.
@@ -146,16 +157,18 @@ def plan_shape(
     if block_size % BLOCK_MULTIPLE:
         raise ValueError(f"block_size: expected a multiple of {BLOCK_MULTIPLE} tokens, got {block_size}")
     tuning = _tuning(heads // kv_heads, head_size, dtype, device)
+    tile_rows, programs = tuning.shared.high_tile_rows, tuning.shared.programs_per_multiprocessor
+    if shared_impl == "flash_attention_3":
+        tile_rows, programs = max(TILE_ROWS, heads // kv_heads), 1
     processors = multiprocessors(device)
-    shared = target_items or max(1, tuning.shared.programs_per_multiprocessor * processors // kv_heads)
-    own = target_items or max(1, tuning.own.programs_per_multiprocessor * processors // kv_heads)
+    own_programs = tuning.own.programs_per_multiprocessor
     return PlanShape(
         block_size=block_size,
         queries_per_kv_head=heads // kv_heads,
         element_bytes=dtype.itemsize,
-        shared_tile_rows=tuning.shared.high_tile_rows,
-        target_items=shared,
-        own_target_items=own,
+        shared_tile_rows=tile_rows,
+        target_items=target_items or max(1, programs * processors // kv_heads),
+        own_target_items=target_items or max(1, own_programs * processors // kv_heads),
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from batchllm_kernels.attention.flash_kernels import gather_queries_kernel
+from batchllm_kernels.attention.flash_launch import GATHER_WARPS, FlashSharedLaunch
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.triton_kernels import (
     INTERPRETED,
@@ -31,6 +33,15 @@ item is fastest, and programs without an item end at once."""
 
 Launcher = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
 """Starts a kernel, of (grid, all its arguments, compile-time constants last)."""
+
+
+class _Parts(NamedTuple):
+    """FlashAttention's results, as the own kernel takes them in."""
+
+    results: torch.Tensor  # [rows, heads, head_size]
+    lses: torch.Tensor  # fp32 [heads, rows]
+    row_of_slot: torch.Tensor  # int32 [slots]
+    lse_head_step: int
 
 
 class PreparedLaunches:
@@ -69,16 +80,27 @@ class PreparedLaunches:
         _, heads, head_size = query.shape
         _, block_size, kv_heads, _ = key_cache.shape
         make_launcher = make_launcher or (interpreted_launcher if INTERPRETED else compiled_launcher)
-        constants = kernel_constants(heads // kv_heads, head_size, block_size, query.dtype, tuning)
+        flash = buffers.flash
+        constants = kernel_constants(
+            heads // kv_heads, head_size, block_size, query.dtype, tuning, parts_in_rows=flash is not None
+        )
         shared, own = tuning.shared, tuning.own
         self._shared = make_launcher(attend_shared_kernel, {"num_warps": shared.num_warps})
+        # what the own kernel does not read without FlashAttention still has to have an address
+        self._parts = _Parts(buffers.partials, buffers.lses, buffers.counts, 0)
+        self._flash: FlashSharedLaunch | None = None
+        if flash is not None:
+            gather = make_launcher(gather_queries_kernel, {"num_warps": GATHER_WARPS})
+            self._flash = FlashSharedLaunch(query, scale, flash, gather)
+            self._parts = _Parts(flash.results, buffers.lses, flash.row_of_slot, 0)
         self._own = make_launcher(attend_own_kernel, {"num_warps": own.num_warps})
         self._merge = make_launcher(merge_splits_kernel, {"num_warps": MERGE_WARPS})
         self._scale_log2 = scale * math.log2(math.e)
         cache_strides = (*key_cache.stride()[:3], *value_cache.stride()[:3])
-        strides = (heads, kv_heads, query.stride(0), query.stride(1), *cache_strides, block_table.stride(0))
+        strides = (query.stride(0), query.stride(1), *cache_strides, block_table.stride(0))
         output_strides = (output.stride(0), output.stride(1))
-        self._shared_numbers = (*strides, *constants["attend_shared_kernel"])
+        self._heads = (heads, kv_heads)
+        self._shared_numbers = (*self._heads, *strides, *constants["attend_shared_kernel"])
         self._own_numbers = (*strides, *output_strides, *constants["attend_own_kernel"])
         self._merge_numbers = (heads, *output_strides, *constants["merge_splits_kernel"])
         self._buffers = buffers
@@ -102,27 +124,34 @@ class PreparedLaunches:
     ) -> None:
         """Writes `output` in up to three launches: shared items, own items, the merge of split own items.
 
+        Where FlashAttention runs the shared parts, the first launch is that which gathers its queries, and it.
+
         `every_launch`: also those that the loaded plan has nothing for, as a captured graph replays them for any plan.
         """
         buffers = self._buffers
         plan = buffers.plan
+        parts = self._parts
         if every_launch or plan is None or len(plan.shared_items):
-            self._shared(
-                self._shared_grid,
-                (
-                    query,
-                    key_cache,
-                    value_cache,
-                    block_table,
-                    buffers.shared_items,
-                    buffers.shared_rows,
-                    buffers.counts,
-                    buffers.partials,
-                    buffers.lses,
-                    self._scale_log2,
-                    *self._shared_numbers,
-                ),
-            )
+            if self._flash is not None:
+                lses = self._flash.run(query, key_cache, value_cache, buffers.counts)
+                parts = parts._replace(lses=lses, lse_head_step=lses.stride(0))
+            else:
+                self._shared(
+                    self._shared_grid,
+                    (
+                        query,
+                        key_cache,
+                        value_cache,
+                        block_table,
+                        buffers.shared_items,
+                        buffers.shared_rows,
+                        buffers.counts,
+                        buffers.partials,
+                        buffers.lses,
+                        self._scale_log2,
+                        *self._shared_numbers,
+                    ),
+                )
         own_grid = self._own_grid
         if not every_launch and plan is not None:
             own_grid = (min(len(plan.own_items) * self._kv_heads, MOST_PROGRAMS), 1, 1)
@@ -138,7 +167,12 @@ class PreparedLaunches:
                 output,
                 buffers.partials,
                 buffers.lses,
+                parts.results,
+                parts.lses,
+                parts.row_of_slot,
                 self._scale_log2,
+                *self._heads,
+                parts.lse_head_step,
                 *self._own_numbers,
             ),
         )
@@ -150,7 +184,13 @@ class PreparedLaunches:
 
 
 def kernel_constants(
-    queries_per_kv_head: int, head_size: int, block_size: int, dtype: torch.dtype, tuning: Tuning
+    queries_per_kv_head: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    tuning: Tuning,
+    *,
+    parts_in_rows: bool,
 ) -> dict[str, tuple[Any, ...]]:
     """The compile-time constants of each kernel, by its name, in the order of its parameters."""
     padded = triton.next_power_of_2(head_size)
@@ -173,6 +213,7 @@ def kernel_constants(
             own.kv_tile_tokens(block_size),
             own.stages,
             *dots,
+            parts_in_rows,
         ),
         "merge_splits_kernel": (head_size, padded, MERGE_HEAD_TILE),
     }
@@ -190,7 +231,7 @@ def interpreted_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
 def compiled_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
     """Starts what Triton compiled at the first call, as long as all addresses are aligned as they were then.
 
-    Numbers are the same in every call, so that Triton would compile nothing else for them.
+    Numbers are the same in every call, or not specialised, so that Triton would compile nothing else for them.
     """
     runners: dict[tuple[int, int, int], Callable[..., None]] = {}
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm_kernels.attention.flash_shared import FlashSettings, FlashShared, table_shapes
 from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
 from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, SharedItem, WorkPlan
 
-COUNTS = 4  # shared items, own items, merges, and one to fill 16 bytes
+COUNTS = 4  # shared items, own items, merges, and query tokens gathered for FlashAttention
 ALIGNMENT = 32  # int32s of 128 bytes: where a part of the buffer may start
 UPLOAD_DEPTH = 2  # host buffers for uploads: steps that an engine has under way, as vLLM's async scheduling has
 
@@ -83,10 +84,12 @@ class PlanBuffers:
 
     Attributes:
         capacity: room of the buffers.
-        counts: int32 [4] on the device: shared items, own items, merges, 0.
+        counts: int32 [4] on the device: shared items, own items, merges, and query tokens gathered for FlashAttention.
         own_items, merges, shared_items, shared_rows: int32, as in `WorkPlan`, on the device; rows behind the counts
             are undefined. These and the counts are views of one buffer, each at a multiple of 128 bytes.
         partials: fp32 [slots, heads, head_size]; lses: fp32 [slots, heads]. Written and read within one layer.
+        flash: FlashAttention 3 for the shared parts, None where the Triton kernel runs them. Its queries and results
+            then take the place of the slots of shared parts.
         plan: the plan last loaded, None before the first.
         prepared: what `api` prepared of launches over these buffers, by the layout of the tensors.
     """
@@ -100,49 +103,89 @@ class PlanBuffers:
         *,
         upload_depth: int = UPLOAD_DEPTH,
         allocate: Allocate | None = None,
+        flash: FlashSettings | None = None,
     ) -> None:
         """`heads`: query heads of this rank; `upload_depth`: steps that the engine has under way; `allocate`: makes the
-        scratch space, new if None.
+        scratch space, new if None; `flash`: runs the shared parts, None for the Triton kernel.
         """
         self.capacity = capacity
-        # the shared part stands last: a step that shares nothing does not upload it
-        self._layout = _Layout(
-            (1, COUNTS),
-            (capacity.own_items, len(OwnItem)),
-            (capacity.merges, len(Merge)),
-            (capacity.shared_items, len(SharedItem)),
-            (capacity.shared_rows, 2),
-        )
+        # what is of shared parts alone stands last: a step that shares nothing does not upload it
+        shapes = {"counts": (1, COUNTS)}
+        late = {}
+        if flash is not None:
+            late = table_shapes(flash.capacity, capacity.partials)
+            shapes |= {name: late.pop(name) for name in ("query_start_loc", "seq_lens")}
+        shapes |= {
+            "own_items": (capacity.own_items, len(OwnItem)),
+            "merges": (capacity.merges, len(Merge)),
+            "shared_items": (capacity.shared_items, len(SharedItem)),
+            "shared_rows": (capacity.shared_rows, 2),
+        }
+        self._layout = _Layout(shapes | late)
         self._buffer = torch.zeros(self._layout.size, dtype=torch.int32, device=device)
-        counts, *views = self._layout.views(self._buffer)
-        self.counts: torch.Tensor = counts[0]
-        self.own_items, self.merges, self.shared_items, self.shared_rows = views
+        tables = self._layout.views(self._buffer)
+        self.counts: torch.Tensor = tables["counts"][0]
+        self.own_items, self.merges = tables["own_items"], tables["merges"]
+        self.shared_items, self.shared_rows = tables["shared_items"], tables["shared_rows"]
         allocate = allocate or (lambda _name, shape: torch.empty(shape, dtype=torch.float32, device=device))
         scratch = {name: allocate(name, shape) for name, shape in capacity.scratch(heads, head_size).items()}
         self.partials, self.lses = scratch["partials"], scratch["lses"]
+        self.flash: FlashShared | None = None
+        if flash is not None:
+            self.flash = FlashShared(flash, tables, self.partials)
         self.plan: WorkPlan | None = None
         self.prepared: dict[Any, Any] = {}
         self._uploads = _Uploads(self._buffer, upload_depth)
 
     @staticmethod
-    def of_plan(plan: WorkPlan, heads: int, head_size: int, device: torch.device) -> PlanBuffers:
-        """Buffers that hold just one plan, with it."""
-        buffers = PlanBuffers(PlanCapacity.of_plan(plan), heads, head_size, device)
-        buffers.load(plan)
+    def of_plan(
+        plan: WorkPlan,
+        heads: int,
+        head_size: int,
+        device: torch.device,
+        *,
+        flash: FlashSettings | None = None,
+        block_table: torch.Tensor | None = None,
+    ) -> PlanBuffers:
+        """Buffers that hold just one plan, with it; arguments as of the class and of `load`."""
+        buffers = PlanBuffers(PlanCapacity.of_plan(plan), heads, head_size, device, flash=flash)
+        buffers.load(plan, block_table)
         return buffers
 
-    def load(self, plan: WorkPlan) -> None:
+    def load(self, plan: WorkPlan, block_table: torch.Tensor | None = None, *, rows: int | None = None) -> None:
         """Copies a plan to the device in one piece, without waiting for it.
 
+        Args:
+            plan: of `plan_work`.
+            block_table: int32 [requests, max_blocks] on the device, from which the plan was made; FlashAttention needs
+                it where the plan shares.
+            rows: query tokens that launches are made for, padding included: of the CUDA graph that is captured for this
+                plan or replayed with it. None where every launch is made for its own plan. FlashAttention needs it.
+
         Raises:
-            ValueError: when the plan does not fit; `PlanCapacity.holds` tells beforehand.
+            ValueError: when the plan does not fit; `PlanCapacity.holds` tells beforehand. Without a block table where
+                one is needed.
         """
         if not self.capacity.holds(plan):
             raise ValueError(f"plan: expected at most {self.capacity}, got {PlanCapacity.of_plan(plan)}")
-        counts = np.array([[len(plan.shared_items), len(plan.own_items), len(plan.merges), 0]], dtype=np.int32)
-        tables = counts, plan.own_items, plan.merges, plan.shared_items, plan.shared_rows
-        self._uploads.load(self._layout.parts(*tables))
+        gathered = 0
+        tables = {}
+        if self.flash is not None:
+            if block_table is None and len(plan.nodes):
+                raise ValueError("block_table: expected that of the step for FlashAttention, got None")
+            tables = self.flash.tables_of(plan, rows)
+            gathered = len(tables["tokens"])
+        tables |= {
+            "counts": np.array([len(plan.shared_items), len(plan.own_items), len(plan.merges), gathered], np.int32),
+            "own_items": plan.own_items,
+            "merges": plan.merges,
+            "shared_items": plan.shared_items,
+            "shared_rows": plan.shared_rows,
+        }
+        self._uploads.load(self._layout.parts(tables))
         self.plan = plan
+        if self.flash is not None:
+            self.flash.prepare(block_table)
 
     def read_back(self) -> WorkPlan:
         """The plan as it lies on the device now, by its counts: what a kernel finds. Waits for the device.
@@ -166,24 +209,27 @@ class PlanBuffers:
 
 
 class _Layout:
-    """Where tables of so many rows and columns stand in one int32 buffer."""
+    """Where tables of so many rows and columns stand in one int32 buffer, by name and in this order."""
 
-    def __init__(self, *shapes: tuple[int, int]) -> None:
-        self.shapes = [(max(rows, 1), columns) for rows, columns in shapes]  # an empty tensor has no address
-        lengths = [-(-rows * columns // ALIGNMENT) * ALIGNMENT for rows, columns in self.shapes]
-        self.starts = [sum(lengths[:at]) for at in range(len(lengths))]
-        self.size = sum(lengths)
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        # an empty tensor has no address
+        self.shapes = {name: (max(rows, 1), columns) for name, (rows, columns) in shapes.items()}
+        self.starts: dict[str, int] = {}
+        self.size = 0
+        for name, (rows, columns) in self.shapes.items():
+            self.starts[name] = self.size
+            self.size += -(-rows * columns // ALIGNMENT) * ALIGNMENT
 
-    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tables in a buffer, at their full capacity."""
-        return [
-            buffer[start : start + rows * columns].view(rows, columns)
-            for start, (rows, columns) in zip(self.starts, self.shapes, strict=True)
-        ]
+        return {
+            name: buffer[self.starts[name] : self.starts[name] + rows * columns].view(rows, columns)
+            for name, (rows, columns) in self.shapes.items()
+        }
 
-    def parts(self, *tables: Int32s) -> list[tuple[int, Int32s]]:
+    def parts(self, tables: dict[str, Int32s]) -> list[tuple[int, Int32s]]:
         """Tables that are not empty, with where they start."""
-        return [(start, table) for start, table in zip(self.starts, tables, strict=True) if table.size]
+        return [(self.starts[name], table) for name, table in tables.items() if table.size]
 
 
 class _Uploads:

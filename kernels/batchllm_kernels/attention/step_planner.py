@@ -7,6 +7,12 @@ import torch
 
 from batchllm_kernels.attention.api import plan_shape
 from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, StepSetting, decide
+from batchllm_kernels.attention.flash_shared import (
+    FlashSettings,
+    SequenceBounds,
+    SharedImplementation,
+    VarlenAttention,
+)
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.step_traffic import step_work
@@ -38,6 +44,11 @@ class StepPlanner:
         device: of the engine.
         host_hidden: whether the host plans while the device works on the step before, as with asynchronous scheduling.
         allocate: makes the scratch space of all layers, new if None.
+        shared_attention: FlashAttention 3 for the shared parts, None for the Triton kernel.
+        max_blocks: blocks of the longest request; asked for with FlashAttention only.
+
+    Attributes:
+        shared_impl: what runs the shared parts.
 
     Raises:
         ValueError: heads or a head size that the kernels do not support.
@@ -55,19 +66,33 @@ class StepPlanner:
         *,
         host_hidden: bool = True,
         allocate: Allocate | None = None,
+        shared_attention: VarlenAttention | None = None,
+        max_blocks: int = 0,
     ) -> None:
         self._model = model
         self._layers = layers
         self._calibration = calibration
         self._exposed_seconds = 0.0 if host_hidden else EXPOSED_PLAN_SECONDS
-        self._shape = _shape(model, block_size, dtype, device)
+        self.shared_impl: SharedImplementation = "triton" if shared_attention is None else "flash_attention_3"
+        self._shape = _shape(model, block_size, dtype, device, self.shared_impl)
+        flash = None
+        if shared_attention is not None:
+            bounds = SequenceBounds.of_steps(max_requests, self._shape)
+            flash = FlashSettings(shared_attention, self._shape, model.kv_heads, dtype, max_blocks, bounds)
         capacity = PlanCapacity.of_steps(max_requests, self._shape)
-        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device, allocate=allocate)
+        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device, allocate=allocate, flash=flash)
         self._paces = {False: _Pace(), True: _Pace()}
         self.decision: Decision | None = None
 
     def plan(
-        self, block_table: Int32s, seq_lens: Int32s, *, launching: Launching, prefill_rows: bool
+        self,
+        block_table: Int32s,
+        seq_lens: Int32s,
+        *,
+        launching: Launching,
+        prefill_rows: bool,
+        device_table: torch.Tensor | None = None,
+        rows: int | None = None,
     ) -> PlanBuffers | None:
         """The plan of a step that shares, on the device, or None where it does not.
 
@@ -78,6 +103,8 @@ class StepPlanner:
             seq_lens: int32 [D], with the token of this step.
             launching: how the attention of this step comes to the device.
             prefill_rows: whether the step has other rows too.
+            device_table: the block table on the device, of these rows or more; FlashAttention needs it.
+            rows: that the graph has which replays the plan, None where none does; as in `PlanBuffers.load`.
         """
         self.decision = None
         pace = self._paces[prefill_rows]
@@ -90,18 +117,19 @@ class StepPlanner:
         pace.looked(paid=self.decision.share)
         if not self.decision.share:
             return None
-        self._buffers.load(plan)
+        self._buffers.load(plan, device_table, rows=rows)
         return self._buffers
 
-    def load_alone(self, seq_lens: Int32s) -> PlanBuffers:
+    def load_alone(self, seq_lens: Int32s, *, rows: int | None = None) -> PlanBuffers:
         """A plan on the device in which every row reads its own context.
 
         Args:
             seq_lens: int32 [D], with the token of this step.
+            rows: as in `plan`.
         """
         blocks = -(-int(seq_lens.max(initial=0)) // self._shape.block_size)
         table = np.broadcast_to(np.int32(0), (len(seq_lens), blocks))  # not read where nothing is to be shared
-        self._buffers.load(plan_work(table, seq_lens, self._shape, share=False))
+        self._buffers.load(plan_work(table, seq_lens, self._shape, share=False), rows=rows)
         return self._buffers
 
     def _columns_in_use(self, block_table: Int32s, seq_lens: Int32s) -> Int32s:
@@ -109,13 +137,21 @@ class StepPlanner:
 
 
 def step_capacity(
-    model: ModelHeads, block_size: int, dtype: torch.dtype, max_requests: int, device: torch.device
+    model: ModelHeads,
+    block_size: int,
+    dtype: torch.dtype,
+    max_requests: int,
+    device: torch.device,
+    *,
+    shared_impl: SharedImplementation = "triton",
 ) -> PlanCapacity:
     """Room for every plan of an engine; arguments as of `StepPlanner`."""
-    return PlanCapacity.of_steps(max_requests, _shape(model, block_size, dtype, device))
+    return PlanCapacity.of_steps(max_requests, _shape(model, block_size, dtype, device, shared_impl))
 
 
-def _shape(model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch.device) -> PlanShape:
+def _shape(
+    model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch.device, shared_impl: SharedImplementation
+) -> PlanShape:
     return plan_shape(
         block_size=block_size,
         heads=model.heads,
@@ -123,6 +159,7 @@ def _shape(model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch
         head_size=model.head_size,
         dtype=dtype,
         device=device,
+        shared_impl=shared_impl,
     )
 
 

@@ -208,7 +208,7 @@ def _take_in(
     return accumulated, total, higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_lse_head_step"])
 def attend_own_kernel(
     query,  # [tokens, heads, HEAD_SIZE]
     key_cache,  # [blocks, BLOCK_SIZE, kv_heads, HEAD_SIZE], any strides but 1 along HEAD_SIZE
@@ -219,9 +219,13 @@ def attend_own_kernel(
     output,  # [tokens, heads, HEAD_SIZE]
     partials,  # fp32 [slots, heads, HEAD_SIZE]
     lses,  # fp32 [slots, heads], base two
+    parts,  # [rows, heads, HEAD_SIZE]: shared parts where PARTS_IN_ROWS, else not read, as are the next two
+    part_lses,  # fp32, natural logarithms: rows side by side, heads `part_lse_head_step` apart
+    row_of_slot,  # int32 [slots]
     scale_log2,  # softmax scale x log2(e)
     heads,
     kv_heads,
+    part_lse_head_step,  # of a tensor that may have other rows in each call
     query_token_stride,
     query_head_stride,
     key_block_stride,
@@ -242,6 +246,7 @@ def attend_own_kernel(
     STAGES: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
+    PARTS_IN_ROWS: tl.constexpr,  # shared parts are FlashAttention's, elsewhere than those of the shared kernel
 ):
     """Own items, each for one KV head: the softmax of a token starts from its shared parts and goes on over its own.
 
@@ -275,9 +280,16 @@ def attend_own_kernel(
         total = tl.zeros([ROWS], dtype=tl.float32)
         accumulated = tl.zeros([ROWS, HEAD_PADDED], dtype=tl.float32)
         partial_row = first_slot.to(tl.int64) * heads + head
-        for _ in range(first_slot, end_slot):
-            lse = tl.load(lses + partial_row, mask=in_tile, other=0.0)
-            part = tl.load(partials + partial_row[:, None] * HEAD_SIZE + dim[None, :], mask=in_both, other=0.0)
+        for taken_slot in range(first_slot, end_slot):
+            if PARTS_IN_ROWS:
+                part_row = tl.load(row_of_slot + taken_slot).to(tl.int64)
+                natural_lse = tl.load(part_lses + head * part_lse_head_step + part_row, mask=in_tile, other=0.0)
+                lse = natural_lse * 1.4426950408889634
+                of_head = (part_row * heads + head) * HEAD_SIZE
+                part = tl.load(parts + of_head[:, None] + dim[None, :], mask=in_both, other=0.0).to(tl.float32)
+            else:
+                lse = tl.load(lses + partial_row, mask=in_tile, other=0.0)
+                part = tl.load(partials + partial_row[:, None] * HEAD_SIZE + dim[None, :], mask=in_both, other=0.0)
             higher = tl.maximum(highest, lse)
             weight = tl.exp2(lse - higher)
             rescale = tl.exp2(highest - higher)

@@ -123,8 +123,9 @@ class WorkPlan:
             results, the first of which has taken in the shared ones.
         nodes: int32 [nodes, 3], columns `Node`: the shared runs before they are cut into items.
         node_row_start: int32 [nodes + 1], `shared_rows` of each node.
-        partials: number of partial slots. Those of one token stand together, in the order of its keys. Every one is
-            written once and read once.
+        partials: number of partial slots. Those of split own ranges stand first, then the shared ones; of either kind,
+            those of one token stand together, in the order of its keys. Every one is written once and read once.
+        own_partials: how many of them are of split own ranges.
         query_tokens: rows of the block table, padding included.
         shared_tokens: KV tokens of all nodes: read by several requests together.
         block_size: tokens of a KV block.
@@ -138,6 +139,7 @@ class WorkPlan:
     nodes: Int32s
     node_row_start: Int32s
     partials: int
+    own_partials: int
     query_tokens: int
     shared_tokens: int
     block_size: int
@@ -198,6 +200,7 @@ def plan_work(block_table: Int32s, seq_lens: Int32s, shape: PlanShape, *, share:
         nodes=_columns(nodes.request, nodes.kv_start, nodes.kv_end),
         node_row_start=np.append(0, nodes.row_count.cumsum()).astype(np.int32),
         partials=slots.total,
+        own_partials=slots.own,
         query_tokens=len(lengths),
         shared_tokens=int((nodes.kv_end - nodes.kv_start).sum()),
         block_size=shape.block_size,
@@ -288,11 +291,13 @@ def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRan
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Slots of partial results: those of a token stand together, shared ones first, then those of its own range."""
+    """Slots of partial results: first those of split own ranges, then the shared ones, token by token."""
 
     of_row: Int64s  # [shared rows], of the first split
     first_shared: Int64s  # [own ranges]
-    first_own: Int64s  # [own ranges], the slot after the last shared one
+    end_shared: Int64s  # [own ranges], the slot after the last shared one
+    first_own: Int64s  # [own ranges]
+    own: int
     total: int
 
 
@@ -308,14 +313,16 @@ def _number_slots(nodes: SharedRuns, node_splits: Int64s, own: _OwnRanges) -> _S
         before[at] = shared[token]
         shared[token] += row_splits[at]
         start += rows_of_level
-    slots = shared.copy()
-    slots[own.token] += own.splits.count * (own.splits.count > 1)
-    end = slots.cumsum()
-    first = end - slots
+    own_slots = own.splits.count * (own.splits.count > 1)
+    own_total = int(own_slots.sum())
+    end = own_total + shared.cumsum()
+    first = end - shared
     return _Slots(
         of_row=first[nodes.row_token] + before,
         first_shared=first[own.token],
-        first_own=(first + shared)[own.token],
+        end_shared=end[own.token],
+        first_own=own_slots.cumsum() - own_slots,
+        own=own_total,
         total=int(end[-1]) if tokens else 0,
     )
 
@@ -345,13 +352,12 @@ def _own_items(own: _OwnRanges, slots: _Slots) -> Int32s:
         of, split = _ragged(own.splits.count)
         kv_start = own.kv_start[of] + split * own.splits.tokens[of]
         kv_end = np.minimum(own.kv_end[of], kv_start + own.splits.tokens[of])
-        token, first_slot, end_slot = own.token[of], slots.first_shared[of], slots.first_own[of]
-        out_slot = end_slot + split
-        out_slot[~several[of]] = DIRECT
+        token, first_slot, end_slot = own.token[of], slots.first_shared[of], slots.end_shared[of]
+        out_slot = np.where(several[of], slots.first_own[of] + split, DIRECT)
         end_slot[split > 0] = first_slot[split > 0]
     else:  # the same in a fraction of the time
         kv_start, kv_end, token = own.kv_start, own.kv_end, own.token
-        first_slot, end_slot = slots.first_shared, slots.first_own
+        first_slot, end_slot = slots.first_shared, slots.end_shared
         out_slot = np.full(len(token), DIRECT, dtype=np.int64)
     items = _columns(token, kv_start, kv_end, first_slot, end_slot, out_slot)
     return _longest_first(items, kv_end - kv_start)

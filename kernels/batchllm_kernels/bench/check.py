@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm_kernels.attention.flash_shared import DTYPES, VarlenAttention
 from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import LayeredStep
 from batchllm_kernels.bench.measure import WrongResultError
-from batchllm_kernels.bench.ours import our_call, plan_of
+from batchllm_kernels.bench.ours import FLASH_OF_PLAN, FLASH_SHARED, flash_calls, our_call, plan_of
 from batchllm_kernels.bench.workloads import DecodeStep, SharingRequest, decode_step
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -85,8 +86,15 @@ def check_cases(*, quick: bool = False) -> Iterator[CheckCase]:
         yield CheckCase(f"blocks of {block_size}", (*tree(), *group(20)), block_size=block_size)
 
 
-def check(case: CheckCase, device: torch.device) -> dict[str, Any]:
+def check(
+    case: CheckCase, device: torch.device, flash_attention_3: VarlenAttention | str = "not asked for"
+) -> dict[str, Any]:
     """Errors of one case with and without sharing, relative to the largest number expected.
+
+    Args:
+        case: what to compute.
+        device: that computes it.
+        flash_attention_3: for shared parts of 16 bits, or why there is none.
 
     Raises:
         WrongResultError: when one is larger than the dtype allows, or not a number.
@@ -104,13 +112,18 @@ def check(case: CheckCase, device: torch.device) -> dict[str, Any]:
         inputs.scale,
     ).to(device)
     real = len(case.requests)
+    calls = {
+        "shared": our_call(inputs, plan_of(inputs, share=True)),
+        "unshared": our_call(inputs, plan_of(inputs, share=False), every_launch=False),
+    }
+    if case.dtype in DTYPES and not isinstance(flash_attention_3, str):
+        flash = flash_calls(inputs, flash_attention_3)
+        calls |= {name: flash[name] for name in (FLASH_SHARED, FLASH_OF_PLAN) if name in flash}
     errors: dict[str, float] = {}
-    for share in (True, False):
-        plan = plan_of(inputs, share=share)
+    for name, call in calls.items():
         inputs.output.fill_(torch.nan)
-        result = our_call(inputs, plan, every_launch=share)(0).float()
-        off = (result[:real] - expected[:real]).abs().max() / expected[:real].abs().max()
-        errors["shared" if share else "unshared"] = float(off)
+        off = (call(0).float()[:real] - expected[:real]).abs().max() / expected[:real].abs().max()
+        errors[name] = float(off)
     tolerance = TOLERANCES[case.dtype]
     if not all(error <= tolerance for error in errors.values()):
         raise WrongResultError(f"{case.name}: expected relative errors of at most {tolerance}, got {errors}")

@@ -16,11 +16,14 @@ from batchllm_kernels.bench.flash_attention_3 import FlashAttention3
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import LayeredStep, layered_step
 from batchllm_kernels.bench.ours import (
+    FLASH_OF_PLAN,
+    FLASH_SHARED,
     IDLE,
     OURS,
     OWN_LAUNCH,
     SHARED,
     UNSHARED,
+    flash_calls,
     idle_call,
     launches_alone,
     our_call,
@@ -136,15 +139,19 @@ def measure_point(
     plans = {name: plan_of(inputs, share=name == SHARED) for name in (SHARED, UNSHARED)}
     others = rivals(inputs, flash_attention_3)
     calls: dict[str, LayerCall] = {name: our_call(inputs, plan) for name, plan in plans.items()}
+    flash = {} if isinstance(flash_attention_3, str) else flash_calls(inputs, flash_attention_3)
     expected = expected_rows(inputs)
     errors = checked_errors(calls, inputs, expected)
-    for name, rival in others.calls.items():
+    whole = {name: flash.pop(name) for name in (FLASH_SHARED, FLASH_OF_PLAN) if name in flash}
+    for name, rival in (others.calls | whole).items():
         try:
             checked_errors({SHARED: calls[SHARED], name: rival}, inputs, expected)
         except (WrongResultError, RuntimeError) as error:  # a rival that fails does not cost our own figures
             others.skipped[name] = f"{type(error).__name__}: {error}"[:500]
         else:
             calls[name] = rival
+    if FLASH_SHARED in calls:
+        calls |= flash
     calls |= launches_alone(inputs, plans[SHARED])
     calls[IDLE] = idle_call(inputs, plans[SHARED])
     return MeasuredPoint(

@@ -10,6 +10,8 @@ import torch
 
 from batchllm_kernels.attention import launch, triton_kernels
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
+from batchllm_kernels.attention.flash_kernels import gather_queries_kernel
+from batchllm_kernels.attention.flash_shared import FlashSettings, SequenceBounds, VarlenAttention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.tuning import Tuning, device_architecture, multiprocessors, tuning_for
 from batchllm_kernels.attention.work_plan import DIRECT, OwnItem, PlanShape, WorkPlan, plan_work
@@ -20,12 +22,27 @@ from batchllm_kernels.bench.timers import LayerCall
 SHARED, UNSHARED = "prefix-shared", "prefix-shared kernels without sharing"
 SHARED_LAUNCH, OWN_LAUNCH, MERGE_LAUNCH = "shared launch alone", "own launch alone", "merge launch alone"
 IDLE = "launches without work"
-OURS = (SHARED, UNSHARED, SHARED_LAUNCH, OWN_LAUNCH, MERGE_LAUNCH, IDLE)
+FLASH_SHARED = "prefix-shared, FlashAttention 3 for shared parts"
+FLASH_OF_PLAN = f"{FLASH_SHARED}, launched for this plan alone"
+FLASH_LAUNCH, FLASH_IDLE = "FlashAttention 3 of shared parts alone", "launches without work, with FlashAttention 3"
+OURS = (
+    SHARED,
+    UNSHARED,
+    SHARED_LAUNCH,
+    OWN_LAUNCH,
+    MERGE_LAUNCH,
+    IDLE,
+    FLASH_SHARED,
+    FLASH_OF_PLAN,
+    FLASH_LAUNCH,
+    FLASH_IDLE,
+)
 PARTIAL_BYTES = 4  # partial results and their log-sum-exp are fp32
 KERNELS = {
     SHARED_LAUNCH: triton_kernels.attend_shared_kernel,
     OWN_LAUNCH: triton_kernels.attend_own_kernel,
     MERGE_LAUNCH: triton_kernels.merge_splits_kernel,
+    FLASH_LAUNCH: gather_queries_kernel,  # and FlashAttention, which is no kernel of ours
 }
 
 
@@ -92,11 +109,104 @@ def our_call(inputs: LayeredStep, plan: WorkPlan, *, every_launch: bool = True) 
 
 def idle_call(inputs: LayeredStep, plan: WorkPlan) -> LayerCall:
     """All launches of a layer, with nothing to do: what launches cost in a captured step. It writes no output."""
-    nothing = replace(
+    return our_call(inputs, _nothing_of(plan))
+
+
+def _nothing_of(plan: WorkPlan) -> WorkPlan:
+    return replace(
         plan,
         **{name: getattr(plan, name)[:0] for name in ("shared_items", "shared_rows", "own_items", "merges", "nodes")},
+        node_row_start=plan.node_row_start[:1],
+        partials=0,
+        own_partials=0,
     )
-    return our_call(inputs, nothing)
+
+
+def flash_settings(inputs: LayeredStep, attention: VarlenAttention, rows: int) -> FlashSettings:
+    """FlashAttention 3 for the shared parts of steps of so many rows."""
+    point = inputs.point
+    shape = plan_shape(
+        block_size=point.block_size,
+        heads=point.heads,
+        kv_heads=point.kv_heads,
+        head_size=point.head_size,
+        dtype=inputs.query.dtype,
+        device=inputs.device,
+        shared_impl="flash_attention_3",
+    )
+    return FlashSettings(
+        attention,
+        shape,
+        point.kv_heads,
+        inputs.query.dtype,
+        inputs.block_table.shape[1],
+        SequenceBounds.of_steps(rows, shape),
+    )
+
+
+def flash_calls(inputs: LayeredStep, attention: VarlenAttention) -> dict[str, LayerCall]:
+    """The same with FlashAttention 3 for the shared parts, of a plan of its own.
+
+    As in a captured step, launched for all plans of so many rows; launched for this plan; its launches alone; and in a
+    captured step that has nothing to do.
+
+    Args:
+        inputs: the step.
+        attention: FlashAttention 3.
+    """
+    point, rows = inputs.point, len(inputs.query)
+    settings = flash_settings(inputs, attention, rows)
+    plan = plan_work(inputs.step.block_table, inputs.step.seq_lens, settings.shape)
+    if not len(plan.nodes):
+        return {}
+    capacity = PlanCapacity.of_steps(rows, settings.shape)
+
+    def buffers(of: WorkPlan, launched_for: int | None) -> PlanBuffers:
+        made = PlanBuffers(capacity, point.heads, point.head_size, inputs.device, flash=settings)
+        made.partials.view(torch.int32).fill_(-1)  # NaN for 32 bits and for 16
+        made.lses.fill_(torch.nan)
+        made.load(of, inputs.block_table, rows=launched_for)
+        return made
+
+    def call(of: WorkPlan, launched_for: int | None) -> LayerCall:
+        made = buffers(of, launched_for)
+
+        def attend(layer: int) -> torch.Tensor:
+            return prefix_shared_attention(
+                inputs.query,
+                *inputs.caches[layer],
+                inputs.block_table,
+                scale=inputs.scale,
+                plan=made,
+                impl="triton",
+                shared_impl="flash_attention_3",
+                output=inputs.output,
+                every_launch=launched_for is not None,
+            )
+
+        return attend
+
+    prepared = launch.PreparedLaunches(
+        inputs.query,
+        *inputs.caches[0],
+        inputs.block_table,
+        inputs.output,
+        inputs.scale,
+        buffers(plan, rows),
+        tuning_of(point, inputs.device, inputs.query.dtype),
+        _launching_only(FLASH_LAUNCH),
+    )
+
+    def shared_parts(layer: int) -> torch.Tensor:
+        prepared.run(inputs.query, *inputs.caches[layer], inputs.block_table, inputs.output, every_launch=True)
+        return inputs.output
+
+    return {
+        FLASH_SHARED: call(plan, rows),
+        FLASH_OF_PLAN: call(plan, None),
+        FLASH_LAUNCH: shared_parts,
+        FLASH_IDLE: call(_nothing_of(plan), rows),
+    }
 
 
 def tuned_call(inputs: LayeredStep, plan: WorkPlan, tuning: Tuning | None = None, only: str | None = None) -> LayerCall:

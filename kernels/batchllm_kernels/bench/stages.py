@@ -65,7 +65,7 @@ def host_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
 def check_stage(setup: Setup, results: ResultsFile, scope: Scope) -> bool:
     """Every kernel against the reference."""
     cases = {case.name: case for case in check_cases(quick=scope.quick or setup.rehearsal)}
-    return results.collect(list(cases), lambda name: check(cases[name], setup.device), scope)
+    return results.collect(list(cases), lambda name: check(cases[name], setup.device, setup.flash_attention_3), scope)
 
 
 def time_stage(setup: Setup, results: ResultsFile, scope: Scope, *, important: bool) -> bool:

@@ -13,6 +13,7 @@ Tensor parallelism: each rank plans alike for its own heads.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,18 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
 from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, calibration_for
+from batchllm_kernels.attention.flash_shared import SharedImplementation, VarlenAttention
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
 from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import record
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
 from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
+from batchllm_kernels.vllm_plugin.flash_attention_3 import VllmFlashAttention3, shared_implementation
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 from batchllm_kernels.vllm_plugin.runner_tables import keep_host_tables
 
+_LOGGER = logging.getLogger(__name__)
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -129,6 +133,7 @@ class DecodeRows:
         block_table: int32 [count, max_blocks], on the device.
         prompts: whether other requests follow; the stock metadata is then of these alone.
         every_launch: whether what is launched must do for every plan, as in a graph.
+        shared_impl: what runs the shared parts.
     """
 
     count: int
@@ -136,6 +141,7 @@ class DecodeRows:
     block_table: torch.Tensor
     prompts: bool
     every_launch: bool
+    shared_impl: SharedImplementation
 
 
 class SharedMetadataBuilder:
@@ -157,6 +163,7 @@ class SharedMetadataBuilder:
         self._block_size = kv_cache_spec.block_size
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # the stock class has it
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        flash = self.shared_attention(kv_cache_spec.dtype, kv_cache_spec.head_size)
         self._planner = StepPlanner(
             ModelHeads(
                 heads or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
@@ -172,6 +179,8 @@ class SharedMetadataBuilder:
             device,
             host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
             allocate=workspace(device),
+            shared_attention=flash,
+            max_blocks=0 if flash is None else -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size),
         )
         self._compilation = vllm_config.compilation_config
         self._capturing = False
@@ -188,6 +197,13 @@ class SharedMetadataBuilder:
     def calibration() -> Calibration:
         """Of the device that runs the engine."""
         return calibration_for(current_platform.get_device_name())
+
+    @staticmethod
+    def shared_attention(dtype: torch.dtype, head_size: int) -> VarlenAttention | None:
+        """FlashAttention 3 for the shared parts where the engine has it, None for the Triton kernel."""
+        choice = shared_implementation(dtype, head_size)
+        _LOGGER.info("shared parts of attention: %s", choice)
+        return VllmFlashAttention3() if choice.implementation == "flash_attention_3" else None
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
         """Metadata of a dummy batch with which `forward` launches ours, as every replay will."""
@@ -222,7 +238,7 @@ class SharedMetadataBuilder:
         every_launch = self._capturing or (graphs and longest <= self._block_size)
         plan = self._decision = None
         if every_launch:
-            plan = self._planner.load_alone(lengths)
+            plan = self._planner.load_alone(lengths, rows=common.num_reqs)
         elif count > 1:
             block_table = rows_of_step(common, -(-longest // self._block_size))
             if block_table is not None:  # else made up, and no sign of what batches share
@@ -232,13 +248,16 @@ class SharedMetadataBuilder:
                     lengths,
                     launching=Launching.CAPTURED if replayed else Launching.PIECES,
                     prefill_rows=prompts,
+                    device_table=common.block_table_tensor,
+                    rows=common.num_reqs if graphs else None,
                 )
                 self._decision = self._planner.decision
         if plan is not None:
-            return DecodeRows(count, plan, common.block_table_tensor[:count], prompts, every_launch)
+            table, shared_impl = common.block_table_tensor[:count], self._planner.shared_impl
+            return DecodeRows(count, plan, table, prompts, every_launch, shared_impl)
         if graphs:
             # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
-            self._planner.load_alone(lengths)
+            self._planner.load_alone(lengths, rows=common.num_reqs)
         return None
 
 
@@ -327,6 +346,7 @@ class SharedAttentionImpl:
             query.dtype,
             scheduler.max_num_seqs,
             query.device,
+            shared_impl=shared_implementation(query.dtype, head_size).implementation,
         )
         allocate = workspace(query.device)
         for name, shape in capacity.scratch(heads, head_size).items():
@@ -346,6 +366,7 @@ class SharedAttentionImpl:
             scale=self.scale,  # type: ignore[attr-defined]  # the stock class has it
             plan=rows.plan,
             impl=self.implementation,
+            shared_impl=rows.shared_impl,
             output=output[:count],
             every_launch=rows.every_launch,
         )

@@ -22,8 +22,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
+from batchllm_kernels.attention.flash_shared import SharedImplementationChoice
 from batchllm_kernels.vllm_plugin import ATTENTION_VARIABLE, PLUGIN, STOCK_BACKENDS
 from batchllm_kernels.vllm_plugin.attention_refusals import REFUSALS_VARIABLE, recorded
+from batchllm_kernels.vllm_plugin.flash_attention_3 import shared_implementation
 
 Requested = Literal["auto", "shared", "stock"]
 
@@ -44,10 +46,13 @@ class AttentionChoice:
     """vLLM's name of its own backend; None where vLLM names none before the model is built."""
     reasons: tuple[str, ...] = ()
     """Why it is not shared, where it was to be; or why `stock` is None."""
+    shared_parts: SharedImplementationChoice | None = None
+    """What runs the shared parts of steps, and why; None where it is not shared."""
 
     def __str__(self) -> str:
         if self.shared:
-            return f"shared over {self.stock}"
+            flash = self.shared_parts is not None and self.shared_parts.implementation == "flash_attention_3"
+            return f"shared over {self.stock}{', shared parts by FlashAttention 3' if flash else ''}"
         return f"stock ({self.stock})" if self.stock else "stock"
 
 
@@ -86,7 +91,8 @@ def start_with_attention(
         )
         with _registered(stock) as refusals:
             try:
-                return start(config), AttentionChoice(shared=True, stock=stock)
+                parts = shared_implementation(config.model_config.dtype, config.model_config.get_head_size())
+                return start(config), AttentionChoice(shared=True, stock=stock, shared_parts=parts)
             except Exception as error:
                 reasons = recorded(refusals)
                 if not reasons:
