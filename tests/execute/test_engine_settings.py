@@ -16,7 +16,9 @@ CONFIG = SimpleNamespace(
     ),
     cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=512),
     model_config=SimpleNamespace(dtype="torch.bfloat16"),
-    compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL_AND_PIECEWISE")),
+    compilation_config=SimpleNamespace(
+        cudagraph_mode=SimpleNamespace(name="FULL_AND_PIECEWISE"), max_cudagraph_capture_size=16
+    ),
     parallel_config=SimpleNamespace(tensor_parallel_size=1),
     device_config=SimpleNamespace(device_type="cuda"),
 )
