@@ -73,7 +73,7 @@ def prefix_shared_attention(
         raise ValueError(f"shared_impl: expected {buffers_for!r}, for which the buffers are made, got {shared_impl!r}")
     if every_launch and plan.flash is not None and not plan.flash.bounds.sequences:
         raise ValueError("every_launch: expected a plan loaded with `rows`, got one without shared parts and bounds")
-    if work.query_tokens > len(query):
+    if work.query_tokens > query.shape[0]:
         raise ValueError(f"plan: expected at most {len(query)} query tokens, got {work.query_tokens}")
     layout = (
         impl,
@@ -87,7 +87,9 @@ def prefix_shared_attention(
         block_table.stride(),
         output.stride(),
     )
-    launches: PreparedLaunches | None = plan.prepared.get(layout)
+    last_layout, launches = plan.last_prepared
+    if layout != last_layout:  # other layers of a step have that of the layer before
+        launches = plan.prepared.get(layout)
     if launches is None:
         _check_tensors(query, key_cache, value_cache, block_table, output, plan)
         if impl == "reference":
@@ -99,6 +101,7 @@ def prefix_shared_attention(
         launches = plan.prepared[layout] = _prepared(
             query, key_cache, value_cache, block_table, output, scale, plan, impl
         )
+    plan.last_prepared = layout, launches
     launches.run(query, key_cache, value_cache, block_table, output, every_launch=every_launch)
     return output
 

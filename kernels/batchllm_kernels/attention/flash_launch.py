@@ -45,7 +45,7 @@ class FlashSharedLaunch:
         query: [tokens, heads, head_size]; what is kept of it are shape and strides.
         scale: factor of the scores before the softmax.
         flash: tables and scratch space.
-        gather: starts the kernel, of (grid, arguments).
+        gather: starts the kernel, a `launch.Launcher`.
     """
 
     def __init__(self, query: torch.Tensor, scale: float, flash: FlashShared, gather: Any) -> None:
@@ -58,12 +58,18 @@ class FlashSharedLaunch:
         self._programs = GATHERS_PER_MULTIPROCESSOR * multiprocessors(query.device)
 
     def run(
-        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, counts: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        counts: torch.Tensor,
+        *,
+        aligned: bool,
     ) -> torch.Tensor:
         """Writes `FlashShared.results`; returns fp32 [heads, rows], natural logarithms of the sums of exponentials."""
         flash = self._flash
         grid = (min(flash.bounds.rows * self._head_tiles, self._programs), 1, 1)
-        self._gather(grid, (query, flash.tokens, counts, flash.queries, *self._numbers))
+        self._gather(grid, (query, flash.tokens, counts, flash.queries, *self._numbers), aligned)
         return flash.attend(key_cache, value_cache, self._scale)
 
 

@@ -31,8 +31,8 @@ MOST_PROGRAMS = 65536
 """Programs of a launch of own items, at most. Each strides over the items, so that any number is right; one program an
 item is fastest, and programs without an item end at once."""
 
-Launcher = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
-"""Starts a kernel, of (grid, all its arguments, compile-time constants last)."""
+Launcher = Callable[[tuple[int, int, int], tuple[Any, ...], bool], None]
+"""Starts a kernel, of (grid, all its arguments with compile-time constants last, whether all addresses are aligned)."""
 
 
 class _Parts(NamedTuple):
@@ -131,9 +131,12 @@ class PreparedLaunches:
         buffers = self._buffers
         plan = buffers.plan
         parts = self._parts
+        # all other tensors are our own, and aligned
+        addresses = query.data_ptr() | key_cache.data_ptr() | value_cache.data_ptr() | block_table.data_ptr()
+        aligned = not (addresses | output.data_ptr()) % ALIGNMENT
         if every_launch or plan is None or len(plan.shared_items):
             if self._flash is not None:
-                lses = self._flash.run(query, key_cache, value_cache, buffers.counts)
+                lses = self._flash.run(query, key_cache, value_cache, buffers.counts, aligned=aligned)
                 parts = parts._replace(lses=lses, lse_head_step=lses.stride(0))
             else:
                 self._shared(
@@ -151,6 +154,7 @@ class PreparedLaunches:
                         self._scale_log2,
                         *self._shared_numbers,
                     ),
+                    aligned,
                 )
         own_grid = self._own_grid
         if not every_launch and plan is not None:
@@ -175,11 +179,13 @@ class PreparedLaunches:
                 parts.lse_head_step,
                 *self._own_numbers,
             ),
+            aligned,
         )
         if every_launch or plan is None or len(plan.merges):
             self._merge(
                 self._merge_grid,
                 (buffers.partials, buffers.lses, buffers.merges, buffers.counts, output, *self._merge_numbers),
+                aligned,
             )
 
 
@@ -222,7 +228,7 @@ def kernel_constants(
 def interpreted_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
     """Runs a kernel in Triton's interpreter."""
 
-    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...], _aligned: bool) -> None:
         kernel[grid](*arguments, **options)
 
     return launch
@@ -235,9 +241,7 @@ def compiled_launcher(kernel: Any, options: dict[str, Any]) -> Launcher:
     """
     runners: dict[tuple[int, int, int], Callable[..., None]] = {}
 
-    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
-        tensors = (one for one in arguments if isinstance(one, torch.Tensor))
-        aligned = not any(tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+    def launch(grid: tuple[int, int, int], arguments: tuple[Any, ...], aligned: bool) -> None:
         runner = runners.get(grid) if aligned else None
         if runner is not None:
             runner(*arguments)

@@ -92,6 +92,7 @@ class PlanBuffers:
             then take the place of the slots of shared parts.
         plan: the plan last loaded, None before the first.
         prepared: what `api` prepared of launches over these buffers, by the layout of the tensors.
+        last_prepared: the layout of the layer before, and what was prepared for it.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class PlanBuffers:
             self.flash = FlashShared(flash, tables, self.partials)
         self.plan: WorkPlan | None = None
         self.prepared: dict[Any, Any] = {}
+        self.last_prepared: tuple[Any, Any] = (None, None)
         self._uploads = _Uploads(self._buffer, upload_depth)
 
     @staticmethod

@@ -265,7 +265,7 @@ def _launching_only(name: str | None) -> Callable[[Any, dict[str, Any]], launch.
     make = launch.interpreted_launcher if triton_kernels.INTERPRETED else launch.compiled_launcher
     chosen = KERNELS[name]
 
-    def nothing(grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+    def nothing(grid: tuple[int, int, int], arguments: tuple[Any, ...], aligned: bool) -> None:
         """Starts no kernel."""
 
     def launcher(kernel: Any, options: dict[str, Any]) -> launch.Launcher:
