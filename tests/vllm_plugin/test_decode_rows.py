@@ -80,8 +80,12 @@ class Impl(SharedAttentionImpl, StockImpl):
     implementation = "reference"
 
 
-def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Any:
-    spec = FullAttentionSpec(BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=torch.float32)
+def builder(
+    kind: type[Any] = Builder,
+    graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    spec = FullAttentionSpec(BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=dtype)
     config = SimpleNamespace(
         speculative_config=None,
         compilation_config=SimpleNamespace(
@@ -90,7 +94,11 @@ def builder(kind: type[Any] = Builder, graphs: CUDAGraphMode = CUDAGraphMode.FUL
         parallel_config=SimpleNamespace(rank=0, cp_kv_cache_interleave_size=1, worker_cls=Worker, use_ubatching=False),
         use_v2_model_runner=False,
         model_config=SimpleNamespace(
-            get_num_attention_heads=lambda _: HEADS, rswa_window=None, is_mm_prefix_lm=False, hf_config=None
+            max_model_len=16 * BLOCK,
+            get_num_attention_heads=lambda _: HEADS,
+            rswa_window=None,
+            is_mm_prefix_lm=False,
+            hf_config=None,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=16, async_scheduling=True),
         cache_config=SimpleNamespace(cache_dtype="auto"),

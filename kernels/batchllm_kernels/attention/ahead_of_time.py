@@ -23,6 +23,7 @@ from batchllm_kernels.attention.tuning import tuning_for
 
 ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 WARP_THREADS = 32
+FLASH_ARCHITECTURE = "sm90"  # the one that FlashAttention 3 runs on
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def compile_kernels(
             (merge_splits_kernel, MERGE_WARPS),
         )
     ]
-    if dtype in FLASH_DTYPES:
+    if dtype in FLASH_DTYPES and architecture == FLASH_ARCHITECTURE:
         constants = kernel_constants(*model, parts_in_rows=True)
         for kernel, of_kernel, warps in (
             (attend_own_kernel, constants["attend_own_kernel"], tuning.own.num_warps),
