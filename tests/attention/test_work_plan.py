@@ -238,13 +238,14 @@ def test_tiles_that_read_the_same_keys_stand_together() -> None:
 
 
 def test_the_own_range_of_a_lone_row_is_split_and_merged() -> None:
-    plan = Step([Request(own_tokens=4100)]).plan(SHAPE)
+    plan = Step([Request(own_tokens=4100)]).plan(replace(SHAPE, minimum_split_tokens=64))
     assert len(plan.own_items) == plan.partials == 16
     assert plan.merges.tolist() == [[0, 0, 16]]
 
 
 def test_only_the_first_split_of_an_own_range_takes_in_what_is_shared() -> None:
-    plan = Step([Request(own_tokens=1000, shares=(("prefix", 20),)) for _ in range(3)]).plan(SHAPE)
+    step = Step([Request(own_tokens=1000, shares=(("prefix", 20),)) for _ in range(3)])
+    plan = step.plan(replace(SHAPE, minimum_split_tokens=64))
     assert len(plan.own_items) == 3 * 4
     takes_in = plan.own_items[:, OwnItem.FIRST_SLOT] < plan.own_items[:, OwnItem.END_SLOT]
     assert plan.own_items[takes_in, OwnItem.KV_START].tolist() == [320] * 3

@@ -21,7 +21,7 @@ class ComparingBuilder(SharedBuilder):
     """For each step its requests, the blocks in use, how many of them differ, and 1 where the table was made up."""
 
     @staticmethod
-    def calibration() -> Calibration:
+    def calibration(_shared_impl: str) -> Calibration:
         return NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:

@@ -66,7 +66,7 @@ class Builder(SharedMetadataBuilder, StockBuilder):
     gain = 0.0
 
     @classmethod
-    def calibration(cls) -> Calibration:
+    def calibration(cls, _shared_impl: str) -> Calibration:
         return free_launches("test", minimum_gain=cls.gain)
 
 

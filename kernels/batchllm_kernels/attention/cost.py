@@ -232,14 +232,16 @@ def shared_path_seconds(
     return seconds
 
 
-def calibration_for(device_name: str) -> Calibration:
+def calibration_for(device_name: str, shared_impl: str = "triton") -> Calibration:
     """The measured entry of a device, else the assumed one, which says so in its source.
 
     Args:
         device_name: as `torch.cuda.get_device_name` gives it.
+        shared_impl: what runs the shared parts; one that was not measured on the device is taken for the Triton kernel.
     """
     table = _table()
-    return table.get(device_name, table[ASSUMED])
+    measured = table.get(device_name, table[ASSUMED])
+    return table.get(f"{device_name}, {shared_impl}", measured)
 
 
 @cache

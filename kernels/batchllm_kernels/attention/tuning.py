@@ -54,7 +54,7 @@ class OwnTuning:
     most_kv_tile_tokens: int
     num_warps: int
     stages: int
-    programs_per_multiprocessor: int = 4
+    programs_per_multiprocessor: int = 2
 
     def kv_tile_tokens(self, block_size: int) -> int:
         """KV tokens of a step for blocks of this size: a power of two that divides it."""

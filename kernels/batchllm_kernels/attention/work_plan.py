@@ -15,6 +15,7 @@ from batchllm_kernels.attention.prefix_sharing import Int32s, Int64s, find_share
 from batchllm_kernels.attention.shared_runs import SharedRuns, no_runs, worthwhile_runs
 
 DIRECT = -1  # OUT_SLOT of an own item that writes the output
+OWN_SPLIT_FACTOR = 4  # an own range that is split needs another launch, so that only long ones are
 STRAGGLER = 4  # on a device that is full, an own range is split when it is so many times as long as a program's share
 
 
@@ -67,7 +68,7 @@ class PlanShape:
         shared_tile_rows: rows (query tokens x heads of one KV head) of the tile of a shared item.
         target_items: shared items per KV head that fill the device; where there are fewer, long ones are split.
         own_target_items: own items per KV head that do; they are smaller.
-        minimum_split_tokens: KV tokens under which an item is never split.
+        minimum_split_tokens: KV tokens under which a shared item is never split; four times as many for own items.
         split_shared: False leaves every node in one piece, so that each of its rows has one partial result: for a
             kernel that splits by itself.
 
@@ -286,6 +287,7 @@ def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRan
     shares = 1 if len(token) < shape.own_target_items else STRAGGLER
     reading = int(kv_tokens.sum()) * shares
     longest = _longest(reading, np.ones_like(token), shape, shape.own_target_items)
+    longest = np.maximum(longest, OWN_SPLIT_FACTOR * shape.minimum_split_tokens)
     return _OwnRanges(token, kv_start, kv_end, _split(kv_tokens, longest, shape))
 
 

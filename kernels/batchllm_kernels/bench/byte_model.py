@@ -36,7 +36,7 @@ class Device:
     flops_per_second: float
 
 
-H100 = Device("H100 SXM", 3.35e12, 9.89e14)
+H100 = Device("NVIDIA H100 80GB HBM3", 3.35e12, 9.89e14)
 
 EXPECTED = Calibration(
     source="inferred for an H100: what its stock attention is known to reach, and what our kernels are to reach",

@@ -34,6 +34,7 @@ from batchllm_kernels.bench.rivals import FLASH_ATTENTION_3_NAMES, rivals
 from batchllm_kernels.bench.timers import LayerCall, Timer
 
 MAX_ERROR = 1e-2  # relative, bf16
+MAX_ERROR_OF_ROUNDED_PARTS = 2e-2  # where partial results are bf16 too, as those of FlashAttention are
 CHECKED_REQUESTS = 16
 
 
@@ -206,7 +207,7 @@ def checked_errors(
         expected: of `expected_rows`, where it is at hand.
 
     Raises:
-        WrongResultError: when one is larger than `MAX_ERROR`, or a number is missing.
+        WrongResultError: when one is larger than the largest allowed, or a number is missing.
     """
     some = checked_requests(inputs)
     errors = dict.fromkeys(calls, 0.0)
@@ -219,9 +220,10 @@ def checked_errors(
                 first = result.clone()
             off = torch.maximum((result[some] - reference).abs().max(), (result - first).abs().max() / 2)
             error = float(off / reference.abs().max())  # NaN where a number is missing
-            if not error <= MAX_ERROR:
+            most = MAX_ERROR_OF_ROUNDED_PARTS if name in (FLASH_SHARED, FLASH_OF_PLAN) else MAX_ERROR
+            if not error <= most:
                 raise WrongResultError(
-                    f"{name}: expected a relative error of at most {MAX_ERROR}, got {error:.3g} in layer {layer}"
+                    f"{name}: expected a relative error of at most {most}, got {error:.3g} in layer {layer}"
                 )
             errors[name] = max(errors[name], error)
     return errors

@@ -175,7 +175,7 @@ class SharedMetadataBuilder:
             kv_cache_spec.block_size,
             kv_cache_spec.dtype,
             vllm_config.scheduler_config.max_num_seqs,
-            self.calibration(),
+            self.calibration("triton" if flash is None else "flash_attention_3"),
             device,
             host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
             allocate=workspace(device),
@@ -194,9 +194,9 @@ class SharedMetadataBuilder:
         return cls._cudagraph_support
 
     @staticmethod
-    def calibration() -> Calibration:
-        """Of the device that runs the engine."""
-        return calibration_for(current_platform.get_device_name())
+    def calibration(shared_impl: SharedImplementation) -> Calibration:
+        """Of the device that runs the engine, with what runs the shared parts there."""
+        return calibration_for(current_platform.get_device_name(), shared_impl)
 
     @staticmethod
     def shared_attention(dtype: torch.dtype, head_size: int) -> VarlenAttention | None:

@@ -131,7 +131,8 @@ def attention_forecast(
         engine_seconds: expected of all engines together, with vLLM's own attention.
         calibration: of the kernels; default: that of the engine's device.
     """
-    rates = calibration or calibration_for(engine.device)
+    # which an engine takes where its device has it; a device without has no entry for it
+    rates = calibration or calibration_for(engine.device, "flash_attention_3")
     heads = ModelHeads(engine.heads, engine.kv_heads, engine.head_size, engine.element_bytes)
     from_memory = stock = best = kv_tokens = 0.0
     requests = int(groups.size.sum())
