@@ -22,7 +22,7 @@ class ModelSpec(SpecModel):
         default="stock",
         description="vLLM's own attention, or prefix-shared attention over it: `shared` insists on it, `auto` takes it "
         "where the plan expects it to pay and device, model and settings support it; not the default, because it has "
-        "not been measured on a GPU yet",
+        "not run within vLLM on a GPU yet",
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
 
