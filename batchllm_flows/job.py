@@ -14,10 +14,11 @@ from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.keys import job_id
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import FORMAT_VERSION, WORK_FOLDER, InputObject
+from batchllm_operators.records import InputObject
 from batchllm_operators.spec import SpecModel
 from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import FORMAT_VERSION, WORK_FOLDER
 
 
 class InvalidJobError(TerminalError):

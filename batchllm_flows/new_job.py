@@ -11,10 +11,10 @@ import yaml
 
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import OUTPUT_FIELDS
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.work.results import OUTPUT_FIELDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHOWN_COLUMNS = 40

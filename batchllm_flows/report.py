@@ -16,12 +16,7 @@ from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import work_of_output
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.plan.cost import USD_DECIMALS, usd_of
-from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import (
-    MANIFEST_FILE,
-    REPORT_FILE,
-    REPORT_PAGE,
-    SAMPLES_FILE,
     BundleInfo,
     BundleResult,
     EngineSetting,
@@ -33,6 +28,8 @@ from batchllm_operators.records import (
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+from batchllm_operators.work.json_objects import first_fault, read_record
+from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, SAMPLES_FILE
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -276,13 +273,7 @@ def read_samples(work: Store) -> OutputSamples | None:
 
     Samples that are damaged or of another version are set aside, and the report does without: the job is done.
     """
-    if not work.exists(SAMPLES_FILE):
-        return None
-    try:
-        return _load(OutputSamples, work, SAMPLES_FILE, "the report does without")
-    except DamagedObjectError as error:
-        set_aside(work, SAMPLES_FILE, error)
-        return None
+    return read_record(OutputSamples, work, SAMPLES_FILE)
 
 
 def read_report(sink: SinkSpec) -> JobReport:
@@ -330,11 +321,9 @@ def _load(kind: type[Kind], store: Store, name: str, advice: str) -> Kind:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(piece) for piece in fault["loc"])
         of_another_version = _is_of_another_version(content, error)
         raise (TerminalError if of_another_version else DamagedObjectError)(
-            f"{name} is not as batchllm-flows {__version__} writes it ({where}: {fault['msg']}), but perhaps as "
+            f"{name} is not as batchllm-flows {__version__} writes it ({first_fault(error)}), but perhaps as "
             f"another version does; {advice}",
             uri=store.uri_of(name),
         ) from error

@@ -31,14 +31,10 @@ from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import (
-    PLAN_SUMMARY,
-    STAGED_SUMMARY,
-    PlanSummary,
-    StageSummary,
-)
+from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import PLAN_SUMMARY, STAGED_SUMMARY
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

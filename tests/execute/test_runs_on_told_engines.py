@@ -13,8 +13,8 @@ from batchllm_flows.flows import batch_inference
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_ahead import engine_ahead
-from batchllm_operators.records import WORK_FOLDER
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import WORK_FOLDER
 from tests.flows.jobs import job, questions, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -21,19 +21,18 @@ from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.plan.cost import Calibration, default_cost_model
-from batchllm_operators.records import (
+from batchllm_operators.records import Manifest
+from batchllm_operators.store import Store
+from batchllm_operators.work.columns import KEY_TYPE
+from batchllm_operators.work.layout import (
     JOB_FILE,
-    KEY_TYPE,
     MANIFEST_FILE,
     PLAN_SUMMARY,
     REPORT_FILE,
-    RESULT_SCHEMA,
     SAMPLES_FILE,
     STAGED_SUMMARY,
-    Manifest,
 )
-from batchllm_operators.result_parts import checked_result_part, read_result_part
-from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA, checked_result_part, read_result_part
 from tests.faults.damage import (
     Damage,
     append,

@@ -8,8 +8,9 @@ import pytest
 
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_operators.execute import calibration
-from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY
 from tests.flows.jobs import job, questions, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -15,8 +15,9 @@ from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.processor import processor
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER
 from tests.flows.jobs import job, questions, read_output, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -14,8 +14,8 @@ from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import LAST_ERROR_FILE, MANIFEST_FILE
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import LAST_ERROR_FILE, MANIFEST_FILE
 from tests.commands.job_folders import answer, complete, planned_job, write_job
 from tests.flows.jobs import job, questions, read_output, write_input
 

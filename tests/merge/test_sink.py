@@ -13,9 +13,9 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE, SinkClaim
 from batchllm_operators.merge.sink import check_sink
 from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 
 from .conftest import JOB_ID, Job, answer, plain
 

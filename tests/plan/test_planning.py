@@ -10,8 +10,10 @@ from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_SUMMARY, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import BUNDLE_SCHEMA
+from batchllm_operators.work.layout import PLAN_SUMMARY
 from tests.plan.staged_jobs import (
     ideal_computed_tokens,
     key_of,

@@ -17,13 +17,14 @@ import pytest
 
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.records import STAGED_SCHEMA, STAGED_SUMMARY
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import PART_ROWS, stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import STAGED_SUMMARY
+from batchllm_operators.work.staged import STAGED_SCHEMA
 
 from .conftest import Stage
 

@@ -18,7 +18,7 @@ from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.engine_ahead import take_engine_ahead
 from batchllm_operators.execute.engine_logs import EngineLogs
-from batchllm_operators.execute.feeding import bundle_keys, check_bundle, known_results
+from batchllm_operators.execute.feeding import known_results
 from batchllm_operators.execute.handle import (
     BundleCallbacks,
     EngineHandle,
@@ -35,9 +35,10 @@ from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import BundleInfo, BundleResult, EngineSetting
-from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.stage.spec import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import bundle_keys, check_bundle
+from batchllm_operators.work.results import encoded_part
 
 THREADS_PER_ENGINE = 2
 """One that feeds the engine and one whose last requests it finishes."""

@@ -16,8 +16,9 @@ import orjson
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.records import Manifest
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 
 IN_PROGRESS_FILE = "_in_progress.json"
 ADVICE = "choose another sink.uri, or set sink.mode to overwrite"

@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
-from batchllm_operators.result_parts import read_result_part
 from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import COUNT_COLUMNS, checked_result_part, read_result_part
+from batchllm_operators.work.staged import read_part
 
 Int64s = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 _KEY_DTYPE: np.dtype[np.bytes_] = np.dtype(f"S{REQUEST_KEY_BYTES}")
-_COUNTED = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
 _NO_PART = -1
 
 
@@ -67,8 +67,7 @@ def index_requests(stage: StageSummary, work: Store) -> RequestIndex:
     """Read the keys of all staged rows."""
     keys, rows = [np.zeros(0, _KEY_DTYPE)], [np.zeros(0, np.int64)]
     for part in stage.parts:
-        with work.parquet(part.name) as file:
-            table = file.read(["row_index", "request_key"])
+        table = read_part(work, part, ["row_index", "request_key"])
         staged = table.filter(pc.is_valid(table["request_key"]))
         keys.append(as_keys(staged["request_key"]))
         rows.append(staged["row_index"].to_numpy())
@@ -128,7 +127,7 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
         np.full(len(index), _NO_PART, np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
     )
     for part, name in enumerate(parts):
-        table = read_result_part(work, name, _COUNTED)
+        table = read_result_part(work, name, COUNT_COLUMNS)
         if table is None:
             continue  # where no other part has what it held, the merge says so and fails
         numbers, known = index.numbers(as_keys(table["request_key"]))
@@ -144,8 +143,7 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
             chosen.row[fresh[better]] = rows[first[better]]
             chosen.failed[fresh[better]] = wanted_failed
     for part in chosen.parts:
-        with work.parquet(parts[part]) as file:
-            table = file.read(list(_COUNTED))
+        table = checked_result_part(work, parts[part], COUNT_COLUMNS)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         rows = chosen.taken_from(part, numbers, known)
         _count(chosen, table.take(rows), numbers[rows], index)

@@ -19,11 +19,13 @@ from batchllm_operators.merge.claim import (
     job_of_file,
     refuse_claim_of_another,
 )
-from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, MANIFEST_FILE, WORK_FOLDER, Manifest, OutputLayout
+from batchllm_operators.records import Manifest, OutputLayout
 from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.stage.readers import Source
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+from batchllm_operators.work.job_file import is_work_folder
+from batchllm_operators.work.layout import FORMAT_VERSION, MANIFEST_FILE, WORK_FOLDER
 
 
 def check_sink(
@@ -94,7 +96,7 @@ def read_manifest(sink: Store) -> Manifest | None:
 def work_of_output(sink: Store, manifest: Manifest) -> Store:
     """The work folder of an output: the one inside the sink, to wherever that was moved or copied, else as written."""
     inside = sink.folder(f"{WORK_FOLDER}/{manifest.job_id}")
-    return inside if inside.exists(JOB_FILE) else Store(manifest.work_uri, sink.options)
+    return inside if is_work_folder(inside) else Store(manifest.work_uri, sink.options)
 
 
 def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:

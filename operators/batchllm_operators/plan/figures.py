@@ -13,8 +13,8 @@ from batchllm_operators.plan.forming import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
-from batchllm_operators.plan.writing import bundle_name
 from batchllm_operators.records import BundleInfo, GroupInfo, PlanSummary, SharedPrefix, SharingDegree
+from batchllm_operators.work.bundles import bundle_name
 
 LARGEST_GROUPS = 10
 LARGEST_PREFIXES = 40

@@ -15,9 +15,10 @@ from batchllm_operators.plan.figures import summarise
 from batchllm_operators.plan.forming import GIGABYTE, form_plan
 from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
-from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
+from batchllm_operators.plan.writing import write_bundles
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import delete_plan, write_summary
 
 
 def plan_requests(
@@ -58,7 +59,7 @@ def plan_requests(
     with full_disk_told("plan"), TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
-        done, known = read_results([work]), read_results(earlier, others=True)
+        done, known = read_results([work]), read_results(earlier, only_looks=True)
         plan = form_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchllm_operators.plan.requests import read_results
-from batchllm_operators.records import KEY_TYPE, StageSummary
+from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
-
-READ_ROWS = 65_536
+from batchllm_operators.work.columns import KEY_TYPE
+from batchllm_operators.work.staged import read_part
 
 
 def has_requests_left(work: Store, stage: StageSummary) -> bool:
@@ -33,12 +33,12 @@ def count_requests(work: Store, stage: StageSummary) -> tuple[int, int]:
 
     For who only looks: what is damaged stays where it is.
     """
-    return _distinct_requests(work, stage), len(read_results([work], others=True).keys)
+    return _distinct_requests(work, stage), len(read_results([work], only_looks=True).keys)
 
 
 def _distinct_requests(work: Store, stage: StageSummary) -> int:
     keys: list[pa.Array] = []
     for part in stage.parts:
-        keys += [batch.column(0) for batch in work.scan_parquet(part.name, ["request_key"], READ_ROWS)]
+        keys += read_part(work, part, ["request_key"])["request_key"].chunks
     distinct: int = pc.count_distinct(pa.chunked_array(keys, KEY_TYPE)).as_py()
     return distinct

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import RequestKeys
-from batchllm_operators.records import ESTIMATE_FIELD, STAGED_SCHEMA, Record
+from batchllm_operators.records import Record
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.readers import RowBatch
 from batchllm_operators.stage.rendering import Prompt, PromptRenderer, prompt_renderer
@@ -22,6 +22,7 @@ from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 from batchllm_operators.stage.value_text import NotDataError, value_text
 from batchllm_operators.wording import counted
+from batchllm_operators.work.staged import ESTIMATE_FIELD, STAGED_SCHEMA
 
 
 class StagerSettings(Record):

@@ -17,18 +17,9 @@ from batchllm_operators.execute.model_files import model_versions
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.plan.spec import FieldOrderChoice
-from batchllm_operators.records import (
-    STAGED_FOLDER,
-    STAGED_SUMMARY,
-    FieldSharing,
-    InputObject,
-    StagedPart,
-    StageSummary,
-    output_fields,
-)
+from batchllm_operators.records import FieldSharing, InputObject, StagedPart, StageSummary
 from batchllm_operators.row_errors import ErrorExamples
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
-from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
@@ -38,6 +29,8 @@ from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, 
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import output_fields
+from batchllm_operators.work.staged import finished_staging, write_part, write_summary
 
 LEFT_OUT_EXAMPLES = 10
 PART_ROWS = 20_000
@@ -147,7 +140,7 @@ def stage_rows(
         field_sharing=sharing,
         seconds=round(time.monotonic() - started, 3),
     )
-    work.write_bytes(STAGED_SUMMARY, summary.model_dump_json(indent=2).encode())
+    write_summary(work, summary)
     return summary
 
 
@@ -228,8 +221,6 @@ class _PartWriter:
     def flush(self) -> None:
         if not self._tables:
             return
-        name = f"{STAGED_FOLDER}/part-{len(self.parts):05d}.parquet"
-        digest = self._work.write_table(name, pa.concat_tables(self._tables).combine_chunks())
-        first_row = self.rows - self._waiting_rows
-        self.parts.append(StagedPart(name=name, first_row=first_row, rows=self._waiting_rows, digest=digest))
+        table = pa.concat_tables(self._tables).combine_chunks()
+        self.parts.append(write_part(self._work, len(self.parts), table, self.rows - self._waiting_rows))
         self._tables, self._waiting_rows, self._waiting_tokens = [], 0, 0
