@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
@@ -101,7 +101,7 @@ def examine(folder: str) -> dict[str, Any]:
     position = np.empty(len(order.rows), dtype=np.int64)
     position[order.rows] = np.arange(len(order.rows))
 
-    def saving(rows: npt.NDArray[np.int64]) -> float:
+    def saving(rows: Int64s) -> float:
         found = simulate_cache(position[rows], numbers, usable, capacity_blocks=capacity)
         computed = int(lengths[position[rows]].sum(dtype=np.int64)) - block * int(found.sum(dtype=np.int64))
         return round(1 - computed / requests.row_tokens, 6)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchllm_flows.html_report.step_trace import Floats, StepTrace
+from batchllm_flows.html_report.step_trace import StepTrace
 from batchllm_flows.report import ExecutedPlan, JobReport
+from batchllm_operators.columns.arrays import Floats
 from batchllm_operators.plan.plots import forest_plot, sharing_plot
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.svg import FIRST, GRID, INK, MUTED, PALE, SECOND, bar_axes, draw, short

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Floats
 from batchllm_operators.store import Store
 from batchllm_operators.work.traces import read_steps
 
@@ -17,9 +17,6 @@ SHORTEST_POINT_SECONDS = 1 / 64
 _TOKENS = ("prefill_tokens", "decode_tokens")
 _REQUESTS = ("running", "waiting")
 _COLUMNS = ("time_s", "step_seconds", *_TOKENS, *_REQUESTS, "kv_tokens_used", "kv_tokens_capacity", "preempted")
-
-Floats = npt.NDArray[np.float64]
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

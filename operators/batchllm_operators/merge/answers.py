@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.requests import ChosenResults, Int64s, RequestIndex, as_keys
+from batchllm_operators.merge.requests import ChosenResults, RequestIndex, as_keys
 from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
 from batchllm_operators.work.results import OUTPUT_FIELDS, checked_result_part

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
     ChosenResults,
-    Int64s,
     RequestIndex,
     choose_results,
     index_requests,

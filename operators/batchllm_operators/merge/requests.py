@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.arrays import Bools, Int32s, Int64s
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
 from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
@@ -20,7 +21,6 @@ from batchllm_operators.store import Store
 from batchllm_operators.work.results import COUNT_COLUMNS, checked_result_part, read_result_part
 from batchllm_operators.work.staged import read_part
 
-Int64s = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 _KEY_DTYPE: np.dtype[np.bytes_] = np.dtype(f"S{REQUEST_KEY_BYTES}")
 _NO_PART = -1
@@ -48,7 +48,7 @@ class RequestIndex:
         """Rows of each request."""
         return np.diff(self.starts)
 
-    def numbers(self, keys: Keys) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+    def numbers(self, keys: Keys) -> tuple[Int64s, Bools]:
         """Number of the request of each key, and whether there is one (numbers elsewhere mean nothing)."""
         if not len(self):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), np.bool_)
@@ -89,9 +89,9 @@ class ChosenResults:
         error_examples: (kind of error, request number, message) of the first few.
     """
 
-    part: npt.NDArray[np.int32]
+    part: Int32s
     row: Int64s
-    failed: npt.NDArray[np.bool_]
+    failed: Bools
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -109,7 +109,7 @@ class ChosenResults:
         parts: list[int] = np.unique(self.part[self.part != _NO_PART]).tolist()
         return parts
 
-    def taken_from(self, part: int, numbers: Int64s, known: npt.NDArray[np.bool_]) -> Int64s:
+    def taken_from(self, part: int, numbers: Int64s, known: Bools) -> Int64s:
         """Rows of a result part that are the copies taken."""
         rows = np.arange(len(numbers))
         return np.flatnonzero(known & (self.part[numbers] == part) & (self.row[numbers] == rows))

@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
+from batchllm_operators.columns.arrays import Floats, Int32s, Int64s
 from batchllm_operators.execute.devices import gpus_of_machine
-from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
 from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import Record
 

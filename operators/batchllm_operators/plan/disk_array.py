@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchllm_operators.plan.arrays import Int32s, Int64s
+from batchllm_operators.columns.arrays import Int32s, Int64s
 from batchllm_operators.plan.compiled import compiled
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cost import usd_of
 from batchllm_operators.plan.forming import Plan, Sharing
@@ -92,7 +93,7 @@ def summarise(
     )
 
 
-def _per_bundle(values: npt.NDArray[Number], offsets: npt.NDArray[np.int64]) -> npt.NDArray[Number]:
+def _per_bundle(values: npt.NDArray[Number], offsets: Int64s) -> npt.NDArray[Number]:
     if len(offsets) < 2:
         return values[:0]
     sums: npt.NDArray[Number] = np.add.reduceat(values, offsets[:-1])
@@ -154,7 +155,7 @@ def _sharing_degrees(plan: Plan) -> tuple[SharingDegree, ...]:
     )
 
 
-def _groups(plan: Plan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _groups(plan: Plan) -> tuple[Int64s, Int64s, Int64s]:
     """Requests, prefix tokens and saved tokens of each group."""
     size = np.bincount(plan.group)
     prefix = np.zeros(len(size), dtype=np.int64)

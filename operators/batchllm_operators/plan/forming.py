@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.bundles import pack_bundles
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int32s
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.keys import RequestKeys
@@ -126,7 +125,7 @@ class RowStager:
         message = f"the prompt has {tokens} and max_model_len is {limit}: no room for a completion"
         return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
-    def _request(self, tokens: npt.NDArray[np.int32], sampled: SampledRow, row_index: int) -> dict[str, Any]:
+    def _request(self, tokens: Int32s, sampled: SampledRow, row_index: int) -> dict[str, Any]:
         wanted, estimate = sampled.parameters, sampled.expected_output_tokens
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int8s
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.plan.arrays import Int8s
 from batchllm_operators.records import InputObject
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.input_objects import FoundInput
