@@ -225,31 +225,31 @@ def build_report(
         version=__version__,
         started=started,
         already_complete=False,
-        rows_in=plan.rows,
+        rows_in=plan.counts.rows,
         rows_out=manifest.rows,
         rows_error=sum(manifest.error_rows.values()),
         error_rows=manifest.error_rows,
-        requests=plan.requests + plan.done_requests,
+        requests=plan.counts.requests + plan.counts.done_requests,
         computed_requests=sum(result.requests for result in results),
         answered_tokens=sum(result.prompt_tokens + result.completion_tokens for result in results),
-        duplicate_rows=plan.duplicate_rows,
+        duplicate_rows=plan.counts.duplicate_rows,
         prompt_tokens=manifest.prompt_tokens,
         computed_prompt_tokens=manifest.computed_prompt_tokens,
         completion_tokens=manifest.completion_tokens,
         saving=saving,
-        optimum_saving=plan.optimum_saving,
+        optimum_saving=plan.saving.optimum,
         forecast=ForecastAgainstFact(
             saving=ExpectedActual(expected=_expected_saving(executed), actual=saving),
             computed_prompt_tokens=ExpectedActual(
-                expected=sum(one.plan.expected_computed_prompt_tokens for one in executed),
+                expected=sum(one.plan.forecast.computed_prompt_tokens for one in executed),
                 actual=sum(_computed(result) for result in results),
             ),
             output_tokens=ExpectedActual(
-                expected=sum(one.plan.expected_output_tokens for one in executed),
+                expected=sum(one.plan.forecast.output_tokens for one in executed),
                 actual=sum(result.completion_tokens for result in results),
             ),
             execute_seconds=ExpectedActual(
-                expected=round(sum(one.plan.expected_seconds for one in executed), 3),
+                expected=round(sum(one.plan.forecast.seconds for one in executed), 3),
                 actual=round(max(seconds.execute - wait_seconds / max(engines, 1), 0.0), 3),
             ),
             usd=None if usd_per_engine_hour is None else _price(executed, usd_per_engine_hour, engines, seconds),
@@ -350,16 +350,16 @@ def _expected_saving(executed: Sequence[ExecutedPlan]) -> float:
     """The saving of the whole job as the plans forecast it: the last one knows the facts of a pilot before it."""
     last = executed[-1].plan
     known = sum(
-        sum(_computed(result) for result in one.results) - one.plan.expected_computed_prompt_tokens
+        sum(_computed(result) for result in one.results) - one.plan.forecast.computed_prompt_tokens
         for one in executed[:-1]
     )
-    return last.expected_saving + known / last.prompt_tokens if last.prompt_tokens else 0.0
+    return last.saving.planned + known / last.counts.prompt_tokens if last.counts.prompt_tokens else 0.0
 
 
 def _price(
     executed: Sequence[ExecutedPlan], usd_per_engine_hour: float, engines: int, seconds: StepSeconds
 ) -> ExpectedActual:
     return ExpectedActual(
-        expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), USD_DECIMALS),
+        expected=round(sum(one.plan.forecast.usd or 0.0 for one in executed), USD_DECIMALS),
         actual=usd_of(engines * seconds.execute, usd_per_engine_hour),
     )

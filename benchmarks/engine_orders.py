@@ -190,4 +190,4 @@ def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int],
                     order.append(row)
                     group = f"{bundle.name}:{one['group_id']}"
                     plan[row] = (group, one["prefix_tokens"], one["expected_output_tokens"])
-    return order, plan, round(staged.prompt_tokens * (1 - summary.optimum_saving))
+    return order, plan, round(staged.prompt_tokens * (1 - summary.saving.optimum))

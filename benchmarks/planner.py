@@ -60,10 +60,10 @@ def plan_run(folder: str) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_gb": round(usage.ru_maxrss / 1e6, 2),
-        "single_level_saving": round(plan.single_level_saving, 6),
-        "multi_level_saving": round(plan.expected_saving, 6),
-        "optimum_saving": round(plan.optimum_saving, 6),
-        "groups": plan.groups,
+        "single_level_saving": round(plan.saving.single_level, 6),
+        "multi_level_saving": round(plan.saving.planned, 6),
+        "optimum_saving": round(plan.saving.optimum, 6),
+        "groups": plan.shape.groups,
         "bundles": len(plan.bundles),
     }
 

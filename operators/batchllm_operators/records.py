@@ -136,13 +136,9 @@ class SharedPrefix(Record):
     """By the tokens of this prefix that its parent does not have."""
 
 
-class PlanSummary(Record):
-    """The plan in figures; `plan/summary.json`, written last.
+class PlanCounts(Record):
+    """Rows, requests and prompt tokens of a job, and what is left of them to compute."""
 
-    Savings are shares of the prompt tokens of all rows that make a request.
-    """
-
-    bundles: tuple[BundleInfo, ...]
     rows: int
     error_rows: dict[str, int] = {}
     """Rows that make no request, by kind of error."""
@@ -153,30 +149,56 @@ class PlanSummary(Record):
     """Rows served by another row's computation."""
     done_requests: int
     """Distinct requests that readable results already answer."""
+    prompt_tokens: int
+    """Of all rows that make a request, duplicates and done ones included."""
+    planned_prompt_tokens: int
+    """Of the distinct requests to compute now."""
+
+
+class PlanSaving(Record):
+    """Shares of the prompt tokens of all rows that make a request."""
+
+    planned: float
+    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
+    optimum: float
+    """Of an ideal cache that never evicts."""
+    single_level: float
+    """When each request shares one prefix at the most."""
+    stock: float | None = None
+    """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
+
+
+class PlanForecast(Record):
+    """What engines are expected to compute and generate, and how long that takes them; loading is left out."""
+
+    computed_prompt_tokens: int
+    output_tokens: int
+    estimate_sources: dict[str, int] = {}
+    """Where the expected output tokens come from: requests by source."""
+    cache_tokens: int = 0
+    """KV capacity of an engine."""
+    rates: str = "hardware default"
+    """Where the rates come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    seconds: float
+    """Until the last engine has finished."""
+    usd: float | None = None
+    """Price of the engines until then."""
+
+
+class PlanShape(Record):
+    """How the requests stand: their groups, what these share, and the order."""
+
     groups: int
     largest_groups: tuple[GroupInfo, ...]
     """The groups that save most."""
     sharing_degrees: tuple[SharingDegree, ...] = ()
     shared_prefixes: tuple[SharedPrefix, ...] = ()
     """The shared prefixes that save most, with all that stand above them."""
-    prompt_tokens: int
-    """Of all rows that make a request, duplicates and done ones included."""
-    planned_prompt_tokens: int
-    """Of the distinct requests to compute now."""
-    expected_computed_prompt_tokens: int
-    expected_output_tokens: int
-    estimate_sources: dict[str, int] = {}
-    """Where the expected output tokens come from: requests by source."""
-    single_level_saving: float
-    """When each request shares one prefix at the most."""
-    expected_saving: float
-    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
-    optimum_saving: float
-    stock_saving: float | None = None
-    """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
     order: str = "decode_first"
-    block_size: int | None = None
-    """Tokens of a KV-cache block; None in plans of earlier versions."""
+    block_size: int
+    """Tokens of a KV-cache block."""
     parted_trees: int = 0
     """Top-level prefixes computed more than once, because the reorder of what is below them is worth more."""
     workers: int = 1
@@ -184,23 +206,24 @@ class PlanSummary(Record):
     """Shared tokens computed again, because groups are split over workers."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
+
+
+class PlanSummary(Record):
+    """The plan in figures; `plan/summary.json`, written last."""
+
+    bundles: tuple[BundleInfo, ...]
     pilot: bool = False
     """Whether this plan holds only a sample, to learn output lengths from."""
-    cache_tokens: int = 0
-    """KV capacity of an engine in the forecast."""
-    rates: str = "hardware default"
-    """Where the rates of the forecast come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
-    expected_prefill_seconds: float = 0.0
-    expected_decode_seconds: float = 0.0
-    expected_seconds: float
-    """Until the last engine has finished."""
-    expected_usd: float | None = None
-    """Price of the engines until then."""
+    counts: PlanCounts
+    saving: PlanSaving
+    forecast: PlanForecast
+    shape: PlanShape
     stage_seconds: float = 0.0
     """What staging took, when it was done."""
+    seconds: float
+    """What planning took."""
     page_uri: str | None = None
     """Where the plan stands as a page with plots; None when none was written."""
-    seconds: float
 
 
 class BundleResult(Record):

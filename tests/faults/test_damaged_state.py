@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "a manifest of an older version": (
         MANIFEST_FILE,
         lambda content: with_field("format_version", 1)(without_field("error_rows")(content)),
-        r"written by another version \(its format is 1, this one's 2\)",
+        r"written by another version \(its format is 1, this one's 3\)",
     ),
 }
 

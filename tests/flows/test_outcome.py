@@ -64,7 +64,7 @@ def test_a_plan_ends_with_a_message_and_its_summary(tmp_path: Path, tiny_llama: 
     write_input(str(tmp_path / "in"), questions())
     state = plan_batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama), return_state=True)
     assert message_of_run(state).startswith("39 requests in 1 bundle, 0 errors, ")
-    assert state.result().requests == 39
+    assert state.result().counts.requests == 39
 
 
 def test_too_many_bad_rows_end_a_run_before_any_engine_is_loaded(tmp_path: Path, tiny_llama: str) -> None:

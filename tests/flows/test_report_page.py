@@ -132,7 +132,7 @@ def test_a_plan_has_the_same_page_without_the_facts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bundles", [0, 1])
 def test_a_run_of_nothing_and_of_one_bundle_has_a_page(bundles: int) -> None:
-    run = executed(a_plan(bundles, prompt_tokens=0 if bundles == 0 else 1000))
+    run = executed(a_plan(bundles, counts__prompt_tokens=0 if bundles == 0 else 1000))
     page = Page(page_of(a_report(run, prompt_tokens=0 if bundles == 0 else 1000), run))
     assert "What is shared" in page.headings
     assert ("was left to plan" in page.text) == (bundles == 0)

@@ -38,7 +38,7 @@ def answer(work: Store, requests: int, *, failed: bool = False) -> None:
 
 def test_a_job_has_requests_left_until_each_distinct_one_is_answered_without_error(work: Store) -> None:
     staged = stage_prompts(work, PROMPTS)
-    assert plan_requests(work, staged, PlanningSpec()).requests == 3
+    assert plan_requests(work, staged, PlanningSpec()).counts.requests == 3
     assert has_requests_left(work, staged)
     answer(work, 2)
     assert has_requests_left(work, staged)

@@ -122,6 +122,9 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
         index: the requests.
         parts: names of the result parts, in the order of preference.
         work: the work folder.
+
+    Raises:
+        DamagedObjectError: a part that was whole at first is damaged when it is read again.
     """
     chosen = ChosenResults(
         np.full(len(index), _NO_PART, np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)

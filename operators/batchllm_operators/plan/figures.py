@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,18 @@ from batchllm_operators.plan.forming import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.plan.spec import CostModel, PlanningSpec
-from batchllm_operators.records import BundleInfo, GroupInfo, PlanSummary, SharedPrefix, SharingDegree
+from batchllm_operators.records import (
+    BundleInfo,
+    GroupInfo,
+    PlanCounts,
+    PlanForecast,
+    PlanSaving,
+    PlanShape,
+    PlanSummary,
+    SharedPrefix,
+    SharingDegree,
+    StageSummary,
+)
 from batchllm_operators.work.bundles import bundle_name
 
 LARGEST_GROUPS = 10
@@ -26,70 +38,94 @@ Number = TypeVar("Number", np.int64, np.float64)
 def summarise(
     plan: Plan,
     requests: RequestColumns,
+    stage: StageSummary,
     planning: PlanningSpec,
     cost: CostModel,
     *,
+    digests: Sequence[str],
+    rates: str,
     workers: int,
     usd_per_worker_hour: float | None = None,
 ) -> PlanSummary:
-    """The figures of a plan; `rows` and `seconds` are left for who knows them.
+    """The figures of a plan; `seconds` is left for who knows it.
 
     Args:
         plan: the plan.
         requests: all distinct requests of the job.
+        stage: what staging found.
         planning: the planning part of the job.
         cost: rates of one engine, as used for the plan.
+        digests: of the bundles.
+        rates: where `cost` comes from.
         workers: engines that will take bundles.
         usd_per_worker_hour: price of one engine; None: not known.
     """
     block = planned_block_size(planning)
-    distinct_tokens = int(requests.prompt_tokens.sum(dtype=np.int64))
-    computed = int(plan.computed_tokens.sum())
-    load = np.zeros(max(workers, 1))
-    np.add.at(load, plan.worker, _per_bundle(plan.prefill_seconds + plan.decode_seconds, plan.offsets))
-    finished = float(load.max())
+    return PlanSummary(
+        bundles=_bundle_infos(plan, requests, digests),
+        pilot=plan.pilot,
+        counts=PlanCounts(
+            rows=stage.rows,
+            error_rows=stage.error_rows,
+            error_examples=stage.error_examples,
+            requests=len(plan.request),
+            duplicate_rows=len(requests.request_of_row) - len(requests.keys),
+            done_requests=plan.done_requests,
+            prompt_tokens=requests.row_tokens,
+            planned_prompt_tokens=int(requests.prompt_tokens[plan.request].sum(dtype=np.int64)),
+        ),
+        saving=_saving(plan, requests, block),
+        forecast=_forecast(plan, cost, rates, workers, usd_per_worker_hour),
+        shape=PlanShape(
+            groups=int(plan.group.max(initial=-1)) + 1,
+            largest_groups=_largest_groups(plan),
+            sharing_degrees=_sharing_degrees(plan),
+            shared_prefixes=_shared_prefixes(plan.planned, block),
+            order=planning.order,
+            block_size=block,
+            parted_trees=plan.parted_trees,
+            workers=workers,
+            split_prefix_tokens=(
+                0 if planning.order == "input" else int(plan.computed_tokens.sum()) - plan.planned.optimum_tokens
+            ),
+            field_sharing=stage.field_sharing,
+        ),
+        stage_seconds=stage.seconds,
+        seconds=0.0,
+    )
 
+
+def _saving(plan: Plan, requests: RequestColumns, block_size: int) -> PlanSaving:
     def saving(computed_tokens: int) -> float:
         return 1 - computed_tokens / requests.row_tokens if requests.row_tokens else 0.0
 
+    distinct_tokens = int(requests.prompt_tokens.sum(dtype=np.int64))
     optimum = saving(plan.whole.optimum_tokens)
-    return PlanSummary(
-        bundles=_bundle_infos(plan, requests),
-        rows=len(requests.request_of_row),
-        requests=len(plan.request),
-        duplicate_rows=len(requests.request_of_row) - len(requests.keys),
-        done_requests=plan.done_requests,
-        groups=int(plan.group.max(initial=-1)) + 1,
-        largest_groups=_largest_groups(plan),
-        sharing_degrees=_sharing_degrees(plan),
-        shared_prefixes=_shared_prefixes(plan.planned, block),
-        prompt_tokens=requests.row_tokens,
-        planned_prompt_tokens=int(requests.prompt_tokens[plan.request].sum(dtype=np.int64)),
-        expected_computed_prompt_tokens=computed,
-        expected_output_tokens=int(plan.output_tokens.sum(dtype=np.int64)),
+    return PlanSaving(
+        planned=optimum if plan.pilot else saving(int(plan.computed_tokens.sum()) + plan.done_computed_tokens),
+        optimum=optimum,
+        single_level=saving(distinct_tokens - plan.whole.first_level.saved_blocks * block_size),
+        stock=None if plan.stock_computed_tokens is None else saving(plan.stock_computed_tokens),
+    )
+
+
+def _forecast(plan: Plan, cost: CostModel, rates: str, workers: int, usd_per_worker_hour: float | None) -> PlanForecast:
+    load = np.zeros(max(workers, 1))
+    np.add.at(load, plan.worker, _per_bundle(plan.prefill_seconds + plan.decode_seconds, plan.offsets))
+    finished = float(load.max())
+    of_source = np.bincount(plan.estimate_source, minlength=len(EstimateSource))
+    return PlanForecast(
+        computed_prompt_tokens=int(plan.computed_tokens.sum()),
+        output_tokens=int(plan.output_tokens.sum(dtype=np.int64)),
         estimate_sources={
-            source.name.lower(): int(count)
-            for source, count in zip(
-                EstimateSource, np.bincount(plan.estimate_source, minlength=len(EstimateSource)), strict=True
-            )
-            if count
+            source.name.lower(): int(count) for source, count in zip(EstimateSource, of_source, strict=True) if count
         },
-        single_level_saving=saving(distinct_tokens - plan.whole.first_level.saved_blocks * block),
-        expected_saving=optimum if plan.pilot else saving(computed + plan.done_computed_tokens),
-        optimum_saving=optimum,
-        stock_saving=None if plan.stock_computed_tokens is None else saving(plan.stock_computed_tokens),
-        order=planning.order,
-        block_size=block,
-        parted_trees=plan.parted_trees,
-        workers=workers,
-        split_prefix_tokens=0 if planning.order == "input" else computed - plan.planned.optimum_tokens,
-        pilot=plan.pilot,
         cache_tokens=cost.kv_capacity_tokens,
-        expected_prefill_seconds=round(float(plan.prefill_seconds.sum()), 3),
-        expected_decode_seconds=round(float(plan.decode_seconds.sum()), 3),
-        expected_seconds=round(finished, 3),
-        expected_usd=None if usd_per_worker_hour is None else usd_of(workers * finished, usd_per_worker_hour),
-        seconds=0.0,
+        rates=rates,
+        prefill_seconds=round(float(plan.prefill_seconds.sum()), 3),
+        decode_seconds=round(float(plan.decode_seconds.sum()), 3),
+        seconds=round(finished, 3),
+        usd=None if usd_per_worker_hour is None else usd_of(workers * finished, usd_per_worker_hour),
     )
 
 
@@ -100,7 +136,7 @@ def _per_bundle(values: npt.NDArray[Number], offsets: Int64s) -> npt.NDArray[Num
     return sums
 
 
-def _bundle_infos(plan: Plan, requests: RequestColumns) -> tuple[BundleInfo, ...]:
+def _bundle_infos(plan: Plan, requests: RequestColumns, digests: Sequence[str]) -> tuple[BundleInfo, ...]:
     prompt = _per_bundle(requests.prompt_tokens[plan.request].astype(np.int64), plan.offsets)
     computed = _per_bundle(plan.computed_tokens, plan.offsets)
     output = _per_bundle(plan.output_tokens.astype(np.int64), plan.offsets)
@@ -115,8 +151,9 @@ def _bundle_infos(plan: Plan, requests: RequestColumns) -> tuple[BundleInfo, ...
             expected_computed_prompt_tokens=int(computed[number]),
             expected_output_tokens=int(output[number]),
             expected_seconds=round(float(seconds[number]), 3),
+            digest=digest,
         )
-        for number in range(len(plan.worker))
+        for number, digest in enumerate(digests)
     )
 
 

@@ -63,21 +63,17 @@ def plan_requests(
         plan = form_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)
-    summary = summarise(plan, requests, planning, cost, workers=workers, usd_per_worker_hour=usd_per_worker_hour)
-    summary = summary.model_copy(
-        update={
-            "bundles": tuple(
-                bundle.model_copy(update={"digest": digest})
-                for bundle, digest in zip(summary.bundles, digests, strict=True)
-            ),
-            "rows": stage.rows,
-            "error_rows": stage.error_rows,
-            "error_examples": stage.error_examples,
-            "rates": rates_source(planning.cost, calibrated),
-            "field_sharing": stage.field_sharing,
-            "stage_seconds": stage.seconds,
-            "seconds": round(time.monotonic() - started, 3),
-        }
+    summary = summarise(
+        plan,
+        requests,
+        stage,
+        planning,
+        cost,
+        digests=digests,
+        rates=rates_source(planning.cost, calibrated),
+        workers=workers,
+        usd_per_worker_hour=usd_per_worker_hour,
     )
+    summary = summary.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     write_summary(work, summary)
     return summary

@@ -60,8 +60,8 @@ def plan_staged(
         pilot=pilot,
     )
     log(
-        f"planned {counted(summary.requests, 'request')} in {counted(summary.groups, 'group')} and "
+        f"planned {counted(summary.counts.requests, 'request')} in {counted(summary.shape.groups, 'group')} and "
         f"{counted(len(summary.bundles), 'bundle')}: "
-        f"saving {summary.expected_saving:.1%} of prompt tokens, possible {summary.optimum_saving:.1%}"
+        f"saving {summary.saving.planned:.1%} of prompt tokens, possible {summary.saving.optimum:.1%}"
     )
     return summary

@@ -26,7 +26,7 @@ A summary is written behind the objects it lists: without it they do not count. 
 
 from __future__ import annotations
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
 of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
 
