@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine_options import check_engine_arguments
+from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits
@@ -101,7 +101,7 @@ def _tokenizer(settings: StagerSettings) -> str:
 def _sink(job: BatchJob, source: Source) -> str:
     sink = job.sink_store()
     identity = job.job_id(source.objects)
-    refuse_overlap(source, sink, job.work_store(identity))
+    refuse_overlap(source, sink, job.work_store(identity), sink_format=job.sink.format)
     complete = check_sink(sink, job.sink.mode, identity, job.sink.layout)
     if complete is not None:
         return f"{sink.uri} holds this job's complete output: a run computes nothing"

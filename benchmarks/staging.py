@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import open_source
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import ChatPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.stage.tokenizer_pool import available_cores

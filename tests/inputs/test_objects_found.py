@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import open_source
 from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
 from tests.inputs.conftest import Carry

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import (
@@ -27,7 +28,6 @@ from batchllm_operators.records import (
     StagedPart,
     StageSummary,
 )
-from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.sink import refuse_overlap
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
 

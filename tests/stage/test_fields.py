@@ -211,7 +211,7 @@ def test_reading_the_fields_keeps_no_text(tmp_path: Path) -> None:
         script = (
             "import resource, sys\n"
             "from batchllm_operators.stage.field_scan import scan_fields\n"
-            "from batchllm_operators.stage.readers import open_source\n"
+            "from batchllm_operators.formats import open_source\n"
             "from batchllm_operators.stage.spec import SourceSpec\n"
             "source = open_source(SourceSpec(uri=sys.argv[1], format='parquet'))\n"
             "order = scan_fields(source, ['text', 'other'], lambda rows: None)\n"

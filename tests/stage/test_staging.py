@@ -17,10 +17,10 @@ import pytest
 
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import open_source
 from batchllm_operators.records import STAGED_SCHEMA, STAGED_SUMMARY
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import PART_ROWS, stage_rows
 from batchllm_operators.store import Store
@@ -109,7 +109,7 @@ def test_memory_is_bounded_by_the_batches_not_by_the_dataset(tiny_llama: str, tm
         script = (
             "import resource, sys\n"
             "from batchllm_operators.execute.spec import ModelSpec\n"
-            "from batchllm_operators.stage.readers import open_source\n"
+            "from batchllm_operators.formats import open_source\n"
             "from batchllm_operators.stage.spec import SamplingSpec, SourceSpec, TemplatePrompt\n"
             "from batchllm_operators.stage.staging import stage_rows\n"
             "from batchllm_operators.store import Store\n"

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
@@ -38,7 +39,6 @@ from batchllm_operators.records import (
 )
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
@@ -83,7 +83,7 @@ def merge_results(
         LostClaimError: another run has claimed the sink meanwhile.
         TransientError: the store does not answer.
     """
-    refuse_overlap(source, sink, work)
+    refuse_overlap(source, sink, work, sink_format=sink_spec.format)
     complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
     if complete is not None and not rewrite:
         return complete

@@ -11,6 +11,8 @@ import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source, format_named
+from batchllm_operators.formats.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.merge.claim import (
     ADVICE,
     IN_PROGRESS_FILE,
@@ -20,8 +22,6 @@ from batchllm_operators.merge.claim import (
     refuse_claim_of_another,
 )
 from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, MANIFEST_FILE, WORK_FOLDER, Manifest, OutputLayout
-from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
-from batchllm_operators.stage.readers import Source
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 
@@ -109,26 +109,28 @@ def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
     return faults
 
 
-def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
+def refuse_overlap(source: Source, sink: Store, work: Store, *, sink_format: str = "parquet") -> None:
     """Refuse places where output could be taken for input, or input for output.
 
     Args:
         source: the input.
         sink: the folder of the output.
         work: the work folder.
+        sink_format: of the files in the sink; those that are built in are looked for whatever it is.
 
     Raises:
         TerminalError: the sink or the work folder is where the source's URI looks for input, or input lies at or below
             the sink. Names that begin with `_` or `.` do not count: they are never input, nor output.
     """
     spec = source.spec
+    endings = {format_named(name).suffixes[0] for name in ("parquet", "jsonl", sink_format)}
     for uri in source.object_uris():
         inside = Store(uri, spec.storage).path_from(sink)
         if inside is not None and not is_hidden(inside):
             where = "the folder holds" if "/" not in inside else "a folder below it holds"
             raise TerminalError(f"sink.uri: {where} input of this job; choose another", uri=uri)
     for field, folder in (("sink.uri", sink), ("execution.work_uri", work)):
-        if takes_objects_of(spec.uri, spec.storage, folder):
+        if takes_objects_of(spec.uri, spec.storage, folder, endings):
             raise TerminalError(
                 f"{field}: what is written there would be input of the next run, by source.uri {spec.uri!r};"
                 " choose a folder elsewhere",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from batchllm_operators.format_names import SinkFormat
 from batchllm_operators.records import OutputLayout
 from batchllm_operators.spec import SpecModel, StorageOptions
 
@@ -14,7 +15,7 @@ class SinkSpec(SpecModel):
     """Where the answers go."""
 
     uri: str = Field(min_length=1, description="folder of the output, e.g. s3://bucket/out/; or a local path")
-    format: Literal["parquet", "jsonl"] = "parquet"
+    format: SinkFormat = "parquet"
     rows_per_file: int = Field(default=100_000, ge=1, description="rows of one output file")
     mode: Literal["error", "overwrite"] = Field(
         default="error", description="what to do when the folder holds another job's output"

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import RowBatch
 from batchllm_operators.keys import RequestKeys
 from batchllm_operators.records import ESTIMATE_FIELD, STAGED_SCHEMA, Record
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
-from batchllm_operators.stage.readers import RowBatch
 from batchllm_operators.stage.rendering import Prompt, PromptRenderer, prompt_renderer
 from batchllm_operators.stage.sampling import RowSampling, SampledRow
 from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, TokensPrompt

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pyarrow as pa
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from batchllm_operators.format_names import SourceFormat
 from batchllm_operators.spec import SpecModel, StorageOptions
 from batchllm_operators.stage.type_names import type_named
 
@@ -27,7 +28,7 @@ class SourceSpec(SpecModel):
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     uri: str = Field(min_length=1, description="object, prefix or glob, e.g. s3://bucket/in/*.parquet; or a local path")
-    format: Literal["parquet", "jsonl"] = Field(description="parquet, or one JSON object a line")
+    format: SourceFormat = Field(description="parquet, or one JSON object a line")
     id_column: str | None = Field(default=None, description="column that names a row in errors; default: row index")
     columns: list[str] | None = Field(
         default=None, description="input columns carried to the sink; default: all; an empty list: none"

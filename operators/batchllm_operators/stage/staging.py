@@ -15,6 +15,7 @@ from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.model_files import model_versions
 from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import RowBatch, Source
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import (
@@ -32,7 +33,6 @@ from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, SamplingSpec, TemplatePrompt
 from batchllm_operators.stage.tokenizer_pool import staged_tables
@@ -110,7 +110,7 @@ def stage_rows(
         limits=model_limits(model),
         id_column=source.spec.id_column,
         source_columns=tuple(source.columns) if source.has_columns else None,
-        unites_keys=source.spec.format == "parquet",
+        unites_keys=source.unites_keys,
     )
     needed = settings.columns()
     for field_name, columns in needed.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 
 from fsspec.utils import glob_translate
 
@@ -17,9 +18,6 @@ from batchllm_operators.wording import first_of
 _GLOB_MARKS = frozenset("*?[")
 _NO_DATA_SUFFIXES = (".crc", ".md5", ".sha256")
 
-Verdicts: TypeAlias = dict[InputObject, TerminalError | None]
-"""Version of an object -> why it is not of the source's format; None where it is."""
-
 
 @dataclass(frozen=True)
 class FoundInput:
@@ -29,15 +27,15 @@ class FoundInput:
         store: the folder that the paths are relative to.
         objects: sorted by path, with what tells one version of an object from another.
         left_out: objects below the folder that may be data and are not taken, each with the reason.
+        again: looks for them anew.
         is_listed: whether a folder was listed; an object or a glob is what the user spelled out.
-        verdicts: on the objects that were looked into because their names leave open what they hold.
     """
 
     store: Store
     objects: tuple[InputObject, ...]
+    again: Callable[[], FoundInput]
     left_out: tuple[str, ...] = ()
     is_listed: bool = False
-    verdicts: Verdicts = field(default_factory=dict)
 
 
 def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> FoundInput:
@@ -55,12 +53,13 @@ def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> 
     Raises:
         TerminalError: nothing matches, no such bucket, access denied.
     """
+    again = partial(find_input, uri, options, suffixes)
     folder, _, name = Store(uri, options).uri.rpartition("/")
     if folder and not folder.endswith("/"):  # else the URI is a bucket or the root of the disk
         parent = Store(folder, options)
         single = parent.object(name)
         if single is not None:
-            return FoundInput(parent, (single,))
+            return FoundInput(parent, (single,), again)
     folder, pattern = _split_at_glob(uri, options)
     store = Store(folder, options)
     objects = store.objects(pattern)
@@ -73,22 +72,23 @@ def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> 
     if not objects:
         raise TerminalError(f"source.uri: no object matches{_expected(pattern, suffixes, others)}", uri=uri)
     left_out = tuple(f"{one.path} (unknown ending)" for one in others)
-    return FoundInput(store, tuple(objects), left_out, is_listed=not pattern)
+    return FoundInput(store, tuple(objects), again, left_out, is_listed=not pattern)
 
 
-def takes_objects_of(uri: str, options: StorageOptions, folder: Store) -> bool:
+def takes_objects_of(uri: str, options: StorageOptions, folder: Store, suffixes: Collection[str]) -> bool:
     """Whether objects that were written to a folder would count as input of a source URI.
 
     Args:
         uri: of the source.
         options: how to reach it.
-        folder: where objects of any of our formats would be written.
+        folder: where objects would be written.
+        suffixes: endings of their names.
     """
     base, pattern = _split_at_glob(uri, options)
     inside = folder.path_from(Store(base, options))
     if inside is None:
         return False
-    names = [f"{inside}/part-00000{suffix}".lstrip("/") for suffix in (".parquet", ".jsonl")]
+    names = [f"{inside}/part-00000{suffix}".lstrip("/") for suffix in suffixes]
     if not is_hidden(pattern):
         names = [name for name in names if not is_hidden(name)]
     return any(not pattern or re.fullmatch(glob_translate(pattern), name) for name in names)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.plan.arrays import Int8s
+from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.records import InputObject
 from batchllm_operators.stage.arrow_values import python_rows
-from batchllm_operators.stage.input_objects import FoundInput
-from batchllm_operators.stage.source_objects import source_objects
 from batchllm_operators.stage.spec import SourceSpec
 
 BATCH_ROWS = 1024
@@ -40,7 +40,7 @@ class RowBatch:
     rows: pa.Table | list[dict[str, Any]]
     schema: pa.Schema
     faults: dict[int, RowError] = field(default_factory=dict)
-    field_order: Int8s | None = None
+    field_order: npt.NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,10 +82,13 @@ class Source(ABC):
         objects: fingerprint of the input.
         left_out: objects beside them that look like data and are not read, each with the reason.
         has_columns: whether `columns` is known; not so for JSONL without one readable row so far.
+        unites_keys: whether a struct has the keys of all rows, null where a row has none, as in Arrow; in JSON each
+            object has its own.
         rows: number of rows; None where only reading them tells (JSONL).
     """
 
     has_columns = True
+    unites_keys = True
     rows: int | None = None
 
     def __init__(self, spec: SourceSpec, found: FoundInput) -> None:
@@ -93,11 +96,11 @@ class Source(ABC):
         self.store = found.store
         self.objects = list(found.objects)
         self.left_out = found.left_out
-        self._verdicts = found.verdicts
+        self._find_again = found.again
 
     def look_again(self) -> list[InputObject]:
         """What `objects` would be if the source were opened now."""
-        return list(source_objects(self.spec, self._verdicts).objects)
+        return list(self._find_again().objects)
 
     def object_uris(self) -> list[str]:
         """URIs of the input objects."""

@@ -11,7 +11,7 @@ from typing import IO, Any
 import orjson
 
 from batchllm_operators.errors import RowError, RowErrorCode
-from batchllm_operators.stage.object_content import json_chunks
+from batchllm_operators.formats.json_content import json_chunks
 
 EMPTY_OBJECT = b"{}"
 _MOST_DEPTH = 200  # deeper values are of no use, and break what walks through them

@@ -10,11 +10,11 @@ import orjson
 import pyarrow as pa
 
 from batchllm_operators.errors import RowError, RowErrorCode
+from batchllm_operators.formats.input_objects import FoundInput
+from batchllm_operators.formats.json_lines import JsonLine, member_texts, read_json_lines
+from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
 from batchllm_operators.stage.arrow_values import python_rows
-from batchllm_operators.stage.input_objects import FoundInput
-from batchllm_operators.stage.json_lines import JsonLine, member_texts, read_json_lines
 from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
-from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
 from batchllm_operators.stage.spec import SourceSpec
 
 
@@ -24,6 +24,8 @@ class JsonlSource(Source):
     A line that does not decode is a row with a fault, and so is one with a value that is not of the type that
     `source.schema` names. The types of other columns are those of `json_schema`.
     """
+
+    unites_keys = False
 
     def __init__(self, spec: SourceSpec, found: FoundInput) -> None:
         super().__init__(spec, found)

@@ -14,34 +14,15 @@ import orjson
 import pyarrow as pa
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats.content import COMPRESSIONS, foreign_content, is_markup
 
 _CHUNK_BYTES = 4 << 20
 _SNIFFED_BYTES = 64 << 10  # enough to tell lines from one document
 _HEAD_BYTES = 16
-_COMPRESSIONS = {
-    ".gz": ("gzip", b"\x1f\x8b"),
-    ".bz2": ("bzip2", b"BZh"),
-    ".zst": ("zstd", b"\x28\xb5\x2f\xfd"),
-    ".lz4": ("lz4", b"\x04\x22\x4d\x18"),
-    ".xz": ("xz", b"\xfd7zXZ\x00"),
-}
-COMPRESSED_SUFFIXES = tuple(_COMPRESSIONS)
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
-JSON_LINES_SUFFIXES = tuple(
-    f"{name}{ending}" for name in (".jsonl", ".ndjson", ".jsonlines") for ending in ("", *COMPRESSED_SUFFIXES)
-)
-MAYBE_JSON_LINES_SUFFIXES = tuple(f".json{ending}" for ending in ("", *COMPRESSED_SUFFIXES))
-"""Endings of objects that may as well hold one JSON document."""
-_PARQUET = b"PAR1"
-_OTHER_FORMATS = {
-    _PARQUET: "a Parquet object: set source.format to parquet",
-    b"ORC": "an ORC object: convert it to Parquet or JSON Lines",
-    b"Obj\x01": "an Avro object: convert it to Parquet or JSON Lines",
-    b"ARROW1": "an Arrow object: convert it to Parquet or JSON Lines",
-    b"PK\x03\x04": "a ZIP archive: unpack it",
-    b"\xff\x06\x00\x00sNaPpY": "data in Snappy's frames: compress it with gzip or zstd instead",
-    b"\x1f\x9d": "data of compress(1): compress it with gzip or zstd instead",
-}
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+DOUBTFUL_SUFFIX = ".json"
+"""Ending of objects that may as well hold one JSON document, such as settings."""
+_PLAIN_SUFFIXES = (*JSON_LINES_SUFFIXES, DOUBTFUL_SUFFIX)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\x00", b"\x00{", b"[\x00", b"\x00[", b"\x00\x00\x00{")
 _DAMAGES = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
@@ -76,32 +57,19 @@ def refuse_other_than_json_lines(file: IO[bytes], name: str) -> None:
     _refuse_other_content(first, name)
 
 
-def other_than_parquet(head: bytes) -> str | None:
-    """What an object that is no Parquet seems to be, by its first bytes, and what to do; None where nothing tells."""
-    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if text.startswith((b"{", b"[")):
-        return "JSON text: set source.format to jsonl"
-    if text.startswith(b"<"):
-        return "HTML or XML (an error page?)"
-    for kind, magic in _COMPRESSIONS.values():
-        if head.startswith(magic):
-            return f"{kind} data: Parquet objects are compressed within, unpack it"
-    return next((what for magic, what in _OTHER_FORMATS.items() if head.startswith(magic) and magic != _PARQUET), None)
-
-
 def _compression(head: bytes, name: str) -> str | None:
     """How the object is compressed, by its first bytes and its name."""
-    ending = next((suffix for suffix in COMPRESSED_SUFFIXES if name.lower().endswith(suffix)), None)
-    found = next((suffix for suffix, (_, magic) in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    ending = next((suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix)), None)
+    found = next((suffix for suffix, (_, magic) in COMPRESSIONS.items() if head.startswith(magic)), None)
     if ending is not None and found != ending:
-        said = _COMPRESSIONS[ending][0]
+        said = COMPRESSIONS[ending][0]
         if found is not None:
-            raise _not_what_it_says(name, f"{_COMPRESSIONS[found][0]} data, and its name says {said}: rename it")
+            raise _not_what_it_says(name, f"{COMPRESSIONS[found][0]} data, and its name says {said}: rename it")
         if head.lstrip().startswith((b"{", b"[", codecs.BOM_UTF8)):
             raise _not_what_it_says(name, f"plain text, and its name says {said}: rename it without {ending}")
         return ending if head else None
-    if ending is None and found is not None and name.lower().endswith(_JSON_SUFFIXES):
-        kind = _COMPRESSIONS[found][0]
+    if ending is None and found is not None and name.lower().endswith(_PLAIN_SUFFIXES):
+        kind = COMPRESSIONS[found][0]
         raise _not_what_it_says(name, f"{kind} data, and its name does not say so: rename it to end in {found}")
     return found
 
@@ -139,15 +107,15 @@ def _reader(file: IO[bytes], ending: str | None) -> Any:
 
 
 def _damaged(name: str, ending: str | None, error: Exception) -> TerminalError:
-    kind = _COMPRESSIONS[ending][0] if ending is not None else ""
+    kind = COMPRESSIONS[ending][0] if ending is not None else ""
     return TerminalError(f"source: object {name} is damaged {kind} data: {error}")
 
 
 def _refuse_other_content(first: bytes, name: str) -> None:
     """Refuse what is no JSON Lines as a whole; one bad line is the fault of its row."""
-    for magic, what in _OTHER_FORMATS.items():
-        if first.startswith(magic):
-            raise _not_what_it_says(name, what)
+    what = foreign_content(first, "jsonl")
+    if what is not None:
+        raise _not_what_it_says(name, what)
     if first.startswith(_UTF16):
         raise _not_what_it_says(name, "text in UTF-16 or UTF-32: convert it to UTF-8")
     lines = [line for line in first.removeprefix(codecs.BOM_UTF8)[:_SNIFFED_BYTES].split(b"\n", 16) if line.strip()]
@@ -160,7 +128,7 @@ def _refuse_other_content(first: bytes, name: str) -> None:
     if begin.startswith(b"{") and second.startswith((b'"', b"}")) and not _is_json(begin):
         what = "JSON printed over several lines, not JSON Lines"
         raise _not_what_it_says(name, f"{what}: {_HOW_TO_MAKE_LINES.format('.')}")
-    if begin.startswith(b"<"):
+    if is_markup(begin):
         raise _not_what_it_says(name, "HTML or XML (an error page?): look at it, and write it again as JSON Lines")
     if second and not begin.startswith((b"{", b"[")) and not second.startswith((b"{", b"[")):
         start = begin[:40].decode(errors="replace")
