@@ -79,7 +79,9 @@ class Registry:
                 f" have entry points in the group {self.group}"
             )
         if len(points) > 1:
-            raise ValueError(f"{self._kind} {name!r}: more than one package brings it: {', '.join(map(_told, points))}")
+            raise ValueError(
+                f"{self._kind} {name!r}: more than one package brings it: {', '.join(sorted(map(_told, points)))}"
+            )
         return self._loaded(points[0])
 
     def in_use(self) -> list[Any]:

@@ -13,6 +13,7 @@ from batchllm_operators.formats.base import FileFormat, Reader, Writer
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source
 from batchllm_operators.formats.source_objects import source_objects
 from batchllm_operators.formats.tables import ColumnarSource, ObjectColumns, ReadRows, TableReader
+from batchllm_operators.stage.arrow_values import json_values
 from batchllm_operators.stage.spec import SourceSpec
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Writer",
     "format_named",
     "format_names",
+    "json_values",
     "open_source",
     "register_format",
     "unregister_format",
