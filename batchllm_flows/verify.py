@@ -38,13 +38,11 @@ from batchllm_operators.records import (
     StageSummary,
 )
 from batchllm_operators.result_parts import checked_result_part
-from batchllm_operators.store import Store
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
 from batchllm_operators.wording import counted
 
 READERS = 8
 """Objects read at a time: reading mostly waits for the disk or the network."""
-
-_READ_ROWS = 65_536
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -223,7 +221,7 @@ def _readable(work: Store, name: str, read: Callable[[str], object]) -> list[Fau
 
 def _scan(work: Store, name: str) -> None:
     schema, _ = work.parquet_schema(name)
-    for _ in work.scan_parquet(name, schema.names, _READ_ROWS):
+    for _ in work.scan_parquet(name, schema.names, NUMBERS_AT_A_TIME):
         pass
 
 

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import pyarrow as pa
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.store import Store
-
-READ_ROWS = 100_000
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
 
 
 def read_traces(work: Store, folder: str, columns: Sequence[str], take: Callable[[pa.RecordBatch], None]) -> list[str]:
@@ -24,7 +22,7 @@ def read_traces(work: Store, folder: str, columns: Sequence[str], take: Callable
     unreadable = []
     for name in work.names(folder):
         try:
-            for batch in work.scan_parquet(name, columns, READ_ROWS):
+            for batch in work.scan_parquet(name, columns, NUMBERS_AT_A_TIME):
                 take(batch)
         except TerminalError as error:
             unreadable.append(str(error))

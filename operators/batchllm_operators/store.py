@@ -35,6 +35,13 @@ from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
 from batchllm_operators.spec import StorageOptions
 from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
 
+ROWS_AT_A_TIME = 1024
+"""Rows with texts or token ids that are read at a time: with tens of kB a row some tens of MB, and enough rows that a
+batch costs little beside them."""
+
+NUMBERS_AT_A_TIME = 65_536
+"""Rows of which only keys and numbers are read at a time: some MB as well, with tens of bytes a row."""
+
 PARQUET_COMPRESSION = "zstd"
 _CHECKED = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 PARTIAL_PREFIX = ".partial-"

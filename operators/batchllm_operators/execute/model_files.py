@@ -54,6 +54,11 @@ def model_versions(model: ModelSpec) -> dict[str, Any]:
     return {use: version for use, version in found.items() if version is not None}
 
 
+def looks_like_path(identity: str) -> bool:
+    """Whether the id of a model can only be meant as a path: ids of the Hugging Face hub are `name` or `owner/name`."""
+    return identity.startswith(("/", ".", "~")) or identity.count("/") > 1
+
+
 def pinned(model: ModelSpec) -> ModelSpec:
     """The model with the commit of a hub id as its revision: all that is loaded of it later is of this very commit.
 

@@ -16,8 +16,11 @@ from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.records import InputObject
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.store import ROWS_AT_A_TIME
 
-BATCH_ROWS = 1024
+BATCH_ROWS = ROWS_AT_A_TIME
+"""Most rows of a batch."""
+
 ROW_JSON = pa.field("row", pa.large_string(), nullable=False)
 """Column of `Source.json_rows`."""
 _NO_COLUMN = pa.field("", pa.null())
