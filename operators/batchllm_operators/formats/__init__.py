@@ -30,6 +30,7 @@ __all__ = [
     "Writer",
     "format_named",
     "format_names",
+    "formats_in_use",
     "json_values",
     "open_source",
     "register_format",
@@ -72,6 +73,11 @@ def format_named(name: str) -> FileFormat:
     except ValueError as error:
         raise TerminalError(str(error)) from error
     return found
+
+
+def formats_in_use() -> list[FileFormat]:
+    """The formats that are built in, and those that were registered in this process or named by a job in it."""
+    return FORMATS.in_use()
 
 
 def open_source(spec: SourceSpec) -> Source:

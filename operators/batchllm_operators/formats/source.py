@@ -81,6 +81,11 @@ _Rows = TypeVar("_Rows", RowBatch, pa.Table)
 class Source(ABC):
     """The rows of all objects that a source URI names, in the order of the objects' paths.
 
+    `batches`, `tables` and `json_rows` give the same rows in the same order, each time they are called: staging reads
+    rows as batches, perhaps twice, and merge reads them again as tables or JSON and puts answers beside them by their
+    number. What is wrong with one row is data (`RowBatch.faults`); what is wrong with an object is a `TerminalError`
+    that names it; where the store does not answer it is a `TransientError`, and the step is tried again.
+
     Attributes:
         objects: fingerprint of the input.
         left_out: objects beside them that look like data and are not read, each with the reason.

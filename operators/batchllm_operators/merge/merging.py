@@ -83,7 +83,7 @@ def merge_results(
         LostClaimError: another run has claimed the sink meanwhile.
         TransientError: the store does not answer.
     """
-    refuse_overlap(source, sink, work, sink_format=sink_spec.format)
+    refuse_overlap(source, sink, work)
     complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
     if complete is not None and not rewrite:
         return complete

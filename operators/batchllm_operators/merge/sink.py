@@ -11,7 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.formats import Source, format_named
+from batchllm_operators.formats import Source, formats_in_use
 from batchllm_operators.formats.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.merge.claim import (
     ADVICE,
@@ -109,21 +109,20 @@ def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
     return faults
 
 
-def refuse_overlap(source: Source, sink: Store, work: Store, *, sink_format: str = "parquet") -> None:
+def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
     """Refuse places where output could be taken for input, or input for output.
 
     Args:
         source: the input.
         sink: the folder of the output.
         work: the work folder.
-        sink_format: of the files in the sink; those that are built in are looked for whatever it is.
 
     Raises:
         TerminalError: the sink or the work folder is where the source's URI looks for input, or input lies at or below
             the sink. Names that begin with `_` or `.` do not count: they are never input, nor output.
     """
     spec = source.spec
-    endings = {format_named(name).suffixes[0] for name in ("parquet", "jsonl", sink_format)}
+    endings = {form.suffixes[0] for form in formats_in_use()}  # of the work folder, and of a sink of any format
     for uri in source.object_uris():
         inside = Store(uri, spec.storage).path_from(sink)
         if inside is not None and not is_hidden(inside):
