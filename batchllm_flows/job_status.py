@@ -18,7 +18,7 @@ from batchllm_operators.records import (
     Record,
     StageSummary,
 )
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted, size_text
 

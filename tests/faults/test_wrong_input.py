@@ -16,7 +16,7 @@ from batchllm_flows.run import open_run
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.records import JOB_FILE, MANIFEST_FILE, STAGED_SUMMARY
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.stage.readers import open_source
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from batchllm_operators.errors import TransientError
 from batchllm_operators.merge.claim import SinkClaim
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import OutputFile, output_fields
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.stage.arrow_values import json_values
 from batchllm_operators.stage.readers import ROW_JSON, Source
 from batchllm_operators.store import Store, parquet_writer

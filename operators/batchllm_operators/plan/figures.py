@@ -7,14 +7,14 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from batchllm_operators.cost import usd_of
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import usd_of
 from batchllm_operators.plan.forming import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.writing import bundle_name
 from batchllm_operators.records import BundleInfo, GroupInfo, PlanSummary, SharedPrefix, SharingDegree
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 
 LARGEST_GROUPS = 10
 LARGEST_PREFIXES = 40

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.cost import forecast
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.bundles import pack_bundles
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
-from batchllm_operators.plan.cost import forecast
 from batchllm_operators.plan.first_level import FirstLevel, choose_first_level
 from batchllm_operators.plan.order import EngineOrder, SortedRequests, order_by_ratio
 from batchllm_operators.plan.output_lengths import OutputEstimates, estimate_output_tokens
 from batchllm_operators.plan.prefix_forest import PrefixForest, build_forest
 from batchllm_operators.plan.prefix_order import PrefixOrder, hit_blocks, sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import RequestColumns, ResultColumns, find_keys
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 
 BYTES_PER_NUMBER = 4
 GIGABYTE = 1_000_000_000

@@ -21,8 +21,8 @@ from typing import Literal
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.first_level import FirstLevel
 from batchllm_operators.plan.parting import trees_to_part
 from batchllm_operators.plan.prefix_forest import PrefixForest

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats
+from batchllm_operators.columns.arrays import Bools, Floats
 from batchllm_operators.plan.first_level import FirstLevel
 from batchllm_operators.plan.prefix_forest import PrefixForest
 

@@ -10,12 +10,12 @@ import orjson
 import pyarrow as pa
 
 from batchllm_operators.errors import RowError, RowErrorCode
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.input_objects import FoundInput
 from batchllm_operators.stage.json_lines import JsonLine, member_texts, read_json_lines
 from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
 from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
-from batchllm_operators.stage.spec import SourceSpec
 
 
 class JsonlSource(Source):

@@ -11,6 +11,7 @@ import orjson
 import pyarrow as pa
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.arrow_values import json_values
 from batchllm_operators.stage.column_types import (
     always_fits,
@@ -24,7 +25,6 @@ from batchllm_operators.stage.column_types import (
 from batchllm_operators.stage.input_objects import FoundInput
 from batchllm_operators.stage.object_content import other_than_parquet
 from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
-from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
 
 Int96Unit = Literal["us", "ns"]

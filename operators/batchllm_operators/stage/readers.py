@@ -6,11 +6,11 @@ Parquet sink, and as JSON texts for a JSON Lines sink.
 
 from __future__ import annotations
 
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.jsonl_source import JsonlSource
 from batchllm_operators.stage.parquet_source import ParquetSource
 from batchllm_operators.stage.source import BATCH_ROWS, ROW_JSON, RowBatch, Source
 from batchllm_operators.stage.source_objects import source_objects
-from batchllm_operators.stage.spec import SourceSpec
 
 __all__ = ["BATCH_ROWS", "ROW_JSON", "RowBatch", "Source", "open_source"]
 

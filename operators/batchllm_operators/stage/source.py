@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int8s
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.plan.arrays import Int8s
 from batchllm_operators.records import InputObject
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.arrow_values import python_rows
 from batchllm_operators.stage.input_objects import FoundInput
 from batchllm_operators.stage.source_objects import source_objects
-from batchllm_operators.stage.spec import SourceSpec
 
 BATCH_ROWS = 1024
 ROW_JSON = pa.field("row", pa.large_string(), nullable=False)

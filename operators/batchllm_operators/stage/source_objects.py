@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import InputObject
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.input_objects import FoundInput, Verdicts, find_input
 from batchllm_operators.stage.object_content import (
     JSON_LINES_SUFFIXES,
     MAYBE_JSON_LINES_SUFFIXES,
     refuse_other_than_json_lines,
 )
-from batchllm_operators.stage.spec import SourceSpec
 from batchllm_operators.store import Store
 
 _PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")

@@ -7,10 +7,10 @@ from itertools import combinations
 
 import numpy as np
 
-from batchllm_operators.execute.devices import gpus_of_machine
-from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.columns.arrays import Floats, Int32s, Int64s
+from batchllm_operators.machine.devices import gpus_of_machine
 from batchllm_operators.records import Record
+from batchllm_operators.specs.planning import CostModel
 
 CPU_DEFAULT = CostModel(
     step_seconds=0.012,

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from batchllm_operators.records import OutputLayout
-from batchllm_operators.spec import SpecModel, StorageOptions
+from batchllm_operators.spec_base import SpecModel, StorageOptions
 
 
 class SinkSpec(SpecModel):

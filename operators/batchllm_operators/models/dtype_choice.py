@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_shape import is_quantised, model_shape, stored_parameters
-from batchllm_operators.execute.processor import Processor
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.machine.processor import Processor
+from batchllm_operators.models.model_shape import is_quantised, model_shape, stored_parameters
+from batchllm_operators.specs.execution import ModelSpec
 
 SLOWER = "5 to 8 times slower than float32"
 """Half precision without instructions for it, as measured on AMD Zen 3; benchmarks/results/cpu_dtype.md has another."""
