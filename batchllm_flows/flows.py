@@ -39,8 +39,8 @@ from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.hardware_rates import default_rates
-from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
+from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import (
     QUARANTINE_FOLDER,
     REPORT_FILE,
