@@ -91,7 +91,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
             self.waiting = GatedQueue(self._may_take)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """vLLM's step; where memory may run out in it, the cheapest request stands last."""
+        """Schedule a step as vLLM does; where memory may run out in it, the cheapest request to preempt stands last."""
         self._admission.new_step()
         self._gate.new_step()
         pool = self.kv_cache_manager.block_pool
@@ -111,7 +111,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         return output
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """As vLLM's; the pin, which would keep the cache from being reset, is released first."""
+        """Reset the cache as vLLM does; the pin, which would keep it from being reset, is released first."""
         self._keeper.release()
         return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
@@ -124,7 +124,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
                 self._step_trace.pause()
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """As vLLM's: whether the head is ready; the gate was not asked about a head that has just become so."""
+        """Whether the head is ready, as vLLM finds; the gate is asked now about a head that has just become ready."""
         was_blocked = self._is_blocked_waiting_status(request.status)
         ready = bool(super()._handle_blocked_waiting_request(request))
         return ready and (not was_blocked or bool(self._unsupported) or self._gate.may_admit(request))
@@ -139,11 +139,11 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
 
 
 class BatchLLMScheduler(GroupScheduling):
-    """For engines with `async_scheduling=False`."""
+    """The scheduler of engines with `async_scheduling=False`."""
 
 
 class AsyncBatchLLMScheduler(GroupScheduling, AsyncScheduler):  # type: ignore[misc]  # mypy does not follow vLLM
-    """For engines with async scheduling."""
+    """The scheduler of engines with async scheduling."""
 
 
 def _why_unsupported(scheduler: Scheduler) -> str | None:

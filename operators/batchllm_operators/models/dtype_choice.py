@@ -1,4 +1,4 @@
-"""In which dtype an engine on a CPU computes: what is fast on this processor, and what fits into its memory."""
+"""Chooses the dtype that an engine on a CPU computes in: one that is fast on this processor, and fits its memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DtypeChoice:
     """The dtype of an engine."""
 
     dtype: str
-    """For vLLM's `EngineArgs`; `auto` leaves it to vLLM."""
+    """The value for vLLM's `EngineArgs`; `auto` leaves the choice to vLLM."""
     reason: str | None = None
     """Who chose it and why, where it was not vLLM."""
     warning: str | None = None
