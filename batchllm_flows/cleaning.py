@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from batchllm_flows.work_folders import OwnedFolder, find_work_folders, read_job_file
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store, StoredObject
 from batchllm_operators.wording import counted, size_text
 

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from batchllm_flows.last_error import LastError, read_last_error
 from batchllm_flows.work_folders import find_work_folders, read_job_file
-from batchllm_operators.plan.remaining import count_requests
+from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.records import (
     PLAN_SUMMARY,
     RESULTS_FOLDER,
@@ -18,7 +18,7 @@ from batchllm_operators.records import (
     Record,
     StageSummary,
 )
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted, size_text
 

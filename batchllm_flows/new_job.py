@@ -13,8 +13,8 @@ from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import Source, format_named, format_names, open_source
 from batchllm_operators.records import OUTPUT_FIELDS
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.source import SourceSpec
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHOWN_COLUMNS = 40

@@ -15,10 +15,10 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
-from batchllm_operators.execute.model_files import pinned
 from batchllm_operators.formats import open_source
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
+from batchllm_operators.models.model_files import pinned
 from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, RESULTS_FOLDER, InputObject
 from batchllm_operators.store import Store

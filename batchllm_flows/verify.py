@@ -18,7 +18,6 @@ from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.formats import format_named
 from batchllm_operators.merge.claim import data_files
 from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import (
     ATTENTION_TRACE_FOLDER,
     JOB_FILE,
@@ -38,6 +37,7 @@ from batchllm_operators.records import (
     StageSummary,
 )
 from batchllm_operators.result_parts import checked_result_part
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
 from batchllm_operators.wording import counted
 

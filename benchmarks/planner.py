@@ -30,13 +30,13 @@ from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import (
     PLAN_SUMMARY,
     STAGED_SUMMARY,
     PlanSummary,
     StageSummary,
 )
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order
 from batchllm_operators.store import Store
 

@@ -32,7 +32,7 @@ from batchllm_operators.errors import BatchLLMError, DamagedObjectError, Termina
 from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
 from batchllm_operators.records import InputObject
 from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
 
 ROWS_AT_A_TIME = 1024

@@ -15,7 +15,7 @@ from batchllm_flows.last_error import LastError, read_last_error, remembered_fai
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import JOB_FILE, LAST_ERROR_FILE, MANIFEST_FILE, REPORT_FILE, SAMPLES_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from tests.commands.conftest import Batchllm
 from tests.commands.job_folders import answer, complete, planned_job, write_job

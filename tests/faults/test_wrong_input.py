@@ -17,7 +17,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import open_source
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.records import JOB_FILE, MANIFEST_FILE, STAGED_SUMMARY
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
 from tests.faults.damage import damage, truncate

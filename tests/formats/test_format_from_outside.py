@@ -10,13 +10,14 @@ import pytest
 
 from batchllm_flows.verify import verify_output
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.formats import open_source
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import Manifest, StageSummary
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import SamplingSpec, SourceSpec, TemplatePrompt
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec, TemplatePrompt
 from batchllm_operators.stage.step import stage_source
 from batchllm_operators.store import Store
 from tests.formats import tsv as toy

@@ -25,8 +25,8 @@ from batchllm_operators.formats import (
     register_format,
     unregister_format,
 )
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec
 from tests.formats import tsv as toy
 from tests.formats.tsv import TSV, TsvReader
 

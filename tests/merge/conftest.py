@@ -18,7 +18,6 @@ import pytest
 
 from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import (
     RESULT_SCHEMA,
     STAGED_SCHEMA,
@@ -28,7 +27,8 @@ from batchllm_operators.records import (
     StagedPart,
     StageSummary,
 )
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 JOB_ID = "0123456789abcdef"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_SUMMARY, PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import (
     ideal_computed_tokens,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.cost import Calibration, engine_seconds
 from batchllm_operators.records import FORMAT_VERSION, BundleResult
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
 
 CALIBRATIONS_FOLDER = "calibrations"

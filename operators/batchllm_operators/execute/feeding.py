@@ -6,16 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
-
-import orjson
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import BatchLLMError, DamagedObjectError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.result_parts import read_result_part
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
 
 READ_ROWS = 256
@@ -53,9 +50,7 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
 
     @lru_cache(maxsize=1024)
     def parameters(overrides: str | None, max_tokens: int) -> SamplingParameters:
-        values: dict[str, Any] = sampling.model_dump(include=set(SamplingParameters.model_fields))
-        values |= orjson.loads(overrides) if overrides is not None else {}
-        return SamplingParameters(**{**values, "max_tokens": max_tokens})
+        return sampling.of_request(overrides, max_tokens)
 
     columns = ["request_key", "prompt_token_ids", "max_tokens", "sampling"]
     columns += ["group_id", "prefix_tokens", "expected_output_tokens"]

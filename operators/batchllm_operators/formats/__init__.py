@@ -7,14 +7,14 @@ the command line and Prefect's workers find too.
 
 from __future__ import annotations
 
+from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.format_names import FORMATS
 from batchllm_operators.formats.base import FileFormat, Reader, Writer
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source
 from batchllm_operators.formats.source_objects import source_objects
 from batchllm_operators.formats.tables import ColumnarSource, ObjectColumns, ReadRows, TableReader
-from batchllm_operators.stage.arrow_values import json_values
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 
 __all__ = [
     "BATCH_ROWS",

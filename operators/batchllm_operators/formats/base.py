@@ -19,7 +19,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.formats.source import Source
 from batchllm_operators.records import InputObject
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -11,7 +11,7 @@ from fsspec.utils import glob_translate
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import InputObject
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import first_of
 

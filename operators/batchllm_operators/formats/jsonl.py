@@ -9,6 +9,7 @@ from typing import IO
 import orjson
 import pyarrow as pa
 
+from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.base import FileFormat, Reader, Writer
 from batchllm_operators.formats.content import COMPRESSIONS
@@ -21,8 +22,7 @@ from batchllm_operators.formats.json_content import (
 from batchllm_operators.formats.jsonl_source import JsonlSource
 from batchllm_operators.formats.source import Source
 from batchllm_operators.records import InputObject
-from batchllm_operators.stage.arrow_values import json_values
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 _LINE_CHUNK_BYTES = 4 << 20

@@ -9,13 +9,13 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
+from batchllm_operators.columns.arrow_values import python_rows
+from batchllm_operators.columns.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.formats.json_lines import JsonLine, member_texts, read_json_lines
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
-from batchllm_operators.stage.arrow_values import python_rows
-from batchllm_operators.stage.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 
 
 class JsonlSource(Source):

@@ -8,12 +8,12 @@ from typing import Literal
 
 import pyarrow as pa
 
+from batchllm_operators.columns.column_types import leaves, with_leaves
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.formats.source import BATCH_ROWS
 from batchllm_operators.formats.tables import ColumnarSource, ObjectColumns, ReadRows, TableReader
-from batchllm_operators.stage.column_types import leaves, with_leaves
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 
 Int96Unit = Literal["us", "ns"]
 """Unit in which timestamps of 96 bits are read: no unit of 64 bits holds both their digits and their years."""

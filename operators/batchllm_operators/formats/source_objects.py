@@ -11,7 +11,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.base import FileFormat
 from batchllm_operators.formats.input_objects import FoundInput, find_input
 from batchllm_operators.records import InputObject
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 
 _CONTENT_READERS = 16
 

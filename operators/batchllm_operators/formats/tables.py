@@ -11,19 +11,19 @@ from functools import cached_property
 import orjson
 import pyarrow as pa
 
-from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.formats.base import Reader
-from batchllm_operators.formats.input_objects import FoundInput
-from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
-from batchllm_operators.stage.arrow_values import json_values
-from batchllm_operators.stage.column_types import (
+from batchllm_operators.columns.arrow_values import json_values
+from batchllm_operators.columns.column_types import (
     always_fits,
     common_type,
     converted,
     plain,
     refuse_lost_values,
 )
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
+from batchllm_operators.formats.base import Reader
+from batchllm_operators.formats.input_objects import FoundInput
+from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 _OBJECTS_AT_A_TIME = 16

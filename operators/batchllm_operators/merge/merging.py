@@ -25,7 +25,6 @@ from batchllm_operators.merge.requests import (
 )
 from batchllm_operators.merge.samples import SampleCollector
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.merge.writers import carried_rows, write_output
 from batchllm_operators.records import (
     FORMAT_VERSION,
@@ -38,6 +37,7 @@ from batchllm_operators.records import (
     StageSummary,
 )
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store

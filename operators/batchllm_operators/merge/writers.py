@@ -9,8 +9,8 @@ import pyarrow as pa
 from batchllm_operators.errors import TransientError
 from batchllm_operators.formats import ROW_JSON, Source, Writer, format_named
 from batchllm_operators.merge.claim import SinkClaim
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import OutputFile, output_fields
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from batchllm_operators.records import JOB_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 
 MOST_RUNS = 3

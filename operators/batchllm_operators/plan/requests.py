@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.keys import REQUEST_KEY_BYTES
-from batchllm_operators.plan.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.records import ESTIMATE_FIELD, StageSummary

@@ -11,13 +11,12 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.json_schema import unified
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_files import model_versions
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.formats import RowBatch, Source
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.spec import FieldOrderChoice
+from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import (
     STAGED_FOLDER,
     STAGED_SUMMARY,
@@ -28,13 +27,15 @@ from batchllm_operators.records import (
     output_fields,
 )
 from batchllm_operators.row_errors import ErrorExamples
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import FieldOrderChoice
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ChatPrompt, FieldsPrompt, PromptSpec, TemplatePrompt
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.row_stager import StagerSettings
-from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, SamplingSpec, TemplatePrompt
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_files import looks_like_path
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.models.model_files import looks_like_path
 from batchllm_operators.records import Record
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, TokenPrompt
 from batchllm_operators.stage.special_tokens import mapped_texts, texts_within

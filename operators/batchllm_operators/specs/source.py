@@ -1,15 +1,15 @@
-"""The source, prompt and sampling parts of a job."""
+"""The source and prompt parts of a job."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from batchllm_operators.columns.type_names import type_named
 from batchllm_operators.format_names import SourceFormat
-from batchllm_operators.spec import SpecModel, StorageOptions
-from batchllm_operators.stage.type_names import type_named
+from batchllm_operators.spec_base import SpecModel, StorageOptions
 
 MOST_FIELDS = 63
 """Sets of fields are bits of an int64."""
@@ -144,47 +144,3 @@ PromptSpec = Annotated[
     ChatPrompt | TemplatePrompt | ColumnPrompt | MessagesPrompt | TokensPrompt | FieldsPrompt,
     Field(discriminator="kind"),
 ]
-
-
-class SamplingParameters(SpecModel):
-    """How one completion is sampled; the field names are vLLM's."""
-
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="makes sampling with temperature repeatable")
-    max_tokens: int = Field(default=256, ge=1, description="most tokens of one completion")
-    stop: tuple[str, ...] = Field(default=(), description="texts that end a completion")
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop_text_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _no_empty_stop_text(self) -> SamplingParameters:
-        if "" in self.stop:
-            raise ValueError("stop: expected non-empty texts, got ''")
-        return self
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether equal prompts get equal completions, so that one computation serves them all."""
-        return self.temperature == 0.0 or self.seed is not None
-
-
-class RowOverride(SamplingParameters):
-    """What the override column of one row may say: sampling fields, and how long the completion will be."""
-
-    expected_output_tokens: int | None = Field(
-        default=None, ge=1, description="for the plan only; above max_tokens it counts as max_tokens"
-    )
-
-
-class SamplingSpec(SamplingParameters):
-    """Sampling of the whole job, with a column of exceptions."""
-
-    override_column: str | None = Field(
-        default=None,
-        description="column with sampling fields of single rows, and `expected_output_tokens` for the plan (struct or "
-        "JSON object text; null: none)",
-    )

@@ -1,4 +1,4 @@
-"""A plan in figures: the summary that Prefect carries and a person reads."""
+"""Sums a plan up in figures: the summary that Prefect carries and a person reads."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from batchllm_operators.cost import usd_of
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import usd_of
-from batchllm_operators.plan.forming import Plan, Sharing
+from batchllm_operators.plan.columnar_plan import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.writing import bundle_name
 from batchllm_operators.records import BundleInfo, GroupInfo, PlanSummary, SharedPrefix, SharingDegree
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 
 LARGEST_GROUPS = 10
 LARGEST_PREFIXES = 40
@@ -31,7 +31,7 @@ def summarise(
     workers: int,
     usd_per_worker_hour: float | None = None,
 ) -> PlanSummary:
-    """The figures of a plan; `rows` and `seconds` are left for who knows them.
+    """Sum up a plan; the caller fills in `rows` and `seconds`.
 
     Args:
         plan: the plan.
@@ -39,7 +39,7 @@ def summarise(
         planning: the planning part of the job.
         cost: rates of one engine, as used for the plan.
         workers: engines that will take bundles.
-        usd_per_worker_hour: price of one engine; None: not known.
+        usd_per_worker_hour: price of one engine; None where it is not known.
     """
     block = planned_block_size(planning)
     distinct_tokens = int(requests.prompt_tokens.sum(dtype=np.int64))

@@ -22,7 +22,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchllm_operators.stage.column_types import refuse_lost_values
+from batchllm_operators.columns.column_types import refuse_lost_values
 
 JSON_TEXT = pa.json_()
 _EXACT_IN_DOUBLE = 2**53

@@ -1,4 +1,4 @@
-"""What a job has left to compute; cheaper than a plan."""
+"""Counts the requests of a job that have no answer yet, which is cheaper than a plan."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def has_requests_left(work: Store, stage: StageSummary) -> bool:
 
 
 def count_requests(work: Store, stage: StageSummary) -> tuple[int, int]:
-    """The distinct requests of a job, and how many of them have an answer; arguments as `has_requests_left`.
+    """How many distinct requests a job has, and how many of them have an answer; arguments as `has_requests_left`.
 
-    For who only looks: what is damaged stays where it is.
+    Nothing is changed: a damaged result part stays where it is.
     """
     return _distinct_requests(work, stage), len(read_results([work], others=True).keys)
 

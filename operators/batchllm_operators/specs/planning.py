@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
-from batchllm_operators.spec import SpecModel
+from batchllm_operators.spec_base import SpecModel
 
 FieldOrderChoice: TypeAlias = Literal["optimise", "as_given"]
 

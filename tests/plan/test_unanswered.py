@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.remaining import has_requests_left
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import RESULT_SCHEMA
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 

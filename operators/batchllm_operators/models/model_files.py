@@ -13,7 +13,7 @@ from typing import Any
 
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 _LOGGER = logging.getLogger(__name__)
 

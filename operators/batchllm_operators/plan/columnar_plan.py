@@ -1,4 +1,4 @@
-"""From the requests of a job to its plan: columns in, columns and figures out."""
+"""Makes the plan of a job from its requests: columns in, columns out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.cost import forecast
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.bundles import pack_bundles
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
-from batchllm_operators.plan.cost import forecast
 from batchllm_operators.plan.first_level import FirstLevel, choose_first_level
 from batchllm_operators.plan.order import EngineOrder, SortedRequests, order_by_ratio
 from batchllm_operators.plan.output_lengths import OutputEstimates, estimate_output_tokens
 from batchllm_operators.plan.prefix_forest import PrefixForest, build_forest
 from batchllm_operators.plan.prefix_order import PrefixOrder, hit_blocks, sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import RequestColumns, ResultColumns, find_keys
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 
 BYTES_PER_NUMBER = 4
 GIGABYTE = 1_000_000_000
@@ -50,9 +50,9 @@ class Plan:
         request: int64 [N], row of the request in the columns of the job.
         offsets: int64 [bundles + 1], where each bundle begins and ends.
         worker: int32 [bundles], the engine each is meant for.
-        group: int32 [N], number of the prefix group, as they begin.
-        prefix_tokens: int32 [N], of the group's prefix.
-        output_tokens: int32 [N], expected.
+        group: int32 [N], number of the prefix group; groups are numbered as they begin.
+        prefix_tokens: int32 [N], tokens of the group's prefix.
+        output_tokens: int32 [N], expected output tokens.
         computed_tokens: int64 [N], prompt tokens expected to be computed.
         prefill_seconds: float64 [N].
         decode_seconds: float64 [N].
@@ -60,8 +60,8 @@ class Plan:
         whole: what all requests of the job share, also those that are done.
         planned: what the planned requests share.
         done_computed_tokens: prompt tokens that were computed for the requests that are done.
-        done_requests: how many those are.
-        parted_trees: see `parting`.
+        done_requests: how many requests are done.
+        parted_trees: how many trees were taken apart (`trees_apart`).
         pilot: whether only a sample is planned.
         stock_computed_tokens: prompt tokens that a stock engine is expected to compute for all rows as given.
     """
@@ -85,7 +85,7 @@ class Plan:
     stock_computed_tokens: int | None
 
 
-def form_plan(
+def make_plan(
     requests: RequestColumns,
     done: ResultColumns,
     earlier: ResultColumns,

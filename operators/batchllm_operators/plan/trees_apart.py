@@ -1,13 +1,13 @@
-"""Which trees of the forest are taken apart for the sake of the order.
+"""Chooses the trees of the forest that are taken apart for the sake of the order.
 
 The groups below one top-level prefix stand together, so that this prefix is computed once. That keeps decode-heavy
-groups of one tree behind the prefill-heavy groups of a tree before it. A tree is taken apart, and its children ordered
-among all trees, when that is worth more than computing its prefix again for every child:
+groups of one tree behind the prefill-heavy groups of a tree before it. A tree is taken apart, and its children are
+ordered among all trees, when that is worth more than it costs to compute its prefix again for every child:
 
-- worth: the decode seconds of its children beyond the tree's mean ratio are what comes forward; at best they hide
-  under prefill outside the tree. Of the lesser of the two, `HIDDEN_SHARE` counts as gained.
-- price: the prefill seconds of the prefix for every child but one. Over all trees together it may not exceed
-  `SAVING_AT_STAKE` of what the plan saves, the best bargains first.
+- Worth: the decode seconds of its children beyond the tree's mean ratio move forward in the order. At best they hide
+  under prefill outside the tree. `HIDDEN_SHARE` of the lesser of the two counts as gained.
+- Price: the prefill seconds of the prefix for every child but one. The trees with the best ratio of worth to price are
+  taken apart first, while the price of all of them together stays below `SAVING_AT_STAKE` of what the plan saves.
 
 A prefix that is a group's own is never taken apart.
 """
@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats
+from batchllm_operators.columns.arrays import Bools, Floats
 from batchllm_operators.plan.first_level import FirstLevel
 from batchllm_operators.plan.prefix_forest import PrefixForest
 
 HIDDEN_SHARE = 0.1
+"""Share of the decode seconds that move forward which is counted as hidden under prefill."""
 SAVING_AT_STAKE = 0.0005
+"""Share of the tokens that the plan saves which may be computed again."""
 
 
-def trees_to_part(
+def trees_to_take_apart(
     forest: PrefixForest,
     first_level: FirstLevel,
     node_decode: Floats,
@@ -42,8 +44,8 @@ def trees_to_part(
         node_decode: float64 [nodes], decode seconds below each node.
         node_tokens: float64 [nodes], prompt tokens to compute below each node, without what its parent computes.
         block_size: tokens of a block.
-        prefill_per_token: seconds.
-        saved_tokens: tokens that the plan saves when no tree is parted.
+        prefill_per_token: seconds of one computed prompt token.
+        saved_tokens: tokens that the plan saves when no tree is taken apart.
 
     Returns:
         bool [nodes].

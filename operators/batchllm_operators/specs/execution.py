@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchllm_operators.spec import SpecModel
+from batchllm_operators.spec_base import SpecModel
 
 
 class ModelSpec(SpecModel):

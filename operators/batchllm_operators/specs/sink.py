@@ -8,7 +8,7 @@ from pydantic import Field
 
 from batchllm_operators.format_names import SinkFormat
 from batchllm_operators.records import OutputLayout
-from batchllm_operators.spec import SpecModel, StorageOptions
+from batchllm_operators.spec_base import SpecModel, StorageOptions
 
 
 class SinkSpec(SpecModel):

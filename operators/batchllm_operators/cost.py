@@ -1,4 +1,4 @@
-"""What requests cost an engine: seconds of prefill and of decode, from rates that are measured or guessed."""
+"""Forecasts what requests cost an engine: seconds of prefill and of decode, from rates that are measured or guessed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import combinations
 
 import numpy as np
 
-from batchllm_operators.execute.devices import gpus_of_machine
-from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.columns.arrays import Floats, Int32s, Int64s
+from batchllm_operators.machine.devices import gpus_of_machine
 from batchllm_operators.records import Record
+from batchllm_operators.specs.planning import CostModel
 
 CPU_DEFAULT = CostModel(
     step_seconds=0.012,
@@ -36,13 +36,13 @@ RATES = ("step_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"
 """The fields of `CostModel` that a calibration measures."""
 
 BUSY_LOAD = 1.5
-"""Load average per core above which others took their share of the machine; loading the model alone makes about 1."""
+"""Above this load average per core, other processes slowed the engine down; loading a model alone makes about 1."""
 
 USD_DECIMALS = 8
-"""A job of milliseconds has a price too."""
+"""Decimals of a price, so that a job of milliseconds has a price too."""
 
 _FASTEST = 1e12
-"""Tokens a second of what takes no measurable time."""
+"""The rate, in tokens a second, that stands for no measurable time."""
 
 
 class Calibration(Record):
@@ -50,19 +50,20 @@ class Calibration(Record):
 
     rates: CostModel
     device: str
-    """What it ran on, e.g. `1 x NVIDIA H200`."""
+    """What the engine ran on, e.g. `1 x NVIDIA H200`."""
     measured_at: str
-    """UTC, as `2026-01-31 12:00:00`."""
+    """When the rates were measured, in UTC, as `2026-01-31 12:00:00`."""
     seconds: float
-    """That the measurement took."""
+    """How long the measurement took."""
     assumed: tuple[str, ...] = ()
-    """The rates that it had no time to measure: the hardware's defaults, scaled by what it did measure."""
+    """The rates that the engine had no time to measure: the hardware's defaults, scaled by the rates it did measure."""
     model: str | None = None
-    """Id, and revision where there is one; like the four below None in calibrations of earlier versions."""
+    """Id of the model, and its revision where it has one. This field and those below are None in calibrations that an
+    earlier version has written."""
     dtype: str | None = None
-    """The model computed in."""
+    """The dtype that the model computed in."""
     versions: dict[str, str] | None = None
-    """Of vLLM, torch and this package."""
+    """Versions of vLLM, torch and this package."""
     load_per_core: float | None = None
     """Load average of the machine over the minute before, per core; 1: all cores were busy."""
 
@@ -143,8 +144,8 @@ def fit_cost_model(
 
     Args:
         runs: what was measured.
-        kv_capacity_tokens: of the engine.
-        max_running_requests: of the engine.
+        kv_capacity_tokens: tokens that the engine's KV cache holds.
+        max_running_requests: most requests in a step of the engine.
         default: rates for what the runs cannot tell (`unmeasured_rates`), all scaled by one factor: how much slower
             the engine was in these runs than the default says. None: the runs must tell everything.
 
@@ -196,10 +197,10 @@ def engine_seconds(
 
     Args:
         cost: rates of the engine.
-        requests: how many run together.
-        prompt_tokens: of all of them.
+        requests: how many requests run together.
+        prompt_tokens: prompt tokens of all requests.
         computed_tokens: prompt tokens that are not found in the cache.
-        output_tokens: of all of them.
+        output_tokens: output tokens of all requests.
     """
     if requests == 0:
         return 0.0
@@ -215,7 +216,7 @@ def forecast(prompt_tokens: Int32s, output_tokens: Int32s, cost: CostModel) -> F
 
     Args:
         prompt_tokens: int32 [N].
-        output_tokens: int32 [N], expected.
+        output_tokens: int32 [N], expected output tokens.
         cost: rates of the engine.
     """
     if len(prompt_tokens) == 0:
@@ -227,7 +228,7 @@ def forecast(prompt_tokens: Int32s, output_tokens: Int32s, cost: CostModel) -> F
 
 
 def _seconds_per_token(cost: CostModel, context: float, requests: int) -> float:
-    """Of one generated token without the KV it reads, among as many requests as the cache holds."""
+    """Seconds of one generated token without the KV it reads, among as many requests as the cache holds."""
     running = max(min(cost.kv_capacity_tokens / max(context, 1.0), cost.max_running_requests, requests), 1.0)
     return cost.step_seconds / running + 1 / cost.decode_tokens_per_second
 
@@ -238,7 +239,7 @@ def _seconds_per_unit(cost: CostModel) -> Floats:
 
 
 def _differ(values: Floats) -> bool:
-    """Whether there are two of which one is at least twice the other."""
+    """Whether the largest value is at least twice the smallest."""
     return len(values) > 1 and float(values.max()) >= 2 * float(values.min())
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.records import Record
+from batchllm_operators.specs.execution import ModelSpec
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""In which dtype an engine on a CPU computes: what is fast on this processor, and what fits into its memory."""
+"""Chooses the dtype that an engine on a CPU computes in: one that is fast on this processor, and fits its memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_shape import is_quantised, model_shape, stored_parameters
-from batchllm_operators.execute.processor import Processor
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.machine.processor import Processor
+from batchllm_operators.models.model_shape import is_quantised, model_shape, stored_parameters
+from batchllm_operators.specs.execution import ModelSpec
 
 SLOWER = "5 to 8 times slower than float32"
 """Half precision without instructions for it, as measured on AMD Zen 3; benchmarks/results/cpu_dtype.md has another."""
@@ -23,7 +23,7 @@ class DtypeChoice:
     """The dtype of an engine."""
 
     dtype: str
-    """For vLLM's `EngineArgs`; `auto` leaves it to vLLM."""
+    """The value for vLLM's `EngineArgs`; `auto` leaves the choice to vLLM."""
     reason: str | None = None
     """Who chose it and why, where it was not vLLM."""
     warning: str | None = None
