@@ -30,6 +30,7 @@ from batchllm_flows.planning import (
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.execute.calibration import calibration_budget
 from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
@@ -37,10 +38,9 @@ from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration, engine_seconds
 from batchllm_operators.plan.hardware_rates import default_rates
-from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.task import plan
+from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import BundleResult, PlanSummary, StageSummary
 from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image

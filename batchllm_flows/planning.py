@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.run import JobRun, open_run
+from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import PlanSummary, StageSummary

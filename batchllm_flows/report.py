@@ -12,10 +12,9 @@ from pydantic import ValidationError
 
 from batchllm_flows import __version__
 from batchllm_flows.job import BatchJob
+from batchllm_operators.cost import USD_DECIMALS, usd_of
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import work_of_output
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.cost import USD_DECIMALS, usd_of
 from batchllm_operators.records import (
     BundleInfo,
     BundleResult,
@@ -25,7 +24,8 @@ from batchllm_operators.records import (
     PlanSummary,
     Record,
 )
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 from batchllm_operators.work.json_objects import first_fault, read_record
@@ -94,7 +94,7 @@ class JobOutline(Record):
             input_objects=input_objects,
             not_read=not_read,
             prompt_kind=job.prompt.kind,
-            sampling=SamplingParameters(**job.sampling.model_dump(include=set(SamplingParameters.model_fields))),
+            sampling=job.sampling.parameters,
         )
 
     def sampling_text(self) -> str:

@@ -12,10 +12,10 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
-from batchllm_operators.execute.model_files import pinned
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
+from batchllm_operators.models.model_files import pinned
 from batchllm_operators.records import InputObject
-from batchllm_operators.stage.readers import open_source
 from batchllm_operators.store import Store
 from batchllm_operators.work.damage import set_aside
 from batchllm_operators.work.job_file import is_work_folder, read_job_file, write_job_file

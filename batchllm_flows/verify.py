@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import DamagedObjectError, TerminalError
+from batchllm_operators.formats import format_named
 from batchllm_operators.merge.claim import data_files
 from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record, StageSummary
-from batchllm_operators.store import Store
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
 from batchllm_operators.wording import counted
 from batchllm_operators.work.bundles import is_bundle
 from batchllm_operators.work.damage import quarantined
@@ -37,9 +38,6 @@ from batchllm_operators.work.results import checked_result_part
 
 READERS = 8
 """Objects read at a time: reading mostly waits for the disk or the network."""
-
-_READ_ROWS = 65_536
-_LINE_CHUNK_BYTES = 4 << 20
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -118,17 +116,17 @@ Check = Callable[[], list[Fault]]
 def _output_checks(output: Store, manifest: Manifest) -> Iterator[Check]:
     changed = changed_files(output, manifest)
     for file in manifest.files:
-        yield partial(_output_file, output, file, changed.get(file.name))
+        yield partial(_output_file, output, file, changed.get(file.name), manifest.layout.format)
     yield partial(_output_as_a_whole, output, manifest)
 
 
-def _output_file(output: Store, file: OutputFile, known: str | None) -> list[Fault]:
+def _output_file(output: Store, file: OutputFile, known: str | None, form: str) -> list[Fault]:
     if known is not None:
         return [_fault(output, file.name, known)]
     digest = output.digest(file.name)
     if digest != file.digest:
         return [_fault(output, file.name, f"expected digest {file.digest}, found {digest}")]
-    rows = _rows_of(output, file.name)
+    rows = format_named(form).required_writer().count_rows(output, file.name)
     if rows == file.rows:
         return []
     return [_fault(output, file.name, f"expected {counted(file.rows, 'row')}, found {rows:,}")]
@@ -147,13 +145,6 @@ def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
             _fault(output, MANIFEST_FILE, f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}")
         )
     return faults
-
-
-def _rows_of(store: Store, name: str) -> int:
-    if name.endswith(".parquet"):
-        return store.parquet_schema(name)[1]
-    with store.reader(name) as lines:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(_LINE_CHUNK_BYTES), b""))
 
 
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
@@ -223,7 +214,7 @@ def _readable(work: Store, name: str, read: Callable[[str], object]) -> list[Fau
 
 def _scan(work: Store, name: str) -> None:
     schema, _ = work.parquet_schema(name)
-    for _ in work.scan_parquet(name, schema.names, _READ_ROWS):
+    for _ in work.scan_parquet(name, schema.names, NUMBERS_AT_A_TIME):
         pass
 
 

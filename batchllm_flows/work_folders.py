@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import check_sink, read_manifest, work_of_output
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import Manifest
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.job_file import checked_job_file, is_work_folder, work_folders_in
 from batchllm_operators.work.layout import JOB_FILE, WORK_FOLDER

@@ -12,7 +12,7 @@ import numpy as np
 
 from batchllm_operators.plan.block_hashes import hash_blocks
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from benchmarks.staged import stage
 from benchmarks.workloads import Workload

@@ -30,17 +30,17 @@ from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import PLAN_SUMMARY, STAGED_SUMMARY
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks.staged import stage
 from benchmarks.tables import TABLES
 from benchmarks.workloads import planner_mixture
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 
 SIZES = (100_000, 200_000, 500_000, 1_000_000)
 CACHE_SHARE = 0.1

@@ -14,14 +14,14 @@ import pytest
 from batchllm_flows.report import read_samples
 from batchllm_flows.run import open_run
 from batchllm_flows.verify import verify_output
+from batchllm_operators.cost import Calibration, default_cost_model
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.cost import Calibration, default_cost_model
 from batchllm_operators.records import Manifest
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.columns import KEY_TYPE
 from batchllm_operators.work.layout import (

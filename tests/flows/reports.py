@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from batchllm_flows.report import ExecutedPlan, JobReport, StepSeconds, build_report
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import BundleInfo, BundleResult, Manifest, OutputLayout, PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 

@@ -13,7 +13,7 @@ from prefect.artifacts import Artifact
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.processor import processor
+from batchllm_operators.machine.processor import processor
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store

@@ -12,8 +12,8 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobOutline, read_report, read_report_page
 from batchllm_flows.report_text import outline_rows, report_markdown
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import EngineSetting, Manifest, OutputSamples, RowErrorExample, SampleAnswer
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE
 from tests.flows.jobs import job_values

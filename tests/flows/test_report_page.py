@@ -18,7 +18,7 @@ from batchllm_flows.html_report.plots import as_steps, report_plots
 from batchllm_flows.html_report.step_trace import StepTrace, read_step_trace
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport
 from batchllm_operators.records import EngineSetting, OutputSamples, RowErrorExample, SampleAnswer
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import TRACE_FOLDER
 from tests.flows.reports import a_plan, a_report, executed, plan_of_groups, trace_table

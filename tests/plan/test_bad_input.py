@@ -7,8 +7,8 @@ import pytest
 
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import ideal_computed_tokens, planned_rows, stage_prompts
 

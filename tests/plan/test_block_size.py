@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 

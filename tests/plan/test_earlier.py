@@ -8,8 +8,8 @@ import pytest
 
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import planned_rows, stage_prompts, write_results
 

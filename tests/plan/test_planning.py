@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import BUNDLE_SCHEMA
 from batchllm_operators.work.layout import PLAN_SUMMARY

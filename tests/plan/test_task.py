@@ -6,10 +6,10 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.plan.task import plan
 from batchllm_operators.records import PlanSummary, StageSummary
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import FieldSharing
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.progress import StageStep
 
 from .conftest import PROMPT, Stage, Staged, json_lines
@@ -211,8 +211,8 @@ def test_reading_the_fields_keeps_no_text(tmp_path: Path) -> None:
         script = (
             "import resource, sys\n"
             "from batchllm_operators.stage.field_scan import scan_fields\n"
-            "from batchllm_operators.stage.readers import open_source\n"
-            "from batchllm_operators.stage.spec import SourceSpec\n"
+            "from batchllm_operators.formats import open_source\n"
+            "from batchllm_operators.specs.source import SourceSpec\n"
             "source = open_source(SourceSpec(uri=sys.argv[1], format='parquet'))\n"
             "order = scan_fields(source, ['text', 'other'], lambda rows: None)\n"
             "assert (order.fields == [1, 0]).all()\n"

@@ -9,9 +9,9 @@ import orjson
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.tokenizing import model_limits
 
 from .conftest import Stage, json_lines

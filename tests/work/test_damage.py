@@ -10,8 +10,8 @@ import pytest
 from batchllm_operators.errors import DamagedObjectError
 from batchllm_operators.execute.feeding import known_results
 from batchllm_operators.merge.requests import choose_results, index_requests
-from batchllm_operators.plan.remaining import count_requests
 from batchllm_operators.plan.requests import read_results
+from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.records import OutputSamples, StageSummary
 from batchllm_operators.store import Store
 from batchllm_operators.work.damage import quarantined

@@ -6,10 +6,10 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.cost import Calibration, engine_seconds
 from batchllm_operators.records import BundleResult
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.json_objects import read_record, write_record
 from batchllm_operators.work.layout import FORMAT_VERSION

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from batchllm_operators.execute.dtype_choice import DtypeChoice
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.models.dtype_choice import DtypeChoice
 from batchllm_operators.records import EngineSetting
+from batchllm_operators.specs.execution import ModelSpec
 
 if TYPE_CHECKING:
     from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice

@@ -6,15 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
-
-import orjson
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import scan_bundle
 from batchllm_operators.work.results import COUNT_COLUMNS, read_result_part
@@ -38,9 +35,7 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
 
     @lru_cache(maxsize=1024)
     def parameters(overrides: str | None, max_tokens: int) -> SamplingParameters:
-        values: dict[str, Any] = sampling.model_dump(include=set(SamplingParameters.model_fields))
-        values |= orjson.loads(overrides) if overrides is not None else {}
-        return SamplingParameters(**{**values, "max_tokens": max_tokens})
+        return sampling.of_request(overrides, max_tokens)
 
     for batch in scan_bundle(store, bundle, READ_ROWS):
         for row in batch.to_pylist():

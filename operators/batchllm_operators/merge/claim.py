@@ -24,7 +24,7 @@ IN_PROGRESS_FILE = "_in_progress.json"
 ADVICE = "choose another sink.uri, or set sink.mode to overwrite"
 
 _DATA_FILE = re.compile(r"part-[^/]*")
-_OUR_FILE = re.compile(r"part-\d+-(?P<job_id>[^/]+)-(?P<token>[0-9a-f]{8})\.[a-z]+")
+_OUR_FILE = re.compile(r"part-\d+-(?P<job_id>[^/]+)-(?P<token>[0-9a-f]{8})(\.[a-z0-9]+)+")
 _ATTEMPTS = 5
 
 
@@ -77,14 +77,14 @@ class SinkClaim:
         except BatchLLMError as another:
             error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
 
-    def file_name(self, number: int, form: str) -> str:
+    def file_name(self, number: int, ending: str) -> str:
         """Name of an output file, which no other run uses; names sort in the order of the rows.
 
         Args:
             number: of the file, from 0.
-            form: of the sink part of the job.
+            ending: of the format's objects, without the dot.
         """
-        return f"part-{number:05d}-{self._job_id}-{self._token}.{form}"
+        return f"part-{number:05d}-{self._job_id}-{self._token}.{ending}"
 
     def require(self) -> None:
         """Look whether the claim is still this run's own.

@@ -14,6 +14,7 @@ import pyarrow as pa
 from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
@@ -24,12 +25,11 @@ from batchllm_operators.merge.requests import (
 )
 from batchllm_operators.merge.samples import SampleCollector
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.merge.writers import carried_rows, write_output
 from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StageSummary
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.work.job_file import read_job_file, work_folders_in
 

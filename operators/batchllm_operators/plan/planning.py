@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from batchllm_operators.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
+from batchllm_operators.plan.columnar_plan import GIGABYTE, make_plan
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
-from batchllm_operators.plan.figures import summarise
-from batchllm_operators.plan.forming import GIGABYTE, form_plan
+from batchllm_operators.plan.plan_summary import summarise
 from batchllm_operators.plan.requests import HashSpool, read_requests, read_results
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.writing import write_bundles
 from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import delete_plan, write_summary
 
@@ -60,7 +60,7 @@ def plan_requests(
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
         done, known = read_results([work]), read_results(earlier, only_looks=True)
-        plan = form_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
+        plan = make_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)
     summary = summarise(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.cost import Calibration
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.records import PlanSummary, StageSummary
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.plan.columnar_plan import Plan
 from batchllm_operators.plan.disk_array import TokenSpool
-from batchllm_operators.plan.forming import Plan
 from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import BUNDLE_SCHEMA, write_bundle

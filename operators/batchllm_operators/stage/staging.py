@@ -11,21 +11,22 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.json_schema import unified
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_files import model_versions
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import RowBatch, Source
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.spec import FieldOrderChoice
+from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import FieldSharing, InputObject, StagedPart, StageSummary
 from batchllm_operators.row_errors import ErrorExamples
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import FieldOrderChoice
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ChatPrompt, FieldsPrompt, PromptSpec, TemplatePrompt
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
-from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, SamplingSpec, TemplatePrompt
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
@@ -103,7 +104,7 @@ def stage_rows(
         limits=model_limits(model),
         id_column=source.spec.id_column,
         source_columns=tuple(source.columns) if source.has_columns else None,
-        unites_keys=source.spec.format == "parquet",
+        unites_keys=source.unites_keys,
     )
     needed = settings.columns()
     for field_name, columns in needed.items():

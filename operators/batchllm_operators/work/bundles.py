@@ -13,12 +13,11 @@ import pyarrow as pa
 
 from batchllm_operators.errors import DamagedObjectError
 from batchllm_operators.records import PlanSummary
-from batchllm_operators.store import Store, parquet_writer
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store, parquet_writer
 from batchllm_operators.work.columns import KEY_TYPE, TOKENS_TYPE
 from batchllm_operators.work.json_objects import write_record
 from batchllm_operators.work.layout import PLAN_FOLDER, PLAN_SUMMARY
 
-KEY_ROWS = 65_536
 _BUNDLE = re.compile(rf"{PLAN_FOLDER}/bundle-\d+\.parquet")
 
 # One row per request to compute, in the order the engine takes them.
@@ -107,5 +106,5 @@ def scan_bundle(work: Store, bundle: str, batch_rows: int) -> Iterator[pa.Record
 
 def bundle_keys(work: Store, bundle: str) -> list[bytes]:
     """The request keys of a bundle, in their order; errors as `scan_bundle`."""
-    batches = work.scan_parquet(bundle, ["request_key"], KEY_ROWS)
+    batches = work.scan_parquet(bundle, ["request_key"], NUMBERS_AT_A_TIME)
     return [key for batch in batches for key in batch.column(0).to_pylist()]

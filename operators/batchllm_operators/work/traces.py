@@ -11,11 +11,9 @@ from uuid import uuid4
 import pyarrow as pa
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.store import Store
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
 from batchllm_operators.work.bundles import short_name
 from batchllm_operators.work.layout import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
-
-READ_ROWS = 100_000
 
 # Whether each step of an engine shared prefixes in attention, and why; the seconds are those expected of a layer, null
 # where the step was not looked at. Ranks of one engine decide alike.
@@ -73,7 +71,7 @@ def _read(work: Store, folder: str, columns: Sequence[str], take: Callable[[pa.R
     unreadable = []
     for name in work.names(folder):
         try:
-            for batch in work.scan_parquet(name, columns, READ_ROWS):
+            for batch in work.scan_parquet(name, columns, NUMBERS_AT_A_TIME):
                 take(batch)
         except TerminalError as error:
             unreadable.append(str(error))
