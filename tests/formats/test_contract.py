@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.formats import ROW_JSON, FileFormat, format_named, format_names, open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 pytestmark = pytest.mark.usefixtures("tsv")
