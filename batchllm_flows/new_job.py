@@ -54,7 +54,8 @@ def _opened(uri: str, storage: StorageOptions) -> Source:
     # A glob or a single object names any ending: what it says itself goes first.
     for form in sorted(format_names(), key=lambda form: form not in uri.lower()):
         try:
-            return open_source(SourceSpec(uri=uri, format=form, storage=storage))
+            if format_named(form).reader is not None:
+                return open_source(SourceSpec(uri=uri, format=form, storage=storage))
         except TerminalError as error:
             first_fault = first_fault or error
     raise first_fault or TerminalError("no format")

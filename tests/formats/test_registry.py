@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from batchllm_flows.job import BatchJob
+from batchllm_flows.new_job import new_job_file
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import (
     FileFormat,
@@ -202,3 +204,22 @@ def test_a_form_shows_the_formats_as_a_choice() -> None:
     for part in ("SourceSpec", "SinkSpec"):
         assert schema[part]["properties"]["format"]["enum"] == ["parquet", "jsonl"]
         assert schema[part]["properties"]["format"]["type"] == "string"
+
+
+@pytest.mark.usefixtures("tsv")
+@pytest.mark.parametrize("uri", ["rows", "rows/a.tab"])
+def test_init_writes_a_job_for_input_of_any_format(tmp_path: Path, uri: str) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.tab").write_bytes(b"id\ttext\n1\tone\n")
+    job = yaml.safe_load(new_job_file(str(tmp_path / uri)))
+    assert (job["source"]["format"], job["source"]["id_column"], job["sink"]["format"]) == ("tsv", "id", "tsv")
+
+
+def test_init_passes_over_a_format_that_cannot_be_imported_or_read(tmp_path: Path, installed: Path) -> None:
+    install(installed, "broken_tsv", "broken = broken_tsv:TSV", "raise RuntimeError('no licence')")
+    register_format(replace(TSV, name="writing", reader=None))
+    try:
+        with pytest.raises(TerminalError, match=r"no object matches \(expected names that end in \.parquet"):
+            new_job_file(str(tmp_path / "nothing"))
+    finally:
+        unregister_format("writing")

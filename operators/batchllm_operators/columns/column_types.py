@@ -1,4 +1,4 @@
-"""Types of columns over several Parquet objects: which one holds the values of all, and how values get it."""
+"""Types of columns over several objects: which one holds the values of all, and how values get it."""
 
 from __future__ import annotations
 
