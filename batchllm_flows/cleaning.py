@@ -6,12 +6,12 @@ import re
 import time
 from dataclasses import dataclass
 
-from batchllm_flows.work_folders import OwnedFolder, find_work_folders, read_job_file
+from batchllm_flows.work_folders import OwnedFolder, find_work_folders, owned_folder
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store, StoredObject
 from batchllm_operators.wording import counted, size_text
+from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE
 
 RUNNING_SECONDS = 2 * 3600.0
 """A folder written to within this time counts as a running job's, however little the user asks for: a job writes a part
@@ -93,7 +93,7 @@ def remove_folders(found: list[FoundFolder]) -> None:
 
 def _judged(work: Store, written_before: float) -> FoundFolder:
     try:
-        owner = read_job_file(work)
+        owner = owned_folder(work)
     except TerminalError as error:
         return FoundFolder(work, "unknown job", error.message)
     objects = work.stored_objects()

@@ -30,6 +30,7 @@ from batchllm_flows.planning import (
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.execute.calibration import calibration_budget
 from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
@@ -37,23 +38,18 @@ from batchllm_operators.execute.progress import ProgressBoard
 from batchllm_operators.execute.task import calibrate_engine, execute_bundle
 from batchllm_operators.merge.task import merge
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration, engine_seconds
 from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.markdown import explain_attention
-from batchllm_operators.plan.remaining import has_requests_left
 from batchllm_operators.plan.shared_attention import engine_attention
 from batchllm_operators.plan.task import plan
-from batchllm_operators.records import (
-    QUARANTINE_FOLDER,
-    REPORT_FILE,
-    REPORT_PAGE,
-    BundleResult,
-    PlanSummary,
-    StageSummary,
-)
+from batchllm_operators.plan.unanswered import has_requests_left
+from batchllm_operators.records import BundleResult, PlanSummary, StageSummary
 from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug, counted
+from batchllm_operators.work.damage import quarantined
+from batchllm_operators.work.json_objects import write_record
+from batchllm_operators.work.layout import REPORT_FILE, REPORT_PAGE
 
 Result = TypeVar("Result", JobReport, PlanSummary)
 
@@ -156,9 +152,9 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
             engine_settings=pool.settings,
             outline=JobOutline.of(job, len(run.objects), staged.left_out_text()),
             samples=read_samples(run.work),
-            set_aside=run.work.names(QUARANTINE_FOLDER),
+            set_aside=quarantined(run.work),
         )
-        run.work.write_bytes(REPORT_FILE, report.model_dump_json(indent=2).encode())
+        write_record(run.work, REPORT_FILE, report)
         with only_shown(logger.warning):
             _show_report(report, _write_page(run, report, executed))
     return report

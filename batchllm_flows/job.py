@@ -9,15 +9,17 @@ import yaml
 from pydantic import Field, ValidationError
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_files import model_versions
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.keys import job_id
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import FORMAT_VERSION, WORK_FOLDER, InputObject
-from batchllm_operators.spec import SpecModel
-from batchllm_operators.stage.spec import FieldsPrompt, PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.models.model_files import model_versions
+from batchllm_operators.records import InputObject
+from batchllm_operators.spec_base import SpecModel
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.planning import PlanningSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import FieldsPrompt, PromptSpec, SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import FORMAT_VERSION, WORK_FOLDER
 
 
 class InvalidJobError(TerminalError):

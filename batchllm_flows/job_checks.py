@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine_options import check_engine_arguments
+from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.stage.readers import Source, open_source
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits

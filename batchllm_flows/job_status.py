@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from batchllm_flows.last_error import LastError, read_last_error
-from batchllm_flows.work_folders import find_work_folders, read_job_file
-from batchllm_operators.plan.remaining import count_requests
-from batchllm_operators.records import (
-    PLAN_SUMMARY,
-    RESULTS_FOLDER,
-    STAGED_SUMMARY,
-    PlanSummary,
-    Record,
-    StageSummary,
-)
-from batchllm_operators.spec import StorageOptions
+from batchllm_flows.work_folders import find_work_folders, owned_folder
+from batchllm_operators.plan.unanswered import count_requests
+from batchllm_operators.records import PlanSummary, Record, StageSummary
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted, size_text
-
-Summary = TypeVar("Summary", StageSummary, PlanSummary)
+from batchllm_operators.work.json_objects import read_record
+from batchllm_operators.work.layout import PLAN_SUMMARY, RESULTS_FOLDER, STAGED_SUMMARY
 
 
 class JobStatus(Record):
@@ -66,13 +58,13 @@ def job_statuses(uri: str, storage: StorageOptions) -> list[JobStatus]:
 
 def job_status(work: Store) -> JobStatus:
     """How far the job of a work folder is."""
-    owner = read_job_file(work)
+    owner = owned_folder(work)
     objects = work.stored_objects()
     names = {one.path for one in objects}
-    staged = _read(StageSummary, work, STAGED_SUMMARY, names)
+    staged = read_record(StageSummary, work, STAGED_SUMMARY, only_looks=True)
     if staged is not None and not names.issuperset(part.name for part in staged.parts):
         staged = None
-    planned = _read(PlanSummary, work, PLAN_SUMMARY, names)
+    planned = read_record(PlanSummary, work, PLAN_SUMMARY, only_looks=True)
     manifest = owner.manifest()
     requests, answered = (None, 0) if staged is None else count_requests(work, staged)
     left = None if requests is None else requests - answered
@@ -88,7 +80,7 @@ def job_status(work: Store) -> JobStatus:
         answered=answered,
         left=left,
         bundles=None if planned is None else len(planned.bundles),
-        parts=sum(one.path.startswith(f"{RESULTS_FOLDER}/") for one in objects),
+        parts=sum(name.startswith(f"{RESULTS_FOLDER}/") for name in names),
         bytes=sum(one.size for one in objects),
         last_write=datetime.fromtimestamp(max(one.modified for one in objects), UTC),
         last_error=read_last_error(work),
@@ -126,13 +118,3 @@ def _answered(status: JobStatus) -> str:
     if status.requests is None:
         return "the work folder was cleaned" if status.complete else f"0 requests {parts}"
     return f"{status.answered:,} of {counted(status.requests, 'request')} {parts}, {status.left:,} left"
-
-
-def _read(kind: type[Summary], work: Store, name: str, names: set[str]) -> Summary | None:
-    """A summary; None where it is not there, or is one that the next run replaces."""
-    if name not in names:
-        return None
-    try:
-        return kind.model_validate_json(work.read_bytes(name))
-    except ValidationError:
-        return None

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
 from batchllm_operators.errors import BatchLLMError
-from batchllm_operators.records import LAST_ERROR_FILE, Record
+from batchllm_operators.records import Record
 from batchllm_operators.store import Store
+from batchllm_operators.work.json_objects import read_record, write_record
+from batchllm_operators.work.layout import LAST_ERROR_FILE
 
 MESSAGE_CHARACTERS = 2000
 _USER_OF_A_URL = re.compile(r"(?<=//)[^/\s@]+@")
@@ -38,19 +38,14 @@ def remembered_failure(work: Store, warn: Callable[..., None]) -> Iterator[None]
         yield
     except Exception as error:
         last = LastError(time=datetime.now(UTC), kind=type(error).__name__, message=_without_secrets(str(error)))
-        _despite_faults(lambda: work.write_bytes(LAST_ERROR_FILE, last.model_dump_json(indent=2).encode()), warn)
+        _despite_faults(lambda: write_record(work, LAST_ERROR_FILE, last), warn)
         raise
     _despite_faults(lambda: work.delete([LAST_ERROR_FILE]), warn)
 
 
 def read_last_error(work: Store) -> LastError | None:
     """What the last run failed with; None where it did not, or where another version wrote it."""
-    if not work.exists(LAST_ERROR_FILE):
-        return None
-    try:
-        return LastError.model_validate_json(work.read_bytes(LAST_ERROR_FILE))
-    except ValidationError:
-        return None
+    return read_record(LastError, work, LAST_ERROR_FILE, only_looks=True)
 
 
 def _despite_faults(write: Callable[[], None], warn: Callable[..., None]) -> None:

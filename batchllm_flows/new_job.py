@@ -11,10 +11,10 @@ import yaml
 
 from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import OUTPUT_FIELDS
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.readers import Source, open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.formats import Source, format_named, format_names, open_source
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.source import SourceSpec
+from batchllm_operators.work.results import OUTPUT_FIELDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHOWN_COLUMNS = 40
@@ -25,7 +25,6 @@ _TEXT_NAMES = (
     "message", "abstract", "article", "comment", "title",
 )  # fmt: skip
 _ID_NAMES = ("id", "_id", "uuid", "key", "row_id")
-_FORMATS = ("parquet", "jsonl")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -53,9 +52,10 @@ def _opened(uri: str, storage: StorageOptions) -> Source:
     """The source, in the format of the objects that the URI names."""
     first_fault: TerminalError | None = None
     # A glob or a single object names any ending: what it says itself goes first.
-    for form in sorted(_FORMATS, key=lambda form: form not in uri.lower()):
+    for form in sorted(format_names(), key=lambda form: form not in uri.lower()):
         try:
-            return open_source(SourceSpec(uri=uri, format=form, storage=storage))
+            if format_named(form).reader is not None:
+                return open_source(SourceSpec(uri=uri, format=form, storage=storage))
         except TerminalError as error:
             first_fault = first_fault or error
     raise first_fault or TerminalError("no format")
@@ -78,7 +78,8 @@ def _job(source: Source, schema: pa.Schema, model: str) -> dict[str, Any]:
         section["id_column"] = name
     if taken & set(columns):
         section["columns"] = [name for name in columns if name not in taken]
-    sink: dict[str, Any] = {"uri": _sink_uri(spec.uri), "format": spec.format}
+    sink_format = "parquet" if format_named(spec.format).writer is None else spec.format
+    sink: dict[str, Any] = {"uri": _sink_uri(spec.uri), "format": sink_format}
     if spec.storage.endpoint_url is not None:
         section["storage"] = sink["storage"] = {"endpoint_url": spec.storage.endpoint_url}
     return {

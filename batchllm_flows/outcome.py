@@ -22,6 +22,6 @@ def report_line(report: JobReport) -> str:
 
 def plan_line(plan: PlanSummary) -> str:
     """For example `3,197 requests in 12 bundles, 4 errors, 47 % to be saved`."""
-    requests = f"{counted(plan.requests, 'request')} in {counted(len(plan.bundles), 'bundle')}"
-    errors = counted(sum(plan.error_rows.values()), "error")
-    return f"{requests}, {errors}, {100 * plan.expected_saving:.0f} % to be saved"
+    requests = f"{counted(plan.counts.requests, 'request')} in {counted(len(plan.bundles), 'bundle')}"
+    errors = counted(sum(plan.counts.error_rows.values()), "error")
+    return f"{requests}, {errors}, {100 * plan.saving.planned:.0f} % to be saved"

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.run import JobRun, open_run
-from batchllm_operators.execute.calibration_cache import CALIBRATIONS_FOLDER, CalibrationCache
+from batchllm_operators.cost import Calibration
+from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration
 from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.shared_attention import EngineAttention, engine_attention
 from batchllm_operators.plan.step import plan_staged
-from batchllm_operators.records import PLAN_PAGE, WORK_FOLDER, AttentionForecast, PlanSummary, StageSummary
+from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.row_errors import refuse_too_many_errors
 from batchllm_operators.stage.step import stage_source
+from batchllm_operators.work.layout import CALIBRATIONS_FOLDER, PLAN_PAGE
 
 StageCall = Callable[..., StageSummary]
 """`stage_source`, or the Prefect task around it."""
@@ -118,7 +119,7 @@ def plan_run(
 def kept_calibrations(run: JobRun) -> CalibrationCache:
     """Kept beside the output, for every job that writes there."""
     return CalibrationCache(
-        run.sink.folder(f"{WORK_FOLDER}/{CALIBRATIONS_FOLDER}"),
+        run.sink.folder(CALIBRATIONS_FOLDER),
         run.job.model,
         block_size=planned_block_size(run.job.planning),
         gpus_per_engine=run.job.execution.gpus_per_engine,

@@ -12,16 +12,10 @@ from pydantic import ValidationError
 
 from batchllm_flows import __version__
 from batchllm_flows.job import BatchJob
+from batchllm_operators.cost import USD_DECIMALS, usd_of
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import work_of_output
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.cost import USD_DECIMALS, usd_of
-from batchllm_operators.quarantine import set_aside
 from batchllm_operators.records import (
-    MANIFEST_FILE,
-    REPORT_FILE,
-    REPORT_PAGE,
-    SAMPLES_FILE,
     BundleInfo,
     BundleResult,
     EngineSetting,
@@ -30,9 +24,12 @@ from batchllm_operators.records import (
     PlanSummary,
     Record,
 )
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+from batchllm_operators.work.json_objects import first_fault, read_record
+from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, SAMPLES_FILE
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -97,7 +94,7 @@ class JobOutline(Record):
             input_objects=input_objects,
             not_read=not_read,
             prompt_kind=job.prompt.kind,
-            sampling=SamplingParameters(**job.sampling.model_dump(include=set(SamplingParameters.model_fields))),
+            sampling=job.sampling.parameters,
         )
 
     def sampling_text(self) -> str:
@@ -228,31 +225,31 @@ def build_report(
         version=__version__,
         started=started,
         already_complete=False,
-        rows_in=plan.rows,
+        rows_in=plan.counts.rows,
         rows_out=manifest.rows,
         rows_error=sum(manifest.error_rows.values()),
         error_rows=manifest.error_rows,
-        requests=plan.requests + plan.done_requests,
+        requests=plan.counts.requests + plan.counts.done_requests,
         computed_requests=sum(result.requests for result in results),
         answered_tokens=sum(result.prompt_tokens + result.completion_tokens for result in results),
-        duplicate_rows=plan.duplicate_rows,
+        duplicate_rows=plan.counts.duplicate_rows,
         prompt_tokens=manifest.prompt_tokens,
         computed_prompt_tokens=manifest.computed_prompt_tokens,
         completion_tokens=manifest.completion_tokens,
         saving=saving,
-        optimum_saving=plan.optimum_saving,
+        optimum_saving=plan.saving.optimum,
         forecast=ForecastAgainstFact(
             saving=ExpectedActual(expected=_expected_saving(executed), actual=saving),
             computed_prompt_tokens=ExpectedActual(
-                expected=sum(one.plan.expected_computed_prompt_tokens for one in executed),
+                expected=sum(one.plan.forecast.computed_prompt_tokens for one in executed),
                 actual=sum(_computed(result) for result in results),
             ),
             output_tokens=ExpectedActual(
-                expected=sum(one.plan.expected_output_tokens for one in executed),
+                expected=sum(one.plan.forecast.output_tokens for one in executed),
                 actual=sum(result.completion_tokens for result in results),
             ),
             execute_seconds=ExpectedActual(
-                expected=round(sum(one.plan.expected_seconds for one in executed), 3),
+                expected=round(sum(one.plan.forecast.seconds for one in executed), 3),
                 actual=round(max(seconds.execute - wait_seconds / max(engines, 1), 0.0), 3),
             ),
             usd=None if usd_per_engine_hour is None else _price(executed, usd_per_engine_hour, engines, seconds),
@@ -276,13 +273,7 @@ def read_samples(work: Store) -> OutputSamples | None:
 
     Samples that are damaged or of another version are set aside, and the report does without: the job is done.
     """
-    if not work.exists(SAMPLES_FILE):
-        return None
-    try:
-        return _load(OutputSamples, work, SAMPLES_FILE, "the report does without")
-    except DamagedObjectError as error:
-        set_aside(work, SAMPLES_FILE, error)
-        return None
+    return read_record(OutputSamples, work, SAMPLES_FILE)
 
 
 def read_report(sink: SinkSpec) -> JobReport:
@@ -330,11 +321,9 @@ def _load(kind: type[Kind], store: Store, name: str, advice: str) -> Kind:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(piece) for piece in fault["loc"])
         of_another_version = _is_of_another_version(content, error)
         raise (TerminalError if of_another_version else DamagedObjectError)(
-            f"{name} is not as batchllm-flows {__version__} writes it ({where}: {fault['msg']}), but perhaps as "
+            f"{name} is not as batchllm-flows {__version__} writes it ({first_fault(error)}), but perhaps as "
             f"another version does; {advice}",
             uri=store.uri_of(name),
         ) from error
@@ -361,16 +350,16 @@ def _expected_saving(executed: Sequence[ExecutedPlan]) -> float:
     """The saving of the whole job as the plans forecast it: the last one knows the facts of a pilot before it."""
     last = executed[-1].plan
     known = sum(
-        sum(_computed(result) for result in one.results) - one.plan.expected_computed_prompt_tokens
+        sum(_computed(result) for result in one.results) - one.plan.forecast.computed_prompt_tokens
         for one in executed[:-1]
     )
-    return last.expected_saving + known / last.prompt_tokens if last.prompt_tokens else 0.0
+    return last.saving.planned + known / last.counts.prompt_tokens if last.counts.prompt_tokens else 0.0
 
 
 def _price(
     executed: Sequence[ExecutedPlan], usd_per_engine_hour: float, engines: int, seconds: StepSeconds
 ) -> ExpectedActual:
     return ExpectedActual(
-        expected=round(sum(one.plan.expected_usd or 0.0 for one in executed), USD_DECIMALS),
+        expected=round(sum(one.plan.forecast.usd or 0.0 for one in executed), USD_DECIMALS),
         actual=usd_of(engines * seconds.execute, usd_per_engine_hour),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from batchllm_flows.report import ExpectedActual, ForecastAgainstFact, JobOutline, JobReport
 from batchllm_operators.plan.markdown import duration, usd
-from batchllm_operators.records import REPORT_PAGE, OutputSamples
+from batchllm_operators.records import OutputSamples
 from batchllm_operators.wording import counted, markdown_code, markdown_text
+from batchllm_operators.work.layout import REPORT_PAGE
 
 
 def report_markdown(report: JobReport) -> str:

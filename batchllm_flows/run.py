@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
-
-import orjson
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
-from batchllm_operators.execute.model_files import pinned
-from batchllm_operators.keys import canonical_json
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.quarantine import set_aside
-from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, REPORT_FILE, RESULTS_FOLDER, InputObject
-from batchllm_operators.stage.readers import open_source
+from batchllm_operators.models.model_files import pinned
+from batchllm_operators.records import InputObject
 from batchllm_operators.store import Store
+from batchllm_operators.work.damage import set_aside
+from batchllm_operators.work.job_file import is_work_folder, read_job_file, write_job_file
+from batchllm_operators.work.layout import REPORT_FILE, RESULTS_FOLDER
+from batchllm_operators.work.results import part_names
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     manifest = check_sink(sink, job.sink.mode, identity, job.sink.layout)
     complete = None
     reopened = retry_errors and manifest is not None and RowErrorCode.ENGINE_ERROR in manifest.error_rows
-    if reopened and not work.names(RESULTS_FOLDER):
+    if reopened and not part_names(work):
         raise TerminalError(
             "retry_errors: the results of this complete job are gone (`batchllm clean`), so that all rows would be"
             " computed again; for that, choose another sink.uri",
@@ -70,14 +69,8 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
         )
     if manifest is not None and not reopened and work.exists(REPORT_FILE):
         complete = _report_of_before(work)
-    if complete is None or not work.exists(JOB_FILE):
-        content = {
-            "format_version": FORMAT_VERSION,
-            "job_id": identity,
-            "job": job.model_dump(mode="json"),
-            "input": [one.model_dump() for one in source.objects],
-        }
-        work.write_bytes(JOB_FILE, canonical_json(content))
+    if complete is None or not is_work_folder(work):
+        write_job_file(work, identity, job.model_dump(mode="json"), source.objects)
     job = job.model_copy(update={"model": model})
     return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
 
@@ -94,17 +87,11 @@ def _report_of_before(work: Store) -> JobReport | None:
 
 def _refuse_work_of_another(work: Store, identity: str) -> None:
     """A damaged `job.json` is written again: the folder has the job's id as its name."""
-    if not work.exists(JOB_FILE):
-        return
-    try:
-        content: Any = orjson.loads(work.read_bytes(JOB_FILE))
-        owner = str(content["job_id"])
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        set_aside(work, JOB_FILE, f"not the file of a job: {type(error).__name__}: {error}")
-        return
-    if owner != identity:
+    file = read_job_file(work)
+    if file is not None and file.job_id != identity:
         raise TerminalError(
-            f"execution.work_uri: the work folder holds job {owner}, this is job {identity}; choose another place",
+            f"execution.work_uri: the work folder holds job {file.job_id}, this is job {identity}; choose another"
+            " place",
             uri=work.uri,
         )
 

@@ -8,43 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
-
-import orjson
-from pydantic import ValidationError
+from typing import TypeVar
 
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import DamagedObjectError, TerminalError
+from batchllm_operators.formats import format_named
 from batchllm_operators.merge.claim import data_files
 from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import (
+from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record, StageSummary
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
+from batchllm_operators.wording import counted
+from batchllm_operators.work.bundles import is_bundle
+from batchllm_operators.work.damage import quarantined
+from batchllm_operators.work.job_file import checked_job_file
+from batchllm_operators.work.json_objects import checked_record
+from batchllm_operators.work.layout import (
     ATTENTION_TRACE_FOLDER,
     JOB_FILE,
     MANIFEST_FILE,
-    PLAN_FOLDER,
     PLAN_SUMMARY,
-    QUARANTINE_FOLDER,
     REPORT_FILE,
     RESULTS_FOLDER,
     STAGED_FOLDER,
     STAGED_SUMMARY,
     TRACE_FOLDER,
-    Manifest,
-    OutputFile,
-    PlanSummary,
-    Record,
-    StageSummary,
 )
-from batchllm_operators.result_parts import checked_result_part
-from batchllm_operators.store import Store
-from batchllm_operators.wording import counted
+from batchllm_operators.work.results import checked_result_part
 
 READERS = 8
 """Objects read at a time: reading mostly waits for the disk or the network."""
-
-_READ_ROWS = 65_536
-_LINE_CHUNK_BYTES = 4 << 20
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -96,7 +89,7 @@ def verify_output(sink: SinkSpec) -> Verification:
         objects=len(checks),
         rows=manifest.rows,
         faults=tuple(fault for faults in found for fault in faults),
-        set_aside=tuple(work.names(QUARANTINE_FOLDER)),
+        set_aside=tuple(quarantined(work)),
     )
 
 
@@ -123,17 +116,17 @@ Check = Callable[[], list[Fault]]
 def _output_checks(output: Store, manifest: Manifest) -> Iterator[Check]:
     changed = changed_files(output, manifest)
     for file in manifest.files:
-        yield partial(_output_file, output, file, changed.get(file.name))
+        yield partial(_output_file, output, file, changed.get(file.name), manifest.layout.format)
     yield partial(_output_as_a_whole, output, manifest)
 
 
-def _output_file(output: Store, file: OutputFile, known: str | None) -> list[Fault]:
+def _output_file(output: Store, file: OutputFile, known: str | None, form: str) -> list[Fault]:
     if known is not None:
         return [_fault(output, file.name, known)]
     digest = output.digest(file.name)
     if digest != file.digest:
         return [_fault(output, file.name, f"expected digest {file.digest}, found {digest}")]
-    rows = _rows_of(output, file.name)
+    rows = format_named(form).required_writer().count_rows(output, file.name)
     if rows == file.rows:
         return []
     return [_fault(output, file.name, f"expected {counted(file.rows, 'row')}, found {rows:,}")]
@@ -154,30 +147,23 @@ def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
     return faults
 
 
-def _rows_of(store: Store, name: str) -> int:
-    if name.endswith(".parquet"):
-        return store.parquet_schema(name)[1]
-    with store.reader(name) as lines:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(_LINE_CHUNK_BYTES), b""))
-
-
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
     names = set(work.names())
     if not names:
         return
     yield partial(_job_file, work, manifest)
     if any(name.startswith(f"{STAGED_FOLDER}/") for name in names):
-        staged, faults = _summary(work, STAGED_SUMMARY, StageSummary)
+        staged, faults = _record(work, STAGED_SUMMARY, StageSummary)
         yield lambda: faults
         yield from _digest_checks(work, [] if staged is None else [(part.name, part.digest) for part in staged.parts])
     if PLAN_SUMMARY in names:
-        plan, plan_faults = _summary(work, PLAN_SUMMARY, PlanSummary)
+        plan, plan_faults = _record(work, PLAN_SUMMARY, PlanSummary)
         yield lambda: plan_faults
         yield from _digest_checks(work, [] if plan is None else [(one.name, one.digest) for one in plan.bundles])
-    elif any(name.startswith(f"{PLAN_FOLDER}/bundle-") for name in names):
+    elif any(map(is_bundle, names)):
         yield lambda: [_fault(work, PLAN_SUMMARY, "it is missing")]
     if REPORT_FILE in names:
-        yield lambda: _summary(work, REPORT_FILE, JobReport)[1]
+        yield lambda: _record(work, REPORT_FILE, JobReport)[1]
     for name in sorted(names):
         folder = name.partition("/")[0]
         if folder == RESULTS_FOLDER:
@@ -187,25 +173,23 @@ def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
 
 
 def _job_file(work: Store, manifest: Manifest) -> list[Fault]:
-    if not work.exists(JOB_FILE):
-        return [_fault(work, JOB_FILE, "it is missing")]
     try:
-        content: Any = orjson.loads(work.read_bytes(JOB_FILE))
-        owner = str(content["job_id"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        file = checked_job_file(work)
+    except DamagedObjectError:
         return [_fault(work, JOB_FILE, "it is not the file of a job")]
-    return (
-        [] if owner == manifest.job_id else [_fault(work, JOB_FILE, f"expected job {manifest.job_id}, found {owner}")]
-    )
+    if file is None:
+        return [_fault(work, JOB_FILE, "it is missing")]
+    if file.job_id == manifest.job_id:
+        return []
+    return [_fault(work, JOB_FILE, f"expected job {manifest.job_id}, found {file.job_id}")]
 
 
-def _summary(work: Store, name: str, kind: type[Kind]) -> tuple[Kind | None, list[Fault]]:
-    if not work.exists(name):
-        return None, [_fault(work, name, "it is missing")]
+def _record(work: Store, name: str, kind: type[Kind]) -> tuple[Kind | None, list[Fault]]:
     try:
-        return kind.model_validate_json(work.read_bytes(name)), []
-    except ValidationError as error:
-        return None, [_fault(work, name, f"not as it is written: {error.errors(include_url=False)[0]['msg']}")]
+        found = checked_record(kind, work, name)
+    except DamagedObjectError as error:
+        return None, [_fault(work, name, error.message)]
+    return found, [] if found is not None else [_fault(work, name, "it is missing")]
 
 
 def _digest_checks(work: Store, objects: Iterable[tuple[str, str]]) -> Iterator[Check]:
@@ -230,7 +214,7 @@ def _readable(work: Store, name: str, read: Callable[[str], object]) -> list[Fau
 
 def _scan(work: Store, name: str) -> None:
     schema, _ = work.parquet_schema(name)
-    for _ in work.scan_parquet(name, schema.names, _READ_ROWS):
+    for _ in work.scan_parquet(name, schema.names, NUMBERS_AT_A_TIME):
         pass
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import orjson
 from pydantic import ValidationError
 
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.merge.sink import check_sink, read_manifest, work_of_output
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import JOB_FILE, WORK_FOLDER, Manifest
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.records import Manifest
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.job_file import checked_job_file, is_work_folder, work_folders_in
+from batchllm_operators.work.layout import JOB_FILE, WORK_FOLDER
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
         TerminalError: there is none.
     """
     root = Store(uri, storage)
-    if root.exists(JOB_FILE):
+    if is_work_folder(root):
         return [root]
     below = root.folder(WORK_FOLDER)
-    found = [below.folder(_folder_of(name)) for name in below.newest(f"*/{JOB_FILE}")]
+    found = [below.folder(name) for name in work_folders_in(below)]
     elsewhere = _work_of_output(root)
-    if elsewhere is not None and elsewhere.uri not in {one.uri for one in found} and elsewhere.exists(JOB_FILE):
+    if elsewhere is not None and elsewhere.uri not in {one.uri for one in found} and is_work_folder(elsewhere):
         found.insert(0, elsewhere)
-    found = found or [root.folder(_folder_of(name)) for name in root.newest(f"*/{JOB_FILE}")]
+    found = found or [root.folder(name) for name in work_folders_in(root)]
     if not found:
         raise TerminalError(
             f"no job here: expected the folder of a job's output, or a work folder with its {JOB_FILE}", uri=root.uri
@@ -60,26 +61,29 @@ def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
     return found
 
 
-def read_job_file(work: Store) -> OwnedFolder:
+def owned_folder(work: Store) -> OwnedFolder:
     """Whose a work folder is.
 
     Raises:
         TerminalError: `job.json` is not as this version writes it.
     """
     try:
-        content = orjson.loads(work.read_bytes(JOB_FILE))
-        job = content["job"]
+        file = checked_job_file(work)
+        if file is None:
+            raise TerminalError(f"no {JOB_FILE} here", uri=work.uri)
+        job = file.job
         sink = {name: value for name, value in job["sink"].items() if name in SinkSpec.model_fields}
         return OwnedFolder(
             work=work,
-            job_id=str(content["job_id"]),
+            job_id=file.job_id,
             job_name=str(job["name"]),
             source_uri=str(job["source"]["uri"]),
             sink=SinkSpec.model_validate(sink),
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
+    except (DamagedObjectError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        why = error.message if isinstance(error, DamagedObjectError) else type(error).__name__
         raise TerminalError(
-            f"{JOB_FILE} is not as this version of batchllm-flows writes it: {type(error).__name__}",
+            f"{JOB_FILE} is not as this version of batchllm-flows writes it: {why}",
             uri=work.uri_of(JOB_FILE),
         ) from error
 
@@ -96,11 +100,7 @@ def _work_of_output(sink: Store) -> Store | None:
     if manifest is None:
         return None
     work = work_of_output(sink, manifest)
-    if work.path_from(sink) is not None or not work.exists(JOB_FILE):
+    if work.path_from(sink) is not None or not is_work_folder(work):
         return work
-    owner = read_job_file(work)
+    owner = owned_folder(work)
     return work if Store(owner.sink.uri, owner.sink.storage).uri == sink.uri else None
-
-
-def _folder_of(name: str) -> str:
-    return name.partition("/")[0]

@@ -22,9 +22,9 @@ from typing import Any
 from uuid import uuid4
 
 from batchllm_operators.execute.engine import Engine, Request, VllmEngine
-from batchllm_operators.execute.processor import cpu_name
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.machine.processor import cpu_name
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 LIMITS: dict[str, dict[str, str]] = {
     "as it is": {},

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
-from batchllm_operators.execute.processor import cpu_name
+from batchllm_operators.machine.processor import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from batchllm_operators.plan.block_hashes import hash_blocks
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from benchmarks.staged import stage
 from benchmarks.workloads import Workload
@@ -190,4 +190,4 @@ def _plan(workload: Workload, folder: Path, block_size: int) -> tuple[list[int],
                     order.append(row)
                     group = f"{bundle.name}:{one['group_id']}"
                     plan[row] = (group, one["prefix_tokens"], one["expected_output_tokens"])
-    return order, plan, round(staged.prompt_tokens * (1 - summary.optimum_saving))
+    return order, plan, round(staged.prompt_tokens * (1 - summary.saving.optimum))

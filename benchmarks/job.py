@@ -42,7 +42,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchllm_operators.execute.processor import cpu_name
+from batchllm_operators.machine.processor import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

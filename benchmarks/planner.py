@@ -21,30 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
 from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
-from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.records import (
-    PLAN_SUMMARY,
-    STAGED_SUMMARY,
-    PlanSummary,
-    StageSummary,
-)
+from batchllm_operators.records import PlanSummary, StageSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order
 from batchllm_operators.store import Store
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from batchllm_operators.work.layout import PLAN_SUMMARY, STAGED_SUMMARY
 from benchmarks.staged import stage
 from benchmarks.tables import TABLES
 from benchmarks.workloads import planner_mixture
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 
 SIZES = (100_000, 200_000, 500_000, 1_000_000)
 CACHE_SHARE = 0.1
@@ -64,10 +60,10 @@ def plan_run(folder: str) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_gb": round(usage.ru_maxrss / 1e6, 2),
-        "single_level_saving": round(plan.single_level_saving, 6),
-        "multi_level_saving": round(plan.expected_saving, 6),
-        "optimum_saving": round(plan.optimum_saving, 6),
-        "groups": plan.groups,
+        "single_level_saving": round(plan.saving.single_level, 6),
+        "multi_level_saving": round(plan.saving.planned, 6),
+        "optimum_saving": round(plan.saving.optimum, 6),
+        "groups": plan.shape.groups,
         "bundles": len(plan.bundles),
     }
 
@@ -105,7 +101,7 @@ def examine(folder: str) -> dict[str, Any]:
     position = np.empty(len(order.rows), dtype=np.int64)
     position[order.rows] = np.arange(len(order.rows))
 
-    def saving(rows: npt.NDArray[np.int64]) -> float:
+    def saving(rows: Int64s) -> float:
         found = simulate_cache(position[rows], numbers, usable, capacity_blocks=capacity)
         computed = int(lengths[position[rows]].sum(dtype=np.int64)) - block * int(found.sum(dtype=np.int64))
         return round(1 - computed / requests.row_tokens, 6)

@@ -8,15 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from batchllm_operators.records import (
-    ERROR_TYPE,
-    KEY_TYPE,
-    STAGED_SCHEMA,
-    STAGED_SUMMARY,
-    StagedPart,
-    StageSummary,
-)
+from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.columns import ERROR_TYPE, KEY_TYPE
+from batchllm_operators.work.staged import STAGED_SCHEMA, write_part, write_summary
 from benchmarks.workloads import Workload
 
 PART_ROWS = 50_000
@@ -50,9 +45,7 @@ def stage(work: Store, workload: Workload, *, key_by_row: bool = False) -> Stage
             },
             schema=STAGED_SCHEMA,
         )
-        name = f"staged/part-{len(parts):05d}.parquet"
-        work.write_table(name, table)
-        parts.append(StagedPart(name=name, first_row=low, rows=high - low))
+        parts.append(write_part(work, len(parts), table, low))
     summary = StageSummary(
         parts=tuple(parts),
         rows=rows,
@@ -62,5 +55,5 @@ def stage(work: Store, workload: Workload, *, key_by_row: bool = False) -> Stage
         source_schema="",
         seconds=0.0,
     )
-    work.write_bytes(STAGED_SUMMARY, summary.model_dump_json().encode())
+    write_summary(work, summary)
     return summary

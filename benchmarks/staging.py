@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import open_source
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ChatPrompt, SourceSpec
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import ChatPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.stage.tokenizer_pool import available_cores
 from batchllm_operators.store import Store

@@ -21,11 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from batchllm_operators.columns.arrays import Int64s
 
 CHARACTERS_PER_TOKEN = 4
-
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,12 @@ TABLES: dict[str, Callable[[], TextTable]] = {
 }
 
 
-def _zipf(chance: np.random.Generator, rows: int, values: int, exponent: float) -> Numbers:
+def _zipf(chance: np.random.Generator, rows: int, values: int, exponent: float) -> Int64s:
     weight = 1 / np.arange(1, values + 1) ** exponent
     return chance.choice(values, rows, p=weight / weight.sum()).astype(np.int64)
 
 
-def _texts(values: Numbers, tokens: int, word: str) -> list[str]:
+def _texts(values: Int64s, tokens: int, word: str) -> list[str]:
     """One text of so many tokens for each distinct value."""
     length = tokens * CHARACTERS_PER_TOKEN
     texts = {value: f"{value} {word} ".ljust(length, "abcdefgh"[value % 8])[:length] for value in set(values.tolist())}

@@ -12,14 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 
 VOCABULARY = 32_000
-
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -200,20 +197,20 @@ def _distinct(requests: int, level: int) -> Int64s:
     return _numbered(np.arange(requests), level)
 
 
-def _numbered(numbers: npt.NDArray[np.int64], level: int) -> Int64s:
+def _numbered(numbers: Int64s, level: int) -> Int64s:
     """Numbers that no other level has."""
     return numbers.astype(np.int64) + (np.int64(level) << 48)
 
 
-def _scaled(lengths: npt.NDArray[np.int64], scale: float) -> Int64s:
+def _scaled(lengths: Int64s, scale: float) -> Int64s:
     return np.maximum(np.round(lengths * scale), 1).astype(np.int64)
 
 
 def _shuffled(
     name: str,
     chance: np.random.Generator,
-    pieces: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
-    output_tokens: npt.NDArray[np.int64],
+    pieces: list[tuple[Int64s, Int64s]],
+    output_tokens: Int64s,
 ) -> Workload:
     output = output_tokens.astype(np.int32)
     workload = Workload(

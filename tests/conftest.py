@@ -11,7 +11,7 @@ import pytest
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
 from batchllm_flows.demo.s3_server import S3Server, serve_s3
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 
 PLACES = ("disk", "rclone", "moto")
 REPOSITORY = Path(__file__).parent.parent

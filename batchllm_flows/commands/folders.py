@@ -11,7 +11,7 @@ import typer
 from batchllm_flows.commands.failures import EXIT_FAILED, fail
 from batchllm_flows.commands.options import AsJson, EndpointUrl
 from batchllm_flows.commands.output import print_result, set_up_logs
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.wording import counted, size_text
 
 FolderUri = Annotated[str, typer.Argument(help="folder of a job's output, or a work folder", show_default=False)]
@@ -38,7 +38,7 @@ def report(
     """Print the report of the job whose output is in a folder."""
     from batchllm_flows.report import read_report, read_report_page
     from batchllm_flows.report_text import report_markdown
-    from batchllm_operators.merge.spec import SinkSpec
+    from batchllm_operators.specs.sink import SinkSpec
 
     sink = SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url))
     found = read_report(sink)
@@ -58,7 +58,7 @@ def verify(
 ) -> None:
     """Read a job's output and work folder and check every byte. Exit code 0: whole, 1: damaged."""
     from batchllm_flows.verify import verification_markdown, verify_output
-    from batchllm_operators.merge.spec import SinkSpec
+    from batchllm_operators.specs.sink import SinkSpec
 
     found = verify_output(SinkSpec(uri=uri, storage=StorageOptions(endpoint_url=endpoint_url)))
     print_result(found.model_dump(mode="json"), verification_markdown(found), as_json=as_json)

@@ -80,7 +80,7 @@ def plan(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, 
 
     summary = plan_job(job)
     print_result(summary.model_dump(mode="json"), plan_markdown(summary), as_json=as_json)
-    raise typer.Exit(EXIT_ROW_ERRORS if summary.error_rows else 0)
+    raise typer.Exit(EXIT_ROW_ERRORS if summary.counts.error_rows else 0)
 
 
 def demo(

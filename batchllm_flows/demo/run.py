@@ -26,8 +26,9 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.prefect_server import require_server
 from batchllm_flows.report import JobReport
 from batchllm_operators.execute.engine_ahead import engine_ahead
-from batchllm_operators.records import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, WORK_FOLDER, Manifest
+from batchllm_operators.records import Manifest
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, WORK_FOLDER
 
 BUCKET = "demo"
 INPUT_URI = f"s3://{BUCKET}/input/"

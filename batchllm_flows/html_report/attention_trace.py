@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchllm_flows.html_report.trace_files import read_traces
-from batchllm_operators.records import ATTENTION_TRACE_FOLDER
 from batchllm_operators.store import Store
+from batchllm_operators.work.traces import read_attention_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ def read_attention_trace(work: Store, *, since: float) -> tuple[AttentionTrace |
     """The steps that engines with prefix-shared attention made after a moment; in bounded memory.
 
     Args:
-        work: the work folder; its `attention_trace/*.parquet` are read.
+        work: the work folder.
         since: seconds since the epoch; steps of earlier runs of the job are left out.
 
     Returns:
@@ -45,7 +44,7 @@ def read_attention_trace(work: Store, *, since: float) -> tuple[AttentionTrace |
         shared = pc.sum(taken["share"].cast(pa.int64())).as_py() or 0
         found.append(AttentionTrace(len(taken), shared, len(taken) - taken["stock_us"].null_count))
 
-    unreadable = read_traces(work, ATTENTION_TRACE_FOLDER, ("time_s", "rank", "share", "stock_us"), take)
+    unreadable = read_attention_steps(work, ("time_s", "rank", "share", "stock_us"), take)
     total = AttentionTrace(
         steps=sum(one.steps for one in found),
         shared=sum(one.shared for one in found),

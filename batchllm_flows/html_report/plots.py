@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchllm_flows.html_report.step_trace import Floats, StepTrace
+from batchllm_flows.html_report.step_trace import StepTrace
 from batchllm_flows.report import ExecutedPlan, JobReport
+from batchllm_operators.columns.arrays import Floats
 from batchllm_operators.plan.plots import forest_plot, sharing_plot
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.svg import FIRST, GRID, INK, MUTED, PALE, SECOND, bar_axes, draw, short
@@ -55,14 +56,14 @@ def report_plots(report: JobReport, executed: Sequence[ExecutedPlan], trace: Ste
 
 def saving_plot(plan: PlanSummary, report: JobReport | None) -> str | None:
     """Savings side by side: a stock engine, one level of prefixes, the plan, the fact, the optimum."""
-    if not plan.prompt_tokens:
+    if not plan.counts.prompt_tokens:
         return None
-    expected = plan.expected_saving if report is None else float(report.forecast.saving.expected)
-    bars = [] if plan.stock_saving is None else [("stock engine, rows as given", plan.stock_saving, PALE)]
-    bars += [("one prefix a request", plan.single_level_saving, PALE), ("forecast of the plan", expected, FIRST)]
+    expected = plan.saving.planned if report is None else float(report.forecast.saving.expected)
+    bars = [] if plan.saving.stock is None else [("stock engine, rows as given", plan.saving.stock, PALE)]
+    bars += [("one prefix a request", plan.saving.single_level, PALE), ("forecast of the plan", expected, FIRST)]
     if report is not None:
         bars.append(("this job", report.saving, SECOND))
-    bars.append(("optimum, nothing evicted", plan.optimum_saving, PALE))
+    bars.append(("optimum, nothing evicted", plan.saving.optimum, PALE))
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()

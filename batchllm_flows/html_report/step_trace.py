@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from batchllm_flows.html_report.trace_files import read_traces
-from batchllm_operators.records import TRACE_FOLDER
+from batchllm_operators.columns.arrays import Floats
 from batchllm_operators.store import Store
+from batchllm_operators.work.traces import read_steps
 
 MOST_POINTS = 240
 SHORTEST_POINT_SECONDS = 1 / 64
@@ -18,9 +17,6 @@ SHORTEST_POINT_SECONDS = 1 / 64
 _TOKENS = ("prefill_tokens", "decode_tokens")
 _REQUESTS = ("running", "waiting")
 _COLUMNS = ("time_s", "step_seconds", *_TOKENS, *_REQUESTS, "kv_tokens_used", "kv_tokens_capacity", "preempted")
-
-Floats = npt.NDArray[np.float64]
-Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +56,14 @@ def read_step_trace(work: Store, *, since: float) -> tuple[StepTrace | None, lis
     """The steps that engines made after a moment; in bounded memory, however many there are.
 
     Args:
-        work: the work folder; its `trace/*.parquet` are read.
+        work: the work folder.
         since: seconds since the epoch; steps of earlier runs of the job are left out.
 
     Returns:
         The trace, or None where there is no such step; and what could not be read.
     """
     points = _Points()
-    unreadable = read_traces(work, TRACE_FOLDER, _COLUMNS, lambda batch: points.add(_columns(batch), since))
+    unreadable = read_steps(work, _COLUMNS, lambda batch: points.add(_columns(batch), since))
     return points.trace(), unreadable
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 
 S3_SCHEMES = ("s3", "s3a")
 

@@ -1,115 +1,13 @@
-"""What crosses the steps: the schemas of the work folder, and the small records that Prefect carries.
+"""What crosses the steps: the small records that Prefect carries.
 
-Rows live on the store as Parquet; a record holds names, counts and hashes only.
+A record holds names, counts and hashes only; rows live in the work folder, see `batchllm_operators.work`.
 """
 
 from __future__ import annotations
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.wording import counted, first_of
-
-FORMAT_VERSION = 2
-"""Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
-of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
-
-JOB_FILE = "job.json"
-STAGED_FOLDER = "staged"
-STAGED_SUMMARY = "staged/summary.json"
-PLAN_FOLDER = "plan"
-PLAN_SUMMARY = "plan/summary.json"
-PLAN_PAGE = "plan/plan.html"
-RESULTS_FOLDER = "results"
-QUARANTINE_FOLDER = "quarantine"
-TRACE_FOLDER = "trace"
-ATTENTION_TRACE_FOLDER = "attention_trace"
-LOGS_FOLDER = "logs"
-SAMPLES_FILE = "samples.json"
-REPORT_FILE = "report.json"
-REPORT_PAGE = "report.html"
-LAST_ERROR_FILE = "last_error.json"
-MANIFEST_FILE = "_manifest.json"
-WORK_FOLDER = "_batchllm"
-
-KEY_TYPE = pa.binary(REQUEST_KEY_BYTES)
-TOKENS_TYPE = pa.list_(pa.int32())
-ERROR_TYPE = pa.struct([("code", pa.string()), ("message", pa.string())])
-
-# Whether each step of an engine shared prefixes in attention, and why; the seconds are those expected of a layer, null
-# where the step was not looked at. Ranks of one engine decide alike.
-ATTENTION_TRACE_SCHEMA = pa.schema(
-    [
-        pa.field("time_s", pa.float64(), nullable=False),
-        pa.field("rank", pa.int32(), nullable=False),
-        pa.field("requests", pa.int32(), nullable=False),
-        pa.field("query_tokens", pa.int32(), nullable=False),
-        pa.field("share", pa.bool_(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("stock_us", pa.float64()),
-        pa.field("shared_us", pa.float64()),
-    ]
-)
-
-# One row per input row. A row with an error has a null key and no tokens. `sampling` is the JSON text of the
-# request's sampling parameters where a row overrides the job's, else null; max_tokens is always the effective one.
-STAGED_SCHEMA = pa.schema(
-    [
-        pa.field("row_index", pa.int64(), nullable=False),
-        pa.field("row_id", pa.string(), nullable=False),
-        pa.field("request_key", KEY_TYPE),
-        pa.field("prompt_token_ids", TOKENS_TYPE),
-        pa.field("max_tokens", pa.int32()),
-        pa.field("sampling", pa.string()),
-        pa.field("error", ERROR_TYPE),
-    ]
-)
-
-# In the staged rows too where the job has an override column: what a row says of the length of its own completion.
-ESTIMATE_FIELD = pa.field("expected_output_tokens", pa.int32())
-
-# One row per request to compute, in the order the engine takes them.
-BUNDLE_SCHEMA = pa.schema(
-    [
-        pa.field("request_key", KEY_TYPE, nullable=False),
-        pa.field("prompt_token_ids", TOKENS_TYPE, nullable=False),
-        pa.field("max_tokens", pa.int32(), nullable=False),
-        pa.field("sampling", pa.string()),
-        pa.field("group_id", pa.int32(), nullable=False),
-        pa.field("prefix_tokens", pa.int32(), nullable=False),
-        pa.field("expected_output_tokens", pa.int32(), nullable=False),
-    ]
-)
-
-# One row per computed request, in order of completion. On an engine error the token columns are null.
-RESULT_SCHEMA = pa.schema(
-    [
-        pa.field("request_key", KEY_TYPE, nullable=False),
-        pa.field("output_token_ids", TOKENS_TYPE),
-        pa.field("completion", pa.string()),
-        pa.field("finish_reason", pa.string()),
-        pa.field("prompt_tokens", pa.int32()),
-        pa.field("cached_tokens", pa.int32()),
-        pa.field("completion_tokens", pa.int32()),
-        pa.field("error", ERROR_TYPE),
-    ]
-)
-
-# What merge adds to the input columns, under `sink.prefix`.
-OUTPUT_FIELDS = [
-    pa.field("completion", pa.string()),
-    pa.field("finish_reason", pa.string()),
-    pa.field("error", ERROR_TYPE),
-    pa.field("prompt_tokens", pa.int32()),
-    pa.field("cached_tokens", pa.int32()),
-    pa.field("completion_tokens", pa.int32()),
-]
-
-
-def output_fields(prefix: str) -> list[pa.Field]:
-    """The output columns of a sink with this prefix of their names."""
-    return [field.with_name(f"{prefix}{field.name}") for field in OUTPUT_FIELDS]
 
 
 class Record(BaseModel):
@@ -253,13 +151,9 @@ class AttentionForecast(Record):
     """Where the rates of the kernels come from: measured on a device, or assumed."""
 
 
-class PlanSummary(Record):
-    """The plan in figures; `plan/summary.json`, written last.
+class PlanCounts(Record):
+    """Rows, requests and prompt tokens of a job, and what is left of them to compute."""
 
-    Savings are shares of the prompt tokens of all rows that make a request.
-    """
-
-    bundles: tuple[BundleInfo, ...]
     rows: int
     error_rows: dict[str, int] = {}
     """Rows that make no request, by kind of error."""
@@ -270,30 +164,56 @@ class PlanSummary(Record):
     """Rows served by another row's computation."""
     done_requests: int
     """Distinct requests that readable results already answer."""
+    prompt_tokens: int
+    """Of all rows that make a request, duplicates and done ones included."""
+    planned_prompt_tokens: int
+    """Of the distinct requests to compute now."""
+
+
+class PlanSaving(Record):
+    """Shares of the prompt tokens of all rows that make a request."""
+
+    planned: float
+    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
+    optimum: float
+    """Of an ideal cache that never evicts."""
+    single_level: float
+    """When each request shares one prefix at the most."""
+    stock: float | None = None
+    """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
+
+
+class PlanForecast(Record):
+    """What engines are expected to compute and generate, and how long that takes them; loading is left out."""
+
+    computed_prompt_tokens: int
+    output_tokens: int
+    estimate_sources: dict[str, int] = {}
+    """Where the expected output tokens come from: requests by source."""
+    cache_tokens: int = 0
+    """KV capacity of an engine."""
+    rates: str = "hardware default"
+    """Where the rates come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    seconds: float
+    """Until the last engine has finished."""
+    usd: float | None = None
+    """Price of the engines until then."""
+
+
+class PlanShape(Record):
+    """How the requests stand: their groups, what these share, and the order."""
+
     groups: int
     largest_groups: tuple[GroupInfo, ...]
     """The groups that save most."""
     sharing_degrees: tuple[SharingDegree, ...] = ()
     shared_prefixes: tuple[SharedPrefix, ...] = ()
     """The shared prefixes that save most, with all that stand above them."""
-    prompt_tokens: int
-    """Of all rows that make a request, duplicates and done ones included."""
-    planned_prompt_tokens: int
-    """Of the distinct requests to compute now."""
-    expected_computed_prompt_tokens: int
-    expected_output_tokens: int
-    estimate_sources: dict[str, int] = {}
-    """Where the expected output tokens come from: requests by source."""
-    single_level_saving: float
-    """When each request shares one prefix at the most."""
-    expected_saving: float
-    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
-    optimum_saving: float
-    stock_saving: float | None = None
-    """What a stock engine is expected to save on the input order; None when the job is too large to replay."""
     order: str = "decode_first"
-    block_size: int | None = None
-    """Tokens of a KV-cache block; None in plans of earlier versions."""
+    block_size: int
+    """Tokens of a KV-cache block."""
     parted_trees: int = 0
     """Top-level prefixes computed more than once, because the reorder of what is below them is worth more."""
     workers: int = 1
@@ -301,25 +221,26 @@ class PlanSummary(Record):
     """Shared tokens computed again, because groups are split over workers."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
+
+
+class PlanSummary(Record):
+    """The plan in figures; `plan/summary.json`, written last."""
+
+    bundles: tuple[BundleInfo, ...]
     pilot: bool = False
     """Whether this plan holds only a sample, to learn output lengths from."""
-    cache_tokens: int = 0
-    """KV capacity of an engine in the forecast."""
-    rates: str = "hardware default"
-    """Where the rates of the forecast come from: `job`, `calibrated on ... at ...`, or `hardware default`."""
+    counts: PlanCounts
+    saving: PlanSaving
+    forecast: PlanForecast
+    shape: PlanShape
     attention: AttentionForecast | None = None
     """Where the job leaves the choice of the attention to its plan."""
-    expected_prefill_seconds: float = 0.0
-    expected_decode_seconds: float = 0.0
-    expected_seconds: float
-    """Until the last engine has finished."""
-    expected_usd: float | None = None
-    """Price of the engines until then."""
     stage_seconds: float = 0.0
     """What staging took, when it was done."""
+    seconds: float
+    """What planning took."""
     page_uri: str | None = None
     """Where the plan stands as a page with plots; None when none was written."""
-    seconds: float
 
 
 class BundleResult(Record):

@@ -32,10 +32,18 @@ from batchllm_operators.errors import BatchLLMError, DamagedObjectError, Termina
 from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
 from batchllm_operators.records import InputObject
 from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
 
+ROWS_AT_A_TIME = 1024
+"""Rows with texts or token ids that are read at a time: with tens of kB a row some tens of MB, and enough rows that a
+batch costs little beside them."""
+
+NUMBERS_AT_A_TIME = 65_536
+"""Rows of which only keys and numbers are read at a time: some MB as well, with tens of bytes a row."""
+
 PARQUET_COMPRESSION = "zstd"
+_PARQUET = "Parquet object"
 _CHECKED = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 PARTIAL_PREFIX = ".partial-"
 _LOCAL_SCHEMES = ("", "file", "local")
@@ -283,7 +291,7 @@ class Store:
             name: of the object.
             digest: that it must have, and then it is read whole; None: the checksums of its pages have to do.
         """
-        with self._errors(name), self._parquet_content(name, digest) as source:
+        with self._errors(name, _PARQUET), self._parquet_content(name, digest) as source:
             yield pq.ParquetFile(source, page_checksum_verification=True)
 
     def parquet_schema(self, name: str) -> tuple[pa.Schema, int]:
@@ -302,7 +310,7 @@ class Store:
         batches = self._row_group_batches(name, list(columns), batch_rows, int96_unit)
         while True:
             # Not around the yield: a fault of the consumer is none of this object.
-            with self._errors(name):
+            with self._errors(name, _PARQUET):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -403,13 +411,13 @@ class Store:
             self._fs.info(self._root.split("/")[0])
 
     @contextmanager
-    def _errors(self, name: str) -> Iterator[None]:
+    def _errors(self, name: str, content: str = "object") -> Iterator[None]:
         try:
             yield
         except BatchLLMError:
             raise
         except Exception as error:
-            translated = self._translated(error, name)
+            translated = self._translated(error, name, content)
             if translated is None and is_foreign(self.uri):
                 # The packages of other stores raise what they like.
                 translated = TerminalError(f"{self._where()} failed: {type(error).__name__}: {error}", uri=self.uri)
@@ -417,8 +425,9 @@ class Store:
                 raise
             raise translated from error
 
-    def _translated(self, error: Exception, name: str) -> BatchLLMError | None:
-        place = Place(self.uri_of(name) if name else self.uri, self._where(), self._local, self._bucket_is_missing)
+    def _translated(self, error: Exception, name: str, content: str = "object") -> BatchLLMError | None:
+        uri = self.uri_of(name) if name else self.uri
+        place = Place(uri, self._where(), self._local, self._bucket_is_missing, content)
         return translated(error, place)
 
     def _bucket_is_missing(self) -> bool:

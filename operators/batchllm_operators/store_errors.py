@@ -24,6 +24,8 @@ class Place:
     """The store, as a message names it."""
     local: bool
     bucket_is_missing: Callable[[], bool]
+    content: str = "object"
+    """What the object was read as."""
 
 
 def translated(error: Exception, place: Place) -> BatchLLMError | None:
@@ -31,7 +33,7 @@ def translated(error: Exception, place: Place) -> BatchLLMError | None:
     uri, where = place.uri, place.where
     # A flipped bit in a footer can make the name of a column one that does not decode.
     if isinstance(error, (pa.ArrowException, EOFError, UnicodeDecodeError)) or _is_damage(error):
-        return DamagedObjectError(f"not a readable Parquet object: {error}", uri=uri)
+        return DamagedObjectError(f"not a readable {place.content}: {error}", uri=uri)
     if isinstance(error, boto.NoCredentialsError):
         return TerminalError(f"no credentials found for {where}", uri=uri)
     if isinstance(error, FileNotFoundError):

@@ -12,11 +12,13 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.planning import plan_run, stage_run
 from batchllm_flows.report import ExecutedPlan, StepSeconds, build_report
 from batchllm_flows.run import JobRun, open_run
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.plan.step import plan_staged
-from batchllm_operators.records import REPORT_FILE, RESULT_SCHEMA, StageSummary
-from batchllm_operators.stage.readers import open_source
+from batchllm_operators.records import StageSummary
 from batchllm_operators.stage.step import stage_source
+from batchllm_operators.work.layout import REPORT_FILE
+from batchllm_operators.work.results import RESULT_SCHEMA
 from tests.flows.jobs import job_values, questions, write_input
 from tests.flows.reports import STARTED
 

@@ -82,7 +82,7 @@ def test_a_plan_is_printed_for_people_and_for_programs(tmp_path: Path, batchllm:
     path = write_job(tmp_path, tiny_llama)
     as_json = batchllm("plan", path, "--json", "--quiet")
     assert as_json.exit_code == 0, as_json.stderr
-    assert json.loads(as_json.stdout)["requests"] == 39
+    assert json.loads(as_json.stdout)["counts"]["requests"] == 39
     printed = batchllm("plan", path, "--quiet").stdout
     for words in (
         "need not be computed (possible:", "with one prefix a request:", "a stock engine on the rows as given:",

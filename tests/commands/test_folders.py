@@ -14,9 +14,9 @@ from batchllm_flows.cleaning import find_old_folders, parse_age
 from batchllm_flows.last_error import LastError, read_last_error, remembered_failure
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import JOB_FILE, LAST_ERROR_FILE, MANIFEST_FILE, REPORT_FILE, SAMPLES_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import JOB_FILE, LAST_ERROR_FILE, MANIFEST_FILE, REPORT_FILE, SAMPLES_FILE
 from tests.commands.conftest import Batchllm
 from tests.commands.job_folders import answer, complete, planned_job, write_job
 

@@ -39,7 +39,7 @@ def test_a_plan_needs_no_prefect_and_no_torch_and_is_quiet(tmp_path: Path, tiny_
         [sys.executable, "-c", _PROGRAM, "plan", str(path), "--quiet", "--json"],
         env=environment, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    assert json.loads(printed.stdout)["requests"] == 7
+    assert json.loads(printed.stdout)["counts"]["requests"] == 7
     assert printed.stderr == "[]\n"
 
 
@@ -69,7 +69,7 @@ def test_too_many_rows_with_errors_end_with_1_after_staging(
     # What was staged is kept: another fraction needs no other staging.
     allowed = batchllm("plan", path, "--quiet", "--json", "--set", "execution.max_error_fraction=1")
     assert allowed.exit_code == 3
-    assert json.loads(allowed.stdout)["error_rows"] == {"invalid_row": 8}
+    assert json.loads(allowed.stdout)["counts"]["error_rows"] == {"invalid_row": 8}
 
 
 @pytest.mark.parametrize(

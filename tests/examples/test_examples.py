@@ -69,11 +69,11 @@ def test_the_demo_shares_most_of_its_tokens_and_is_computed_in_two_minutes_at_15
     values = demo_job(Path(smollm2))
     values["source"]["uri"], values["sink"]["uri"] = str(tmp_path / "in"), str(tmp_path / "out")
     plan = plan_batch_inference(BatchJob.model_validate(values))
-    assert plan.rows == rows
-    assert plan.requests == rows - 1 - plan.duplicate_rows
-    assert plan.duplicate_rows >= 3
-    assert plan.expected_saving >= 0.6
-    assert sum(group.requests >= 3 for group in plan.largest_groups) >= 6
-    tokens = plan.expected_computed_prompt_tokens + plan.expected_output_tokens
+    assert plan.counts.rows == rows
+    assert plan.counts.requests == rows - 1 - plan.counts.duplicate_rows
+    assert plan.counts.duplicate_rows >= 3
+    assert plan.saving.planned >= 0.6
+    assert sum(group.requests >= 3 for group in plan.shape.largest_groups) >= 6
+    tokens = plan.forecast.computed_prompt_tokens + plan.forecast.output_tokens
     with_attention = 1.07
     assert with_attention * tokens * 2 * 135e6 / 15e9 < 120

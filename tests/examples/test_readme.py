@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from batchllm_flows.cli import app
 from batchllm_flows.job import BatchJob
-from batchllm_operators.spec import SpecModel
+from batchllm_operators.spec_base import SpecModel
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()

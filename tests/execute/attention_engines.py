@@ -17,8 +17,8 @@ from typing import Any
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine import Request, VllmEngine
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 TELLING = ("vllm.v1.worker.cpu.model_runner", "batchllm_kernels.attention.launch")
 """Modules that are imported when vLLM's second model runner is made, and when a kernel of ours runs."""

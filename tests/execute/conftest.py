@@ -14,14 +14,17 @@ import pyarrow as pa
 import pytest
 
 from batchllm_flows.demo.s3_server import S3Server
-from batchllm_operators.execute.devices import DeviceShare
 from batchllm_operators.execute.handle import LocalEngineHandle
 from batchllm_operators.execute.messages import Load, Run
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.records import BUNDLE_SCHEMA, PLAN_FOLDER, RESULT_SCHEMA, BundleInfo
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.machine.devices import DeviceShare
+from batchllm_operators.records import BundleInfo
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import BUNDLE_SCHEMA
+from batchllm_operators.work.layout import PLAN_FOLDER
+from batchllm_operators.work.results import RESULT_SCHEMA
 
 BLOCK_SIZE = 32
 PREFIX = list(range(1000, 1000 + 2 * BLOCK_SIZE))

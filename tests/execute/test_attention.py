@@ -17,7 +17,7 @@ import pytest
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import Load
-from batchllm_operators.records import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
+from batchllm_operators.work.layout import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
 from tests.vllm_plugin import cpu_platform_plugin
 from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 

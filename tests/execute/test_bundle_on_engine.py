@@ -10,7 +10,7 @@ import pytest
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import BundleCounts
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
 
 pytestmark = pytest.mark.engine
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration, rates_source
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.execute.calibration import (
     ENOUGH_SECONDS,
@@ -16,8 +17,7 @@ from batchllm_operators.execute.calibration import (
     synthetic_loads,
 )
 from batchllm_operators.execute.engine import Completion, EngineLimits, Request
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration, rates_source
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.specs.planning import CostModel
 
 LIMITS = EngineLimits(
     device="2 x Abacus",

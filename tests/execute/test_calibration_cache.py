@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.execute.calibration_cache import CalibrationCache
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.records import BundleResult
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
 
 MODEL = ModelSpec(id="m", engine_args={"max_num_seqs": 8})

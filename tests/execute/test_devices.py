@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.devices import DeviceShare, device_shares, gpu_model, gpus_of_machine
+from batchllm_operators.machine.devices import DeviceShare, device_shares, gpu_model, gpus_of_machine
 
 
 def test_the_visible_gpus_are_taken_from_the_environment_before_the_driver(tmp_path: Path) -> None:

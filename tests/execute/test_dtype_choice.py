@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.dtype_choice import GIB, check_memory, choose_dtype
-from batchllm_operators.execute.model_shape import model_shape, read_model_config
-from batchllm_operators.execute.processor import Processor
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.machine.processor import Processor
+from batchllm_operators.models.dtype_choice import GIB, check_memory, choose_dtype
+from batchllm_operators.models.model_shape import model_shape, read_model_config
+from batchllm_operators.specs.execution import ModelSpec
 
 FAST = Processor(True, False, avx512=True, reason="the processor has AVX512-BF16")
 SLOW = Processor(False, False, avx512=False, reason="the processor has neither AVX512-BF16 nor AMX-BF16")

@@ -18,8 +18,8 @@ from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import BundleCounts, Load
 from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 pytestmark = pytest.mark.engine
 

@@ -14,7 +14,7 @@ from batchllm_operators.execute.engine_options import (
     gpu_choices,
     known_engine_arguments,
 )
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 KNOWN = [*RESERVED, "max_num_seqs", "enforce_eager"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchllm_operators.execute.engine_settings import engine_settings
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 CONFIG = SimpleNamespace(
     scheduler_config=SimpleNamespace(

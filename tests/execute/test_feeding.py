@@ -9,8 +9,9 @@ import pytest
 from batchllm_operators.errors import DamagedObjectError, RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.bundle_run import BundleRun
 from batchllm_operators.execute.engine import Completion, Engine, Request
-from batchllm_operators.execute.feeding import BundleFeed, BundleStep, bundle_keys, count, read_requests, read_rows
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.execute.feeding import BundleFeed, BundleStep, count, read_requests, read_rows
+from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.work.bundles import bundle_keys
 
 SAMPLING = SamplingParameters(temperature=0.5, stop=("end",))
 

@@ -14,7 +14,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.load_watch import LoadWatch, download_folder
 from batchllm_operators.execute.messages import EnginePhase, Load, Loading
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 
 def record(name: str, function: str = "") -> logging.LogRecord:

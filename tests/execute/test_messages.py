@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.execute.messages import (
     AllRead,
     BundleCounts,
@@ -21,11 +22,10 @@ from batchllm_operators.execute.messages import (
     decode_event,
     encode,
 )
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.records import Record
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 COUNTS = BundleCounts(requests=5, errors=1, prompt_tokens=50, cached_tokens=20, completion_tokens=9)
 RUN = Run(

@@ -17,9 +17,9 @@ from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.isolation import EngineDiedError
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Run
 from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
 from batchllm_operators.records import BundleInfo
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 LOAD = Load(model=ModelSpec(id="m"), block_size=32, gpus=1)
 

@@ -11,8 +11,8 @@ import pytest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError, TransientError
 from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.part_writer import QUEUED_PARTS, PartWriter, part_table
-from batchllm_operators.records import RESULT_SCHEMA
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA
 
 
 class Clock:

@@ -14,8 +14,8 @@ from batchllm_operators.execute.handle import LocalEngineHandle
 from batchllm_operators.execute.isolation import EngineDiedError
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 POISONED = 9
 """Number of the request that the engine does not survive; its prompt ends in token 2009."""

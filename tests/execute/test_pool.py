@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from batchllm_operators.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.execute.handle import BundleCallbacks
 from batchllm_operators.execute.isolation import EngineDiedError
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
 from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.cost import CPU_DEFAULT, Calibration
 from batchllm_operators.records import AttentionForecast, BundleInfo, EngineSetting
-from batchllm_operators.stage.spec import SamplingParameters, SamplingSpec
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters, SamplingSpec
 
 CALIBRATION = Calibration(rates=CPU_DEFAULT, device="d", measured_at="2026-01-31 12:00:00", seconds=1.0)
 

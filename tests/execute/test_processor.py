@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchllm_operators.execute.processor import cpu_name, processor
+from batchllm_operators.machine.processor import cpu_name, processor
 
 ZEN3 = "flags\t\t: fpu sse4_2 avx avx2 fma"
 SKYLAKE = "flags\t\t: fpu avx2 avx512f avx512bw avx512_vnni"

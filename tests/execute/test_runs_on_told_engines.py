@@ -14,8 +14,9 @@ from batchllm_flows.job import BatchJob
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.plan import shared_attention
-from batchllm_operators.records import PLAN_SUMMARY, WORK_FOLDER, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import PLAN_SUMMARY, WORK_FOLDER
 from tests.flows.jobs import job, questions, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

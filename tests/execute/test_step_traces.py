@@ -10,8 +10,9 @@ from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
 from batchllm_kernels.vllm_plugin.step_trace import STEP, StepTraceWriter
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.step_traces import StepTraces
-from batchllm_operators.records import ATTENTION_TRACE_FOLDER, ATTENTION_TRACE_SCHEMA, TRACE_FOLDER
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
+from batchllm_operators.work.traces import ATTENTION_TRACE_SCHEMA
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchllm_operators.records import MANIFEST_FILE
+from batchllm_operators.work.layout import MANIFEST_FILE
 from tests.faults.told_jobs import REQUESTS, ToldJob, texts
 
 

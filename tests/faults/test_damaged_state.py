@@ -14,26 +14,25 @@ import pytest
 from batchllm_flows.report import read_samples
 from batchllm_flows.run import open_run
 from batchllm_flows.verify import verify_output
+from batchllm_operators.cost import Calibration, default_cost_model
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.plan.cost import Calibration, default_cost_model
-from batchllm_operators.records import (
+from batchllm_operators.records import Manifest
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.store import Store
+from batchllm_operators.work.columns import KEY_TYPE
+from batchllm_operators.work.layout import (
     JOB_FILE,
-    KEY_TYPE,
     MANIFEST_FILE,
     PLAN_SUMMARY,
     REPORT_FILE,
-    RESULT_SCHEMA,
     SAMPLES_FILE,
     STAGED_SUMMARY,
-    Manifest,
 )
-from batchllm_operators.result_parts import checked_result_part, read_result_part
-from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA, checked_result_part, read_result_part
 from tests.faults.damage import (
     Damage,
     append,
@@ -271,7 +270,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "a manifest of an older version": (
         MANIFEST_FILE,
         lambda content: with_field("format_version", 1)(without_field("error_rows")(content)),
-        r"written by another version \(its format is 1, this one's 2\)",
+        r"written by another version \(its format is 1, this one's 3\)",
     ),
 }
 

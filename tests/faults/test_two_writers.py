@@ -15,10 +15,11 @@ import pytest
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE, LostClaimError, SinkClaim, data_files
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE, InputObject, Manifest
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.records import InputObject, Manifest
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 from tests.merge.conftest import Job, answer
 
 Mode = Literal["error", "overwrite"]

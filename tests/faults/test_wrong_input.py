@@ -14,12 +14,12 @@ import pytest
 
 from batchllm_flows.run import open_run
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import open_source
 from batchllm_operators.plan.earlier import earlier_runs
-from batchllm_operators.records import JOB_FILE, MANIFEST_FILE, STAGED_SUMMARY
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.readers import open_source
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import JOB_FILE, MANIFEST_FILE, STAGED_SUMMARY
 from tests.faults.damage import damage, truncate
 from tests.faults.told_jobs import ToldJob, texts, told_answer
 
@@ -126,7 +126,7 @@ def test_input_that_grows_while_it_is_staged_is_refused(told: ToldJob) -> None:
 def test_input_replaced_while_it_is_merged_by_one_of_as_many_rows_leaves_no_output(
     told: ToldJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchllm_operators.stage.readers import ParquetSource
+    from batchllm_operators.formats.parquet_source import ParquetSource
 
     tables = ParquetSource.tables
 

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.run import open_run
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.merging import merge_results
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.records import QUARANTINE_FOLDER, RESULT_SCHEMA, Manifest, PlanSummary, StageSummary
-from batchllm_operators.result_parts import encoded_part
-from batchllm_operators.stage.readers import open_source
+from batchllm_operators.records import Manifest, PlanSummary, StageSummary
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import QUARANTINE_FOLDER
+from batchllm_operators.work.results import RESULT_SCHEMA, encoded_part
 
 PART_ROWS = 5
 ROWS = 24

@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.records import Manifest
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 
 DOCUMENTS = [f"Document {number}: " + f"the {number}th river runs north. " * 30 for number in range(4)]
 

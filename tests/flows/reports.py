@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from batchllm_flows.report import ExecutedPlan, JobReport, StepSeconds, build_report
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import BundleInfo, BundleResult, Manifest, OutputLayout, PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 
@@ -38,7 +38,10 @@ def plan_of_groups(folder: Path, *, groups: int = 4, members: int = 6, bundle_mi
 
 
 def a_plan(bundles: int = 2, **changes: Any) -> PlanSummary:
-    """The figures of a plan; a bundle: 10 requests, 1,000 prompt tokens, 400 of these to compute, 50 to generate."""
+    """The figures of a plan; a bundle: 10 requests, 1,000 prompt tokens, 400 of these to compute, 50 to generate.
+
+    A change of a part's figure is named as in `counts__rows`.
+    """
     values: dict[str, Any] = {
         "bundles": tuple(
             BundleInfo(
@@ -52,24 +55,28 @@ def a_plan(bundles: int = 2, **changes: Any) -> PlanSummary:
             )
             for number in range(bundles)
         ),
-        "rows": 10 * bundles,
-        "requests": 10 * bundles,
-        "duplicate_rows": 0,
-        "done_requests": 0,
-        "groups": bundles,
-        "largest_groups": (),
-        "prompt_tokens": 1000 * bundles,
-        "planned_prompt_tokens": 1000 * bundles,
-        "expected_computed_prompt_tokens": 400 * bundles,
-        "expected_output_tokens": 50 * bundles,
-        "single_level_saving": 0.5,
-        "expected_saving": 0.6,
-        "optimum_saving": 0.65,
-        "expected_seconds": 2.0 * bundles,
-        "expected_usd": 0.01 * bundles,
+        "counts": {
+            "rows": 10 * bundles,
+            "requests": 10 * bundles,
+            "duplicate_rows": 0,
+            "done_requests": 0,
+            "prompt_tokens": 1000 * bundles,
+            "planned_prompt_tokens": 1000 * bundles,
+        },
+        "saving": {"planned": 0.6, "optimum": 0.65, "single_level": 0.5},
+        "forecast": {
+            "computed_prompt_tokens": 400 * bundles,
+            "output_tokens": 50 * bundles,
+            "seconds": 2.0 * bundles,
+            "usd": 0.01 * bundles,
+        },
+        "shape": {"groups": bundles, "largest_groups": (), "block_size": 16},
         "seconds": 0.1,
     }
-    return PlanSummary.model_validate(values | changes)
+    for path, value in changes.items():
+        part, _, field = path.partition("__")
+        values[part] = {**values[part], field: value} if field else value
+    return PlanSummary.model_validate(values)
 
 
 def executed(plan: PlanSummary, *, computed: int = 500, output: int = 40, seconds: float = 3.0) -> ExecutedPlan:

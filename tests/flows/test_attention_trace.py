@@ -10,8 +10,8 @@ import pyarrow as pa
 from batchllm_flows.html_report.attention_trace import AttentionTrace, read_attention_trace
 from batchllm_flows.html_report.page import report_page
 from batchllm_flows.html_report.plots import report_plots
-from batchllm_operators.records import ATTENTION_TRACE_SCHEMA
 from batchllm_operators.store import Store
+from batchllm_operators.work.traces import ATTENTION_TRACE_SCHEMA
 from tests.flows.reports import a_plan, a_report, executed
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_operators.execute import calibration
-from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY
 from tests.flows.jobs import job, questions, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -30,20 +31,20 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(
     write_input(source, questions(60))
     this_job = job(source, sink, tiny_llama, execution__calibrate=True)
     kept = Store(f"{sink}/_batchllm/calibrations")
-    assert plan_batch_inference(this_job).rates == "hardware default"
+    assert plan_batch_inference(this_job).forecast.rates == "hardware default"
     assert kept.names() == []
 
     report = batch_inference(this_job)
 
     plan = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
-    assert plan.rates.startswith("calibrated on 1 x ")
+    assert plan.forecast.rates.startswith("calibrated on 1 x ")
     assert report.engine_load_seconds > 0
     assert report.bundles >= 1
     (name,) = kept.names()
     content = kept.read_bytes(name)
     changes = {"sampling": {"max_tokens": 3}, "sink__mode": "overwrite", "execution__calibrate": True}
     other = job(source, sink, tiny_llama, **changes)
-    assert plan_batch_inference(other).rates == plan.rates
+    assert plan_batch_inference(other).forecast.rates == plan.forecast.rates
 
     batch_inference(other)
     assert kept.read_bytes(name) == content
@@ -87,5 +88,5 @@ def test_no_engine_measures_what_is_not_wanted(
     write_input(str(tmp_path / "in"), questions(4))
     report = batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama, **changes))
     plan = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
-    assert plan.rates == rates
+    assert plan.forecast.rates == rates
     assert Store(f"{tmp_path}/out/_batchllm/calibrations").names() == []

@@ -13,10 +13,11 @@ from prefect.artifacts import Artifact
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.processor import processor
+from batchllm_operators.machine.processor import processor
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.records import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER, PlanSummary
+from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER
 from tests.flows.jobs import job, questions, read_output, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -135,8 +136,8 @@ def test_an_empty_dataset_gives_an_empty_complete_output(bucket: str, tiny_llama
 def test_planning_alone_starts_no_engine_and_forecasts(tmp_path: Path, tiny_llama: str) -> None:
     write_input(str(tmp_path / "in"), questions())
     summary = plan_batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama))
-    assert summary.requests == 39
-    assert summary.expected_saving == pytest.approx(summary.optimum_saving)
+    assert summary.counts.requests == 39
+    assert summary.saving.planned == pytest.approx(summary.saving.optimum)
     assert not Store(str(tmp_path / "out")).exists(MANIFEST_FILE)
     assert summary.page_uri is not None
     assert "The first levels of the prefix forest" in Path(summary.page_uri).read_text()
@@ -153,7 +154,7 @@ def test_a_page_that_cannot_be_written_fails_no_job(tmp_path: Path, tiny_llama: 
     Path(page_uri).unlink()
     Path(page_uri).mkdir()
     again = plan_batch_inference(this_job)
-    assert (again.page_uri, again.requests) == (None, 39)
+    assert (again.page_uri, again.counts.requests) == (None, 39)
 
 
 def test_faults_before_any_work_say_what_to_mend(bucket: str, tmp_path: Path, tiny_llama: str) -> None:
@@ -184,7 +185,7 @@ def test_a_pilot_sample_is_computed_first_and_teaches_the_plan(tmp_path: Path, t
     assert Store(report.work_uri).exists(REPORT_PAGE)
     summary = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
     assert not summary.pilot
-    assert 0 < summary.done_requests < 59
+    assert 0 < summary.counts.done_requests < 59
 
 
 @pytest.mark.engine

@@ -14,8 +14,8 @@ from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.records import LAST_ERROR_FILE, MANIFEST_FILE
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import LAST_ERROR_FILE, MANIFEST_FILE
 from tests.commands.job_folders import answer, complete, planned_job, write_job
 from tests.flows.jobs import job, questions, read_output, write_input
 
@@ -64,7 +64,7 @@ def test_a_plan_ends_with_a_message_and_its_summary(tmp_path: Path, tiny_llama: 
     write_input(str(tmp_path / "in"), questions())
     state = plan_batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama), return_state=True)
     assert message_of_run(state).startswith("39 requests in 1 bundle, 0 errors, ")
-    assert state.result().requests == 39
+    assert state.result().counts.requests == 39
 
 
 def test_too_many_bad_rows_end_a_run_before_any_engine_is_loaded(tmp_path: Path, tiny_llama: str) -> None:

@@ -12,17 +12,10 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobOutline, read_report, read_report_page
 from batchllm_flows.report_text import outline_rows, report_markdown
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import (
-    MANIFEST_FILE,
-    REPORT_FILE,
-    EngineSetting,
-    Manifest,
-    OutputSamples,
-    RowErrorExample,
-    SampleAnswer,
-)
+from batchllm_operators.records import EngineSetting, Manifest, OutputSamples, RowErrorExample, SampleAnswer
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE
 from tests.flows.jobs import job_values
 from tests.flows.reports import a_plan, a_report, executed
 
@@ -42,7 +35,9 @@ def test_every_forecast_stands_beside_its_fact() -> None:
 def test_a_pilots_plan_counts_in_the_forecast() -> None:
     pilot = executed(a_plan(1, pilot=True), computed=500)
     # The plan after a pilot knows what it computed: 500 tokens, where 400 were expected.
-    rest = executed(a_plan(1, prompt_tokens=2000, done_requests=10, expected_saving=1 - (500 + 400) / 2000))
+    rest = executed(
+        a_plan(1, counts__prompt_tokens=2000, counts__done_requests=10, saving__planned=1 - (500 + 400) / 2000)
+    )
     report = a_report(pilot, rest)
     assert report.forecast.saving.expected == pytest.approx(1 - (400 + 400) / 2000)
     assert report.forecast.execute_seconds.expected == 4.0
@@ -51,7 +46,7 @@ def test_a_pilots_plan_counts_in_the_forecast() -> None:
 
 
 def test_without_a_price_there_is_none_and_without_a_forecast_there_is_no_ratio() -> None:
-    report = a_report(executed(a_plan(0, prompt_tokens=2000)))
+    report = a_report(executed(a_plan(0, counts__prompt_tokens=2000)))
     assert report.forecast.usd is None
     assert report.forecast.output_tokens.ratio is None
     assert report.tokens_per_second == 0.0
@@ -59,7 +54,7 @@ def test_without_a_price_there_is_none_and_without_a_forecast_there_is_no_ratio(
 
 
 def test_a_resumed_run_says_what_belongs_to_it() -> None:
-    report = a_report(executed(a_plan(1, prompt_tokens=2000, done_requests=10)))
+    report = a_report(executed(a_plan(1, counts__prompt_tokens=2000, counts__done_requests=10)))
     assert (report.requests, report.computed_requests) == (20, 10)
     text = report_markdown(report)
     assert "10 of 20 distinct requests computed in this run" in text

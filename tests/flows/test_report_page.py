@@ -17,9 +17,10 @@ from batchllm_flows.html_report.page import breakable, plan_page, report_page
 from batchllm_flows.html_report.plots import as_steps, report_plots
 from batchllm_flows.html_report.step_trace import StepTrace, read_step_trace
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport
-from batchllm_operators.records import TRACE_FOLDER, EngineSetting, OutputSamples, RowErrorExample, SampleAnswer
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.records import EngineSetting, OutputSamples, RowErrorExample, SampleAnswer
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import TRACE_FOLDER
 from tests.flows.reports import a_plan, a_report, executed, plan_of_groups, trace_table
 
 VOID = {"meta", "link", "br", "img", "wbr"}
@@ -131,7 +132,7 @@ def test_a_plan_has_the_same_page_without_the_facts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bundles", [0, 1])
 def test_a_run_of_nothing_and_of_one_bundle_has_a_page(bundles: int) -> None:
-    run = executed(a_plan(bundles, prompt_tokens=0 if bundles == 0 else 1000))
+    run = executed(a_plan(bundles, counts__prompt_tokens=0 if bundles == 0 else 1000))
     page = Page(page_of(a_report(run, prompt_tokens=0 if bundles == 0 else 1000), run))
     assert "What is shared" in page.headings
     assert ("was left to plan" in page.text) == (bundles == 0)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from batchllm_flows.cli import app
-from batchllm_operators.records import JOB_FILE, STAGED_SUMMARY
+from batchllm_operators.work.layout import JOB_FILE, STAGED_SUMMARY
 from tests.merge.conftest import JOB_ID, Job, answer
 
 

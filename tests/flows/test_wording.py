@@ -38,7 +38,7 @@ def test_a_number_stands_with_its_noun(number: int, nouns: tuple[str, ...], text
 
 
 def test_one_of_a_kind_is_never_written_as_many() -> None:
-    single = a_plan(1, requests=1, rows=1, groups=1)
+    single = a_plan(1, counts__requests=1, counts__rows=1, shape__groups=1)
     assert not ONE_AS_MANY.search(plan_markdown(single))
     board = ProgressBoard([single.bundles[0].model_copy(update={"requests": 1})])
     board.update(single.bundles[0].name, BundleCounts(requests=1, errors=1, prompt_tokens=4))

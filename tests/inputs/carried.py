@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import RESULT_SCHEMA, StageSummary
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.records import StageSummary
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import PromptSpec, SourceSpec
 from batchllm_operators.stage.staging import sink_schema, stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA
 
 PROMPT: TypeAdapter[PromptSpec] = TypeAdapter(PromptSpec)
 WITHOUT_COLUMNS = {"kind": "template", "template": "Say yes."}

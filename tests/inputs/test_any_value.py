@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.source import PromptSpec
 from batchllm_operators.stage.faults import RowFaultError
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, prompt_renderer
-from batchllm_operators.stage.spec import PromptSpec
 from batchllm_operators.stage.templates import RowTemplate
 from batchllm_operators.stage.tokenizing import PromptTokenizer
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.stage.readers import BATCH_ROWS
+from batchllm_operators.formats import BATCH_ROWS
 from batchllm_operators.stage.row_stager import RowStager
 from tests.inputs.carried import ANSWER, Carried
 from tests.inputs.conftest import Carry

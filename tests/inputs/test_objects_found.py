@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.formats import open_source
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 from tests.inputs.conftest import Carry
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.execute.model_files import SMALL_FILE_BYTES, model_versions, pinned
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.models.model_files import SMALL_FILE_BYTES, model_versions, pinned
+from batchllm_operators.specs.execution import ModelSpec
 
 
 @pytest.fixture

@@ -16,20 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import (
-    RESULT_SCHEMA,
-    STAGED_SCHEMA,
-    InputObject,
-    Manifest,
-    RowErrorExample,
-    StagedPart,
-    StageSummary,
-)
-from batchllm_operators.stage.readers import Source, open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StagedPart, StageSummary
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA
+from batchllm_operators.work.staged import STAGED_SCHEMA
 
 JOB_ID = "0123456789abcdef"
 

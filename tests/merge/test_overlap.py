@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.sink import refuse_overlap
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 BELOW = "a folder below it holds input of this job"

@@ -12,10 +12,10 @@ import pytest
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE, SinkClaim
 from batchllm_operators.merge.sink import check_sink
-from batchllm_operators.merge.spec import SinkSpec
-from batchllm_operators.records import MANIFEST_FILE
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 
 from .conftest import JOB_ID, Job, answer, plain
 

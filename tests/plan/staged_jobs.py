@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm_operators.keys import RequestKeys
-from batchllm_operators.records import RESULT_SCHEMA, STAGED_SCHEMA, PlanSummary, StagedPart, StageSummary
+from batchllm_operators.records import PlanSummary, StagedPart, StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA
+from batchllm_operators.work.staged import STAGED_SCHEMA
 
 KEYS = RequestKeys("test-model", None)
 

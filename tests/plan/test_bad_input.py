@@ -7,8 +7,8 @@ import pytest
 
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import ideal_computed_tokens, planned_rows, stage_prompts
 
@@ -35,19 +35,19 @@ def test_awkward_prompts_are_planned_whole(tmp_path: Path, prompts: list[list[in
     plan, rows = plan_of(tmp_path, prompts, order=order)
     planned = [row["prompt_token_ids"] for row in rows]
     assert sorted(planned) == sorted(map(list, {tuple(prompt) for prompt in prompts}))
-    assert plan.expected_computed_prompt_tokens == ideal_computed_tokens(planned, BLOCK)
-    assert 0 <= plan.single_level_saving <= plan.optimum_saving <= 1
+    assert plan.forecast.computed_prompt_tokens == ideal_computed_tokens(planned, BLOCK)
+    assert 0 <= plan.saving.single_level <= plan.saving.optimum <= 1
     if order != "input":
-        assert plan.expected_saving == pytest.approx(plan.optimum_saving)
+        assert plan.saving.planned == pytest.approx(plan.saving.optimum)
     assert plan_markdown(plan).startswith("## Plan")
 
 
 @pytest.mark.parametrize("prompts", AWKWARD.values(), ids=AWKWARD.keys())
 def test_awkward_prompts_are_dealt_to_many_workers(tmp_path: Path, prompts: list[list[int]]) -> None:
     plan, rows = plan_of(tmp_path, prompts, workers=7)
-    assert len(rows) == plan.requests
-    assert len(plan.bundles) >= min(7, plan.requests) // 2
-    assert plan.split_prefix_tokens >= 0
+    assert len(rows) == plan.counts.requests
+    assert len(plan.bundles) >= min(7, plan.counts.requests) // 2
+    assert plan.shape.split_prefix_tokens >= 0
 
 
 @pytest.mark.parametrize("estimate", [-(2**31), -1, 0, 1, 2**31 - 1])

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 
@@ -43,5 +43,5 @@ def test_a_plan_is_made_for_the_devices_of_the_machine_that_makes_it(
     # Two prompts of 56 tokens that share 48, which is three blocks of 16 and one of 32.
     prompts = [[*range(48), *range(first, first + 8)] for first in (100, 200)]
     plan = plan_requests(work, stage_prompts(work, prompts), PlanningSpec())
-    assert plan.block_size == tokens
-    assert plan.expected_computed_prompt_tokens == computed
+    assert plan.shape.block_size == tokens
+    assert plan.forecast.computed_prompt_tokens == computed

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from batchllm_operators.plan.cost import (
+from batchllm_operators.cost import (
     CPU_DEFAULT,
     RATES,
     MeasuredRuns,
@@ -13,7 +13,7 @@ from batchllm_operators.plan.cost import (
     forecast,
     unmeasured_rates,
 )
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.specs.planning import CostModel
 
 
 def runs_of(cost: CostModel, count: int = 60, noise: float = 0.0) -> MeasuredRuns:

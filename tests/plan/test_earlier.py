@@ -8,8 +8,8 @@ import pytest
 
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import planned_rows, stage_prompts, write_results
 
@@ -42,8 +42,8 @@ def test_lengths_of_an_earlier_run_are_expected_again(tmp_path: Path, same: bool
         work, stage_prompts(work, prompts), PlanningSpec(), earlier=earlier_runs(work.uri, StorageOptions())
     )
     assert {row["expected_output_tokens"] for row in planned_rows(work, plan)} == {3}
-    assert plan.estimate_sources == {"same_request" if same else "job": 8}
-    assert plan.requests == 8, "results of another job are learnt from, not taken"
+    assert plan.forecast.estimate_sources == {"same_request" if same else "job": 8}
+    assert plan.counts.requests == 8, "results of another job are learnt from, not taken"
 
 
 def test_the_newest_runs_are_taken_whatever_their_ids(tmp_path: Path) -> None:

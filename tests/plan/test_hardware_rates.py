@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from batchllm_operators.execute.model_shape import ModelShape
-from batchllm_operators.execute.processor import Processor
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.cost import CPU_DEFAULT, GPU_DEFAULT
+from batchllm_operators.cost import CPU_DEFAULT, GPU_DEFAULT
+from batchllm_operators.machine.processor import Processor
+from batchllm_operators.models.model_shape import ModelShape
 from batchllm_operators.plan.hardware_rates import (
     CPU_REFERENCE,
     EMULATED_SPEED,
@@ -20,6 +19,7 @@ from batchllm_operators.plan.hardware_rates import (
     default_rates,
     gpu_rates,
 )
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
 
 TURIN = Processor(True, False, avx512=True, reason="")
 SKYLAKE = Processor(False, False, avx512=True, reason="")

@@ -11,8 +11,8 @@ import pytest
 
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.plots import forest_plot, sharing_plot
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import PlanSummary
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.svg import LARGEST_IMAGE_BYTES, markdown_image, short
 from tests.plan.staged_jobs import stage_prompts

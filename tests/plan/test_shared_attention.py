@@ -13,8 +13,7 @@ import pytest
 
 from batchllm_kernels.attention.cost import calibration_for
 from batchllm_kernels.attention.work_plan import PlanShape
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.cost import GPU_DEFAULT
+from batchllm_operators.cost import GPU_DEFAULT
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.shared_attention import (
@@ -24,8 +23,9 @@ from batchllm_operators.plan.shared_attention import (
     attention_forecast,
     engine_attention,
 )
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import AttentionForecast
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
 

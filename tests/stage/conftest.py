@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.plan.spec import FieldOrderChoice
+from batchllm_operators.formats import open_source
 from batchllm_operators.records import StageSummary
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import FieldOrderChoice
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import PromptSpec, SourceSpec
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
 

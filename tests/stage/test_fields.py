@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
 from batchllm_operators.records import FieldSharing
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.progress import StageStep
 
 from .conftest import PROMPT, Stage, Staged, json_lines
@@ -192,7 +192,7 @@ def test_the_chosen_order_saves_prompt_tokens_and_the_plan_says_how_many(stage: 
     for choice in ("as_given", "optimise"):
         staged = stage(reviews(300), prompt, field_order=choice, work=choice)
         plans[choice] = plan_requests(staged.work, staged.summary, PlanningSpec(block_size=8))
-    assert plans["optimise"].expected_saving > plans["as_given"].expected_saving + 0.3
+    assert plans["optimise"].saving.planned > plans["as_given"].saving.planned + 0.3
     page = plan_markdown(plans["optimise"])
     assert "order of the fields is chosen row by row" in page
     assert "fields as given: 0.0%; rows as given too: 0.0%" in page
@@ -211,8 +211,8 @@ def test_reading_the_fields_keeps_no_text(tmp_path: Path) -> None:
         script = (
             "import resource, sys\n"
             "from batchllm_operators.stage.field_scan import scan_fields\n"
-            "from batchllm_operators.stage.readers import open_source\n"
-            "from batchllm_operators.stage.spec import SourceSpec\n"
+            "from batchllm_operators.formats import open_source\n"
+            "from batchllm_operators.specs.source import SourceSpec\n"
             "source = open_source(SourceSpec(uri=sys.argv[1], format='parquet'))\n"
             "order = scan_fields(source, ['text', 'other'], lambda rows: None)\n"
             "assert (order.fields == [1, 0]).all()\n"

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.stage.readers import BATCH_ROWS, Source, open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.formats import BATCH_ROWS, Source, open_source
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 from tests.flows.jobs import job_values
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ColumnPrompt, SourceSpec
 from batchllm_operators.stage.progress import StageProgress, StageStep
-from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.step import stage_source
 
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.stage.readers import BATCH_ROWS, Source, open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.formats import BATCH_ROWS, Source, open_source
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.stage.staging import sink_schema
 from batchllm_operators.store import Store
 

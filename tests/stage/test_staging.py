@@ -16,14 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError, TransientError
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.records import STAGED_SCHEMA, STAGED_SUMMARY
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.formats import open_source
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ColumnPrompt, SourceSpec
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import ColumnPrompt, SamplingSpec, SourceSpec
 from batchllm_operators.stage.staging import PART_ROWS, stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import STAGED_SUMMARY
+from batchllm_operators.work.staged import STAGED_SCHEMA
 
 from .conftest import Stage
 
@@ -108,9 +110,10 @@ def test_memory_is_bounded_by_the_batches_not_by_the_dataset(tiny_llama: str, tm
                 writer.write_table(pa.table({"text": [os.urandom(2500).hex() for _ in range(2000)]}))
         script = (
             "import resource, sys\n"
-            "from batchllm_operators.execute.spec import ModelSpec\n"
-            "from batchllm_operators.stage.readers import open_source\n"
-            "from batchllm_operators.stage.spec import SamplingSpec, SourceSpec, TemplatePrompt\n"
+            "from batchllm_operators.specs.execution import ModelSpec\n"
+            "from batchllm_operators.formats import open_source\n"
+            "from batchllm_operators.specs.source import SourceSpec, TemplatePrompt\n"
+            "from batchllm_operators.specs.sampling import SamplingSpec\n"
             "from batchllm_operators.stage.staging import stage_rows\n"
             "from batchllm_operators.store import Store\n"
             "source = open_source(SourceSpec(uri=sys.argv[1] + '/input.parquet', format='parquet'))\n"

@@ -9,9 +9,9 @@ import orjson
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.spec import ModelSpec
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.tokenizing import model_limits
 
 from .conftest import Stage, json_lines
@@ -120,8 +120,8 @@ def test_a_row_may_say_how_long_its_completion_will_be(stage: Stage) -> None:
     assert [row["sampling"] is None for row in found] == [True, True, True, False, True]
     assert found[1]["request_key"] == found[4]["request_key"]
     plan = plan_requests(staged.work, staged.summary, PlanningSpec())
-    assert plan.estimate_sources == {"row": 3, "max_tokens": 1}
-    assert plan.expected_output_tokens == 3 + 50 + 50 + 7
+    assert plan.forecast.estimate_sources == {"row": 3, "max_tokens": 1}
+    assert plan.forecast.output_tokens == 3 + 50 + 50 + 7
 
 
 def test_an_estimate_is_held_within_the_room_that_the_prompt_leaves(stage: Stage) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.input_objects import find_input
+from batchllm_operators.formats.input_objects import find_input
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 
 Written = Callable[..., Store]

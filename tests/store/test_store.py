@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from batchllm_operators.errors import DamagedObjectError, TerminalError, TransientError
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 
 Written = Callable[..., Store]

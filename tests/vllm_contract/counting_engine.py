@@ -18,8 +18,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from batchllm_operators.execute.calibration import measure
 from batchllm_operators.execute.engine import Request, VllmEngine
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 
 SCHEDULED: Counter[str] = Counter()
 

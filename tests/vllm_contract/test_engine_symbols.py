@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION, check_vllm_version, supported_versions
 from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
 from batchllm_operators.execute.engine_options import RESERVED, engine_arguments, known_engine_arguments
-from batchllm_operators.execute.processor import processor
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.machine.processor import processor
+from batchllm_operators.specs.execution import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("vllm")
 

@@ -88,6 +88,7 @@ def builder(
     spec = FullAttentionSpec(BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=dtype)
     config = SimpleNamespace(
         speculative_config=None,
+        max_concurrent_batches=2,
         compilation_config=SimpleNamespace(
             static_forward_context={}, cudagraph_mode=graphs, max_cudagraph_capture_size=16
         ),

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from batchllm_kernels.vllm_plugin.head_gate import MOST_OVERTAKERS
 from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, PlannedRequest
-from batchllm_kernels.vllm_plugin.scheduler import MOST_OVERTAKERS
 from batchllm_kernels.vllm_plugin.step_trace import read_steps
 from tests.vllm_plugin.driven_scheduler import Ask, DrivenScheduler, Limits
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from batchllm_kernels.attention.flash_shared import FlashSettings, FlashShared, table_shapes
+from batchllm_kernels.attention.pinned_uploads import PinnedUploads
 from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
 from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, SharedItem, WorkPlan
 
@@ -137,7 +138,7 @@ class PlanBuffers:
         self.plan: WorkPlan | None = None
         self.prepared: dict[Any, Any] = {}
         self.last_prepared: tuple[Any, Any] = (None, None)
-        self._uploads = _Uploads(self._buffer, upload_depth)
+        self._uploads = PinnedUploads(self._buffer, upload_depth)
 
     @staticmethod
     def of_plan(
@@ -232,26 +233,3 @@ class _Layout:
     def parts(self, tables: dict[str, Int32s]) -> list[tuple[int, Int32s]]:
         """Tables that are not empty, with where they start."""
         return [(self.starts[name], table) for name, table in tables.items() if table.size]
-
-
-class _Uploads:
-    """Host buffers that take turns, so that a load need not wait for the copies before it: pinned for CUDA."""
-
-    def __init__(self, target: torch.Tensor, depth: int) -> None:
-        self._target = target
-        self._hosts = [torch.zeros(len(target), dtype=torch.int32, pin_memory=target.is_cuda) for _ in range(depth)]
-        self._copied = [torch.cuda.Event() for _ in range(depth)] if target.is_cuda else []
-        self._turn = 0
-
-    def load(self, parts: list[tuple[int, Int32s]]) -> None:
-        host, end = self._hosts[self._turn], 0
-        if self._copied:
-            self._copied[self._turn].synchronize()  # long done, unless more steps are under way than there are buffers
-        staged = host.numpy()
-        for start, part in parts:
-            end = max(end, start + part.size)
-            staged[start : start + part.size] = part.reshape(-1)
-        self._target[:end].copy_(host[:end], non_blocking=True)
-        if self._copied:
-            self._copied[self._turn].record()
-        self._turn = (self._turn + 1) % len(self._hosts)

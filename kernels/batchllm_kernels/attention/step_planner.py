@@ -13,7 +13,7 @@ from batchllm_kernels.attention.flash_shared import (
     SharedImplementation,
     VarlenAttention,
 )
-from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers, PlanCapacity
+from batchllm_kernels.attention.plan_buffers import UPLOAD_DEPTH, Allocate, PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.step_traffic import step_work
 from batchllm_kernels.attention.work_plan import PlanShape, plan_work
@@ -44,6 +44,7 @@ class StepPlanner:
         device: of the engine.
         host_hidden: whether the host plans while the device works on the step before, as with asynchronous scheduling.
         allocate: makes the scratch space of all layers, new if None.
+        upload_depth: steps that the engine has under way.
         shared_attention: FlashAttention 3 for the shared parts, None for the Triton kernel.
         max_blocks: blocks of the longest request; asked for with FlashAttention only.
 
@@ -66,6 +67,7 @@ class StepPlanner:
         *,
         host_hidden: bool = True,
         allocate: Allocate | None = None,
+        upload_depth: int = UPLOAD_DEPTH,
         shared_attention: VarlenAttention | None = None,
         max_blocks: int = 0,
     ) -> None:
@@ -80,7 +82,9 @@ class StepPlanner:
             bounds = SequenceBounds.of_steps(max_requests, self._shape)
             flash = FlashSettings(shared_attention, self._shape, model.kv_heads, dtype, max_blocks, bounds)
         capacity = PlanCapacity.of_steps(max_requests, self._shape)
-        self._buffers = PlanBuffers(capacity, model.heads, model.head_size, device, allocate=allocate, flash=flash)
+        self._buffers = PlanBuffers(
+            capacity, model.heads, model.head_size, device, upload_depth=upload_depth, allocate=allocate, flash=flash
+        )
         self._paces = {False: _Pace(), True: _Pace()}
         self.decision: Decision | None = None
 

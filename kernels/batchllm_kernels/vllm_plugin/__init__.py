@@ -1,4 +1,4 @@
-"""What makes vLLM a BatchLLM engine; importing it loads the standard library only.
+"""The plugin that makes vLLM a BatchLLM engine; importing it loads the standard library only.
 
 An engine gets our scheduler by the `scheduler_cls` it is given (`scheduler_path`). vLLM calls `register` in each of its
 processes (entry point `vllm.general_plugins`); it does nothing unless `BATCHLLM_ATTENTION` asks for our attention, as

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,57 +12,60 @@ from vllm.v1.request import RequestStatus
 
 from batchllm_kernels.vllm_plugin.admitted_requests import AdmittedRequests
 from batchllm_kernels.vllm_plugin.kv_forecast import peak_blocks
-from batchllm_kernels.vllm_plugin.options import PlannedRequest, SchedulerOptions
+from batchllm_kernels.vllm_plugin.options import SchedulerOptions
 from batchllm_kernels.vllm_plugin.output_estimates import OutputEstimates
+from batchllm_kernels.vllm_plugin.planned import expected_output_tokens, prefix_tokens
 from batchllm_kernels.vllm_plugin.resident_blocks import ResidentBlocks
 from batchllm_kernels.vllm_plugin.spread_ends import ends_apart
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION)
-"""Ends that say how long an output is; an abort does not."""
+_ENDED_BY_ITSELF = (
+    RequestStatus.FINISHED_STOPPED,
+    RequestStatus.FINISHED_LENGTH_CAPPED,
+    RequestStatus.FINISHED_REPETITION,
+)
+"""Statuses of a request that ended by itself: it tells how long an output is, which an aborted request does not."""
 _PIN = "pinned prefix"
-"""Holder of the pinned blocks; no id of a request."""
+"""The holder of the pinned blocks in `ResidentBlocks`; no request has this id."""
 _PIN_TO_COME = "prefix to pin"
-"""Holder of the blocks that will be pinned for a candidate; no id of a request."""
+"""The holder of the blocks that will be pinned once a candidate runs; no request has this id."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine can hold, and compute in a step."""
+
+    block_size: int
+    """Tokens of a KV block."""
+    capacity_blocks: int
+    """Blocks of the KV cache."""
+    step_tokens: int
+    """Most tokens of a step."""
+    long_prefill_tokens: int
+    """Most tokens of one prompt in a step; 0: no other limit than `step_tokens`."""
+    max_model_tokens: int
+    """Most tokens of a request, prompt and output, where vLLM ends it whatever its `max_tokens`."""
+    late_steps: int
+    """Steps that are scheduled before the end of a request is known."""
 
 
 class Admission:
     """Knows what the running requests hold and when they will let go of it.
 
     Args:
-        options: of the scheduler.
-        block_size: tokens of a KV block.
-        capacity_blocks: blocks of the cache.
-        token_budget: most tokens of a step.
-        long_prefill_tokens: most tokens of one prompt in a step; 0: no other limit than the budget.
-        max_model_tokens: most tokens of a request, prompt and output, where vLLM ends it whatever its `max_tokens`.
-        late_steps: steps that are scheduled before the end of a request is known.
+        options: which mechanisms are on, and what share of the cache stays free.
+        limits: what the engine can hold and compute.
     """
 
-    def __init__(
-        self,
-        options: SchedulerOptions,
-        *,
-        block_size: int,
-        capacity_blocks: int,
-        token_budget: int,
-        long_prefill_tokens: int,
-        max_model_tokens: int,
-        late_steps: int,
-    ) -> None:
+    def __init__(self, options: SchedulerOptions, limits: EngineLimits) -> None:
         self._options = options
-        self._block_size = block_size
-        self._capacity = capacity_blocks
-        self._usable = capacity_blocks - int(options.watermark * capacity_blocks)
-        self._token_budget = token_budget
-        self._long_prefill_tokens = long_prefill_tokens
-        self._max_model_tokens = max_model_tokens
-        self._late_steps = late_steps
+        self._limits = limits
+        self._usable = limits.capacity_blocks - int(options.watermark * limits.capacity_blocks)
         self._admitted = AdmittedRequests()
         self._prefilling: dict[str, Request] = {}
-        """Those with more than a token to compute before they generate, in the order of their admission."""
+        """Requests with more than a token to compute before they generate, by id, in the order of their admission."""
         self._columns_are_old = False
         self.ends = 0
         """Requests that have ended or were preempted so far."""
@@ -77,28 +81,28 @@ class Admission:
         return self._prefilling.values()
 
     def new_step(self) -> None:
-        """What requests have computed and generated may have changed; within a step it does not."""
+        """A step begins: what requests have computed and generated has changed; it stays the same within the step."""
         self._columns_are_old = True
         done = [one.request_id for one in self._prefilling.values() if _uncomputed(one) <= 1]
         for request_id in done:
             del self._prefilling[request_id]
 
     def begin(self, request: Request) -> None:
-        """The request runs now."""
+        """Take note that the request runs now."""
         self._admit(request)
 
     def end(self, request: Request) -> None:
-        """The request is finished or preempted, and its blocks are freed."""
+        """Take note that the request is finished or preempted, and that its blocks are freed."""
         if request not in self:
             return
         self.ends += 1
         estimate = int(self._admitted.estimates[self._admitted.row(request.request_id)])
         self._forget(request)
-        if request.status in _BY_ITSELF and self._options.correct_estimates and request.num_output_tokens > 0:
+        if request.status in _ENDED_BY_ITSELF and self._options.correct_estimates and request.num_output_tokens > 0:
             self._estimates.observe(estimate, request.num_output_tokens)
 
     def pin(self, chain: Sequence[Hashable]) -> None:
-        """These blocks are pinned now, and no others."""
+        """Take note that these blocks are pinned now, and no others."""
         if chain:
             self._residents.hold(_PIN, chain)
         else:
@@ -110,10 +114,10 @@ class Admission:
         Args:
             request: one that does not run.
             free_blocks: blocks of the cache that nobody holds now.
-            waiting: requests that wait, this one included.
+            waiting: how many requests wait, this one included.
         """
         blocks = self._shareable_blocks(request)
-        tail = request.num_tokens + request.num_output_placeholders - blocks * self._block_size
+        tail = request.num_tokens + request.num_output_placeholders - blocks * self._limits.block_size
         needed_now = self._residents.missing(request.block_hashes[:blocks]) + self._blocks(tail)
         if needed_now > free_blocks:
             return False
@@ -123,13 +127,14 @@ class Admission:
             self._columns_are_old = False
         held = self._residents.blocks + self._blocks_of(self._admitted.tails)
         # Blocks in use that no running request accounts for: two copies of one prefix, say.
-        unaccounted = max(self._capacity - free_blocks - held, 0)
+        unaccounted = max(self._limits.capacity_blocks - free_blocks - held, 0)
         prefix = prefix_tokens(request)
         pinned_tokens = prefix if self._options.pin_prefixes else 0
         first_blocks, last_blocks = self._admit(request)
-        self._residents.hold(_PIN_TO_COME, request.block_hashes[: pinned_tokens // self._block_size])
+        self._residents.hold(_PIN_TO_COME, request.block_hashes[: pinned_tokens // self._limits.block_size])
         try:
-            # Without knowing lengths, room left for later would only be lost; a group had better share its prefix.
+            # Where lengths are not known, room left for later would only be lost, and members of a group had better run
+            # together while their prefix is there.
             spread = self._options.spread_ends and prefix == 0 and self._estimates.are_steady
             if spread and not ends_apart(
                 self._admitted.to_come,
@@ -146,22 +151,41 @@ class Admission:
             self._forget(request)
 
     def recompute_tokens(self, request: Request) -> int:
-        """Tokens to compute again should this running request be preempted: those whose KV nobody else keeps."""
+        """How many tokens a preemption of this running request would cost: those whose KV nobody else keeps."""
         blocks = self._residents.exclusive(request.request_id)
-        own = blocks * self._block_size + self._admitted.tail(request)
+        own = blocks * self._limits.block_size + self._admitted.tail(request)
         computed: int = request.num_computed_tokens
         return min(own, computed)
+
+    def may_run_out(self, running: Sequence[Request], free_blocks: int) -> bool:
+        """Whether the running requests might need more blocks in the next step than are free.
+
+        Args:
+            running: all requests that run.
+            free_blocks: blocks of the cache that nobody holds now.
+        """
+        to_prefill = sum(_uncomputed(one) for one in self.prefilling)
+        if len(running) + to_prefill // self._limits.block_size <= free_blocks:
+            return False  # A request that generates needs a block at most.
+        needed = 0
+        for request in running:
+            if request.num_output_tokens + request.num_output_placeholders < request.max_tokens:
+                computed = request.num_computed_tokens
+                known = request.num_tokens + request.num_output_placeholders
+                after = min(known, computed + self._limits.step_tokens)
+                needed += self._blocks(after) + (-computed // self._limits.block_size)
+        return bool(free_blocks < needed)
 
     def _admit(self, request: Request) -> tuple[int, int]:
         """Give the request the last row; returns the blocks that it adds when it begins, and when it ends."""
         blocks = self._shareable_blocks(request)
         held_before = self._residents.blocks
-        most = max(min(request.max_tokens, self._max_model_tokens - request.num_prompt_tokens), 1)
+        most = max(min(request.max_tokens, self._limits.max_model_tokens - request.num_prompt_tokens), 1)
         self._admitted.add(
             request,
             estimate=expected_output_tokens(request, most),
             most=most,
-            shared_tokens=blocks * self._block_size,
+            shared_tokens=blocks * self._limits.block_size,
             run=self._residents.hold(request.request_id, request.block_hashes[:blocks]),
         )
         self._expect(slice(-1, None))
@@ -179,7 +203,7 @@ class Admission:
         self._prefilling.pop(request.request_id, None)
 
     def _expect(self, rows: slice) -> None:
-        """Forecast the output of these rows."""
+        """Forecast how many output tokens the requests in these rows will yet have."""
         generated = self._admitted.generated[rows]
         expected = self._estimates.expected(self._admitted.estimates[rows], generated, self._admitted.most[rows])
         self._admitted.to_come[rows] = np.maximum(expected - generated, 1)
@@ -191,14 +215,14 @@ class Admission:
         final_tails = tails + self._admitted.to_come - 1
         if self._residents.blocks + self._blocks_of(final_tails) <= blocks:
             return True  # even if all of them came to their end in the same step
-        ends = self._admitted.to_come + self._late_steps
+        ends = self._admitted.to_come + self._limits.late_steps
         rows = [self._admitted.row(request_id) for request_id in self._prefilling]
         ends[rows] += self._prefill_steps()
         pins = [self._residents.run_of(holder) for holder in (_PIN, _PIN_TO_COME) if holder in self._residents]
         run_blocks, run_last = self._residents.until(
             np.append(self._admitted.runs, pins), np.append(ends, [ends.max()] * len(pins))
         )
-        return peak_blocks(ends, tails, final_tails, run_blocks, run_last, block_size=self._block_size) <= blocks
+        return peak_blocks(ends, tails, final_tails, run_blocks, run_last, block_size=self._limits.block_size) <= blocks
 
     def _prefill_steps(self) -> npt.NDArray[np.int64]:
         """Most steps before the one that brings the next token of each request in `prefilling`, int64 [P].
@@ -207,43 +231,25 @@ class Admission:
         budget; a limit for long prompts adds the steps in which that limit binds.
         """
         uncomputed = np.array([_uncomputed(one) for one in self._prefilling.values()], dtype=np.int64)
-        left = max(self._token_budget - len(self._admitted) + 1, 1)
+        left = max(self._limits.step_tokens - len(self._admitted) + 1, 1)
         steps = -(-uncomputed.cumsum() // left)
-        if self._long_prefill_tokens:
-            steps += -(-uncomputed // self._long_prefill_tokens)
+        if self._limits.long_prefill_tokens:
+            steps += -(-uncomputed // self._limits.long_prefill_tokens)
         return steps - 1
 
     def _shareable_blocks(self, request: Request) -> int:
-        """Full blocks of its prompt that it may share."""
+        """How many full blocks of its prompt a request may share."""
         if request.skip_reading_prefix_cache:
             return 0
         # vLLM computes the last token of a prompt in any case: a block that ends with it is never taken from the cache.
-        return int((request.num_prompt_tokens - 1) // self._block_size)
+        return int((request.num_prompt_tokens - 1) // self._limits.block_size)
 
     def _blocks(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)
+        return -(-tokens // self._limits.block_size)
 
     def _blocks_of(self, tokens: npt.NDArray[np.int64]) -> int:
-        """Blocks of all these requests, none of them shared."""
-        return int((-(-tokens // self._block_size)).sum())
-
-
-def planned_request(request: Request) -> PlannedRequest | None:
-    """What the plan says about a request; None for one that no plan knows, those of pooling models among them."""
-    sampling = request.sampling_params
-    return PlannedRequest.from_extra_args(sampling.extra_args) if sampling else None
-
-
-def prefix_tokens(request: Request) -> int:
-    """Tokens that it shares with its group, as planned; 0: none."""
-    planned = planned_request(request)
-    return planned.prefix_tokens if planned else 0
-
-
-def expected_output_tokens(request: Request, most: int) -> int:
-    """What the plan expects of a request, at least 1; the most that is allowed where no plan knows it."""
-    planned = planned_request(request)
-    return max(planned.expected_output_tokens, 1) if planned else most
+        """Blocks that hold these numbers of tokens, none of them shared."""
+        return int((-(-tokens // self._limits.block_size)).sum())
 
 
 def _uncomputed(request: Request) -> int:

@@ -1,4 +1,4 @@
-"""The requests that run, as columns."""
+"""A table of the requests that run, kept in columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ESTIMATE, _MOST, _SHARED, _PROMPT_TAIL, _RUN, _TAIL, _TO_COME, _WORK = range(8)
 
 
 class AdmittedRequests:
-    """A row for each request, in no order, so that one vector operation reads or changes a column of all.
+    """A table with a row for each request, in no order: one vector operation reads or changes a column of all requests.
 
     A column is a view, valid until a request is added or removed.
     """
@@ -34,7 +34,7 @@ class AdmittedRequests:
         return request_id in self._rows
 
     def row(self, request_id: str) -> int:
-        """Where the request stands in the columns, until one is removed."""
+        """The index of the request in every column, valid until a request is removed."""
         return self._rows[request_id]
 
     @property
@@ -54,37 +54,40 @@ class AdmittedRequests:
 
     @property
     def tails(self) -> Int64s:
-        """Tokens behind the full prompt blocks, as of `read_tails`; int64 [R]."""
+        """Tokens behind the full prompt blocks, as `read_tails` found them; int64 [R]."""
         return self._column(_TAIL)
 
     @property
     def generated(self) -> Int64s:
-        """Output tokens, those included that steps under way will bring (async scheduling); int64 [R]."""
+        """Output tokens so far, with those that steps under way will bring (async scheduling); int64 [R]."""
         return self._column(_TAIL) - self._column(_PROMPT_TAIL)
 
     @property
     def to_come(self) -> Int64s:
-        """Output tokens that are expected yet, at least 1; int64 [R], for its owner to write."""
+        """Output tokens that are still expected, at least 1; int64 [R], written by the owner of the table."""
         return self._column(_TO_COME)
 
     @property
     def work(self) -> Int64s:
-        """Blocks of its own times the steps that it keeps them, as it began; int64 [R], for its owner to write."""
+        """Blocks that each request alone holds times the steps it holds them, as expected when it began.
+
+        int64 [R], written by the owner of the table.
+        """
         return self._column(_WORK)
 
     def tail(self, request: Request) -> int:
-        """Tokens behind the full prompt blocks, now."""
+        """How many tokens the request has behind its full prompt blocks now."""
         return _tokens(request) - int(self._table[_SHARED, self._rows[request.request_id]])
 
     def add(self, request: Request, *, estimate: int, most: int, shared_tokens: int, run: int) -> None:
-        """Give a request the last row, its tail of now included.
+        """Give a request the last row, with the tail that it has now.
 
         Args:
-            request: one that has no row.
+            request: a request that has no row yet.
             estimate: output tokens that the plan expects, at least 1.
-            most: output tokens at which it ends in any case.
-            shared_tokens: tokens of its full prompt blocks.
-            run: number of the run of `ResidentBlocks` where the chain of those ends.
+            most: output tokens at which the request ends in any case.
+            shared_tokens: tokens of the full prompt blocks that it may share.
+            run: number of the run of `ResidentBlocks` where the chain of these blocks ends.
         """
         row = len(self._requests)
         if row == self._table.shape[1]:
@@ -95,7 +98,7 @@ class AdmittedRequests:
         self._rows[request.request_id] = row
 
     def remove(self, request_id: str) -> None:
-        """Take a row away; the last one moves into its place."""
+        """Remove the row of a request; the last row moves into its place."""
         row = self._rows.pop(request_id)
         last = self._requests.pop()
         if row < len(self._requests):
@@ -107,8 +110,8 @@ class AdmittedRequests:
         """Ask all requests how many tokens they have now.
 
         Args:
-            prefilling: those with more than a token to compute before they generate; what the others have computed,
-                steps under way included, is all but their last token.
+            prefilling: requests with more than a token to compute before they generate. All other requests have
+                computed all but their last token, steps under way included.
         """
         computed = [one.num_computed_tokens for one in self._requests]
         self.tails[:] = np.array(computed, dtype=np.int64) + 1 - self._column(_SHARED)
@@ -120,5 +123,5 @@ class AdmittedRequests:
 
 
 def _tokens(request: Request) -> int:
-    """Of the prompt and the output, those included that steps under way will bring (async scheduling)."""
+    """Tokens of the prompt and the output, with those that steps under way will bring (async scheduling)."""
     return int(request.num_tokens + request.num_output_placeholders)

@@ -179,6 +179,7 @@ class SharedMetadataBuilder:
             device,
             host_hidden=bool(vllm_config.scheduler_config.async_scheduling),
             allocate=workspace(device),
+            upload_depth=vllm_config.max_concurrent_batches,
             shared_attention=flash,
             max_blocks=0 if flash is None else -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size),
         )

@@ -1,4 +1,4 @@
-"""Which vLLM this plugin is made for: read back from the requirements of our own distribution."""
+"""The versions of vLLM that this plugin works with, read back from the requirements of our own distribution."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def check_vllm_version() -> None:
     from packaging.specifiers import SpecifierSet
 
     expected = supported_versions()
-    # A local part, as of a build from source, says nothing about the interfaces.
+    # The local part of a version, as a build from source has it, says nothing about the interfaces.
     if not SpecifierSet(expected).contains(str(vllm.__version__).split("+")[0], prereleases=True):
         raise RuntimeError(f"vLLM: expected version {expected}, got {vllm.__version__}")

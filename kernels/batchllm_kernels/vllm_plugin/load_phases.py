@@ -1,8 +1,9 @@
-"""Which part of its start vLLM is in, told across its processes by a small file.
+"""Tells which phase of its start vLLM is in, through a small file that all its processes append to.
 
-vLLM has no hook for this. Its loggers are named after the modules that do the work, so a handler on them knows what is
-going on by who speaks, whatever is said. vLLM calls `register` of its plugins in each of its processes, and there the
-handler is put on; where vLLM's logging is switched off the file stays empty, and nothing else changes.
+vLLM has no hook for this. Its loggers are named after the modules that do the work, so a handler on them knows the
+phase by the name of the logger, whatever the message says. vLLM calls `register` of its plugins in each of its
+processes, which installs the handler. Where vLLM's logging is switched off the file stays empty, and nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MODULES = {
     "vllm.compilation": COMPILATION,
     "vllm.v1.core.kv_cache_utils": KV_CACHE,
 }
-"""What a logger of this name, or below it, is about."""
+"""The phase that a logger of this name, or below it, belongs to."""
 
 FUNCTIONS = {
     "load_model": WEIGHTS,
@@ -31,17 +32,17 @@ FUNCTIONS = {
     "compile_or_warm_up_model": COMPILATION,
     "capture_model": COMPILATION,
 }
-"""What a function of vLLM's workers is about, whose modules do several things."""
+"""The phase that a function of vLLM's workers belongs to, where one module does several things."""
 
 WORKERS = "vllm.v1.worker"
-"""Where these functions are."""
+"""The package that these functions are in."""
 
 
 class PhaseHandler(logging.Handler):
     """Appends the phase to a file when a record shows that another one has begun.
 
     Args:
-        file: is created; several processes may append to it.
+        file: the file to append to; it is created, and several processes may append to it.
     """
 
     def __init__(self, file: Path) -> None:
@@ -50,7 +51,7 @@ class PhaseHandler(logging.Handler):
         self._phase: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record of vLLM's."""
+        """Append the phase of a log record of vLLM, where it is another phase than before."""
         phase = phase_of(record)
         if phase is None or phase == self._phase:
             return
@@ -63,7 +64,7 @@ class PhaseHandler(logging.Handler):
 
 
 def phase_of(record: logging.LogRecord) -> str | None:
-    """The phase that a log record belongs to; None: it does not say."""
+    """The phase that a log record belongs to; None where its logger belongs to none."""
     if record.name.startswith(WORKERS):
         return FUNCTIONS.get(record.funcName)
     names = (name for name in MODULES if record.name == name or record.name.startswith(f"{name}."))
@@ -71,7 +72,7 @@ def phase_of(record: logging.LogRecord) -> str | None:
 
 
 def watch_loading() -> None:
-    """Put the handler on vLLM's loggers, once a process, where the environment names a file."""
+    """Install the handler on vLLM's loggers, once in each process, where the environment names a file."""
     file = os.environ.get(LOAD_PHASE_VARIABLE)
     logger = logging.getLogger("vllm")
     if file and not any(isinstance(handler, PhaseHandler) for handler in logger.handlers):
@@ -79,7 +80,7 @@ def watch_loading() -> None:
 
 
 def last_phase(file: Path) -> str | None:
-    """The phase that began last; None: none yet."""
+    """The phase that began last; None before the first."""
     if not file.exists():
         return None
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""What `additional_config["batchllm"]` may hold."""
+"""The options in `additional_config["batchllm"]`, and what a request carries from the plan to the scheduler."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ CONFIG_KEY = "batchllm"
 """Key of the options in vLLM's `additional_config`, and of a request's part in `SamplingParams.extra_args`."""
 
 STEP_TRACE_VARIABLE = "BATCHLLM_STEP_TRACE"
-"""Environment variable with the file to write the step trace to. No option, because vLLM hashes its options into the
-key of its compilation cache, and a file name that changes would compile the model again."""
+"""Environment variable with the file to write the step trace to. It is no option, because vLLM hashes its options into
+the key of its compilation cache, and a file name that changes would compile the model again."""
 
 ATTENTION_TRACE_VARIABLE = "BATCHLLM_ATTENTION_TRACE"
-"""Environment variable with the file to write to whether steps shared prefixes; no option for the same reason."""
+"""Environment variable with the file that says of each step whether attention shared prefixes; it is no option for the
+same reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOptions:
-    """Mechanisms of the scheduler; each can be switched off, which is how an ablation shows what it is worth."""
+    """The mechanisms of the scheduler; each can be switched off, so that an ablation shows what it is worth."""
 
     admit_by_peak: bool = True
     """Admit a request only when the predicted peak of KV use fits the cache."""
@@ -30,11 +31,11 @@ class SchedulerOptions:
     overtake: bool = True
     """While the head of the queue waits for memory, admit a smaller request of its group."""
     spread_ends: bool = True
-    """Admit singles that grow little by little, so that they do not end together, once lengths are known."""
+    """Once output lengths are known, admit single requests that grow one by one, so that they do not end together."""
     cheapest_victim: bool = True
     """When memory runs out, preempt the request that costs least to compute again."""
     correct_estimates: bool = True
-    """Correct expected output lengths by those that come in."""
+    """Correct expected output lengths by the lengths of requests that have ended."""
     watermark: float = 0.01
     """Share of the KV cache that admission leaves free."""
 
@@ -70,12 +71,12 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """What the plan says about a request; travels in `SamplingParams.extra_args["batchllm"]`."""
+    """What the plan says about a request; it travels in `SamplingParams.extra_args["batchllm"]`."""
 
     group: str
-    """Name of its prefix group, different from that of every other group the engine gets."""
+    """Name of the request's prefix group, different from the name of every other group that the engine gets."""
     prefix_tokens: int
-    """Tokens it shares with its group, a multiple of the block size; 0: none."""
+    """Tokens that the request shares with its group, a multiple of the block size; 0: none."""
     expected_output_tokens: int
 
     def as_extra_args(self) -> dict[str, Any]:
@@ -90,6 +91,6 @@ class PlannedRequest:
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> PlannedRequest | None:
-        """What a request carries; None for one that no plan knows."""
+        """What a request carries from the plan; None for a request that no plan knows."""
         given = (extra_args or {}).get(CONFIG_KEY)
         return None if given is None else cls(**given)

@@ -1,4 +1,4 @@
-"""Expected output lengths, corrected by the lengths that come in."""
+"""Expected output lengths, corrected by the lengths of requests that have ended."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 
 WINDOW = 512
-"""Finished requests that the correction looks back on."""
+"""The correction is made from so many of the last finished requests."""
 FEWEST = 16
-"""Finished requests below which estimates are taken as they are."""
+"""With fewer finished requests than these, estimates are taken as they are."""
 OVERRUN = 1.25
-"""A request that outgrew all that is known of lengths is expected to grow by this factor once more."""
+"""A request that is longer already than any that ended is expected to grow by this factor once more."""
 STEADY = 1.25
-"""Factor between the errors of the tenth and the ninetieth percentile, up to which lengths count as known."""
+"""Lengths count as known where the errors of the tenth and the ninetieth percentile are within this factor."""
 
 
 class OutputEstimates:
-    """Learns how far estimates are off, as actual over estimated length, and applies that to requests still running."""
+    """Learns the ratio of actual to estimated lengths, and corrects the estimates of requests that still run by it."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -33,12 +33,12 @@ class OutputEstimates:
         self._ratios = None
 
     def expected(self, estimates: Int64s, generated: Int64s, most: Int64s) -> Int64s:
-        """Output tokens that requests will have had when they end: the mean over those that got at least as far.
+        """Output tokens that requests will have when they end: the mean over ended requests that got at least as far.
 
         Args:
-            estimates: int64 [R], the plan's expectations, at least 1.
-            generated: int64 [R], tokens they have now.
-            most: int64 [R], their `max_tokens`.
+            estimates: int64 [R], output tokens that the plan expects, at least 1.
+            generated: int64 [R], output tokens that the requests have now.
+            most: int64 [R], the `max_tokens` of each request.
 
         Returns:
             int64 [R], between `generated` and `most`.
@@ -54,7 +54,7 @@ class OutputEstimates:
 
     @property
     def are_steady(self) -> bool:
-        """Whether estimates have turned out right, or off by much the same factor for nearly all."""
+        """Whether estimates have turned out right, or wrong by much the same factor for nearly all requests."""
         if len(self._recent) < FEWEST:
             return False
         ratios = self._sorted_ratios()

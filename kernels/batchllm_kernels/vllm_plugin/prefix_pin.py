@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class PrefixPin:
-    """A reference of our own to the leading blocks of a prompt, in vLLM's own reference counts.
+    """Holds the leading blocks of a prompt, by one more reference in vLLM's own reference counts.
 
     Args:
         pool: the engine's block pool.
@@ -27,12 +27,12 @@ class PrefixPin:
         return len(self._blocks)
 
     def move_to(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Pin these blocks, in the order of the prompt, instead of those pinned now; shared ones stay pinned."""
+        """Pin these blocks, in the order of the prompt, in place of those pinned now; a block in both stays pinned."""
         self._pool.touch(blocks)
         self.shorten_to(0)
         self._blocks = list(blocks)
 
     def shorten_to(self, blocks: int) -> None:
-        """Keep the first blocks only; the rest is evicted in its turn, the end of the prompt first."""
+        """Keep so many of the first blocks; vLLM evicts the rest in its turn, the end of the prompt first."""
         self._pool.free_blocks(reversed(self._blocks[blocks:]))
         del self._blocks[blocks:]

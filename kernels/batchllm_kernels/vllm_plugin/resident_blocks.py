@@ -18,10 +18,10 @@ class _Run:
     hashes: list[Hashable]
     parent: _Run | None
     number: int
-    """Its place in the columns of the tree."""
+    """The index of this run in the columns of the tree."""
     children: dict[Hashable, _Run] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
-    """Those whose chain ends with this run."""
+    """The holders whose chain ends with this run."""
 
 
 class ResidentBlocks:
@@ -35,7 +35,7 @@ class ResidentBlocks:
         self._root = _Run([], None, 0)
         self._ends: dict[str, _Run] = {}
         self._blocks = 0
-        # By number of a run; a number that is free has no blocks.
+        # Both columns are indexed by the number of a run; a number that is free has no blocks.
         self._lengths = np.zeros(64, dtype=np.int64)
         self._parents = np.zeros(64, dtype=np.int64)
         self._numbers = 1
@@ -43,7 +43,7 @@ class ResidentBlocks:
 
     @property
     def blocks(self) -> int:
-        """Blocks that anybody holds."""
+        """How many blocks anybody holds."""
         return self._blocks
 
     def __contains__(self, holder: str) -> bool:
@@ -53,7 +53,7 @@ class ResidentBlocks:
         """Let a holder share the blocks of a chain; what it held before is dropped.
 
         Returns:
-            Number of the run where the chain ends, the same until the holder drops.
+            The number of the run where the chain ends, the same until the holder drops.
         """
         self.drop(holder)
         run, matched, within = self._walk(chain)
@@ -83,35 +83,35 @@ class ResidentBlocks:
             self._give_back(run)
 
     def run_of(self, holder: str) -> int:
-        """Number of the run where a holder's chain ends."""
+        """The number of the run where a holder's chain ends."""
         return self._ends[holder].number
 
     def missing(self, chain: Sequence[Hashable]) -> int:
-        """Blocks of a chain that nobody holds."""
+        """How many blocks of a chain nobody holds."""
         return len(chain) - self._walk(chain)[1]
 
     def exclusive(self, holder: str) -> int:
-        """Blocks that this holder alone keeps."""
+        """How many blocks this holder alone keeps."""
         run: _Run | None = self._ends[holder]
         blocks = 0
-        # An upper run is its alone when the run below is all that hangs on it.
+        # An upper run belongs to this holder alone when the run below is the only thing that hangs on it.
         while run is not None and len(run.holders) + len(run.children) <= 1:
             blocks += len(run.hashes)
             run = run.parent
         return blocks
 
     def until(self, runs: Int64s, ends: Int64s) -> tuple[Int64s, Int64s]:
-        """Blocks and how long they stay.
+        """The blocks of each run, and how long somebody holds them.
 
         Args:
-            runs: int64 [H], for each holder, every one of them, the number of the run where its chain ends.
-            ends: int64 [H], step in which it lets go, at least 0.
+            runs: int64 [H], the number of the run where the chain of each holder ends; no holder may be left out.
+            ends: int64 [H], step in which each holder lets go, at least 0.
 
         Returns:
             int64 [S] blocks of each run, and int64 [S] the last step in which someone holds it.
         """
         last = np.zeros(self._numbers, dtype=np.int64)
-        while len(runs):  # one level up at a time, with those alone that stay longer than what is known of the level
+        while len(runs):  # one level up at a time, with only those holders that stay longer than any seen at that level
             longer = ends > last[runs]
             runs, ends = runs[longer], ends[longer]
             np.maximum.at(last, runs, ends)
@@ -151,7 +151,7 @@ class ResidentBlocks:
         return run
 
     def _place(self, run: _Run, hashes: list[Hashable], parent: _Run) -> None:
-        """Let a run stand for these blocks below this parent, in the place of whatever began with them there."""
+        """Put a run with these blocks below this parent, in place of the run there that began with the same block."""
         run.hashes = hashes
         run.parent = parent
         parent.children[hashes[0]] = run
@@ -164,12 +164,12 @@ class ResidentBlocks:
 
 
 def _common(hashes: Sequence[Hashable], chain: Sequence[Hashable], start: int) -> int:
-    """Blocks of a run that a chain goes on with from `start`; the first is known to be equal."""
+    """How many blocks of a run a chain continues with from `start` on; the first is known to be equal."""
     most = min(len(hashes), len(chain) - start)
     if hashes[:most] == chain[start : start + most]:
         return most
     low, high = 1, most
-    while low < high:  # Hashes are chained: once different, always different.
+    while low < high:  # Hashes are chained: behind the first difference all are different.
         middle = (low + high + 1) // 2
         if hashes[middle - 1] == chain[start + middle - 1]:
             low = middle

@@ -1,7 +1,8 @@
-"""When requests end: together, they leave the cache half empty on average; one after the other, they keep it full.
+"""Spreads the ends of requests over time, which keeps the cache fuller.
 
-Requests of one length that begin together hold little at first and all of the cache at last, and so do those that begin
-when they have ended. Where ends are spread, what has ended makes room for what grows.
+Requests of one length that begin together hold little at first and all of the cache at last. They end together, and the
+requests after them begin together again: on average half of the cache is empty. Where ends are spread, a request that
+ends makes room for the others to grow.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import numpy.typing as npt
 Int64s = npt.NDArray[np.int64]
 
 GROWTH = 2
-"""Factor by which a request grows while it runs, below which it does not matter when it ends."""
+"""Where a request grows by less than this factor while it runs, it does not matter when it ends."""
 ROUNDS = 2
-"""Times that the waiting requests fill the cache, below which room that is left at first is not made up for."""
+"""Where the waiting requests fill the cache fewer times than this, room that is left at first is never made up for."""
 WINDOW = 0.15
-"""Of a request's life, before and after its end: when not too many others may end."""
+"""Not too many requests may end within one window: this share of a request's life before its end, and after it."""
 SHARE = 0.6
-"""Of what the cache can hold in such a window: the work that may end in it."""
+"""The work (blocks times steps) that may end in one window, as a share of what the cache can hold meanwhile."""
 
 
 def ends_apart(
@@ -27,12 +28,12 @@ def ends_apart(
     """Whether a request may begin now without ending together with too many others.
 
     Args:
-        to_come: int64 [R], output tokens that running requests will yet have, the candidate's in the last row.
-        work: int64 [R], blocks times the steps that each keeps them.
-        first_blocks: of the candidate when it begins.
-        last_blocks: of the candidate when it ends.
-        waiting: requests that wait, the candidate included.
-        capacity_blocks: of the cache.
+        to_come: int64 [R], output tokens that running requests will yet have; the last row is the candidate's.
+        work: int64 [R], blocks of each request times the steps that it keeps them.
+        first_blocks: blocks of the candidate when it begins.
+        last_blocks: blocks of the candidate when it ends.
+        waiting: how many requests wait, the candidate included.
+        capacity_blocks: blocks of the cache.
     """
     if last_blocks < GROWTH * first_blocks or waiting * (first_blocks + last_blocks) < 2 * ROUNDS * capacity_blocks:
         return True

@@ -1,4 +1,4 @@
-"""One record per engine step, appended to a local file that another process may read meanwhile."""
+"""The step trace: one record for each step of an engine, in a local file that another process may read meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 STEP = np.dtype(
     [
         ("time_s", np.float64),  # since the epoch, when the step is scheduled
-        ("step_seconds", np.float32),  # since the step before was scheduled; 0 for the first after a pause
+        ("step_seconds", np.float32),  # from the scheduling of the step before; 0 for the first step after a pause
         ("prefill_tokens", np.int32),
         ("decode_tokens", np.int32),
         ("running", np.int32),
@@ -22,14 +22,14 @@ STEP = np.dtype(
         ("preempted", np.int32),  # requests preempted in this step
     ]
 )
-"""Columns of a step."""
+"""The columns of a record."""
 
 
 class StepTraceWriter:
     """Appends steps to a file.
 
     Args:
-        path: of the file; it is made if need be.
+        path: the file to append to; it is created where it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class StepTraceWriter:
         kv_tokens_capacity: int,
         preempted: int,
     ) -> None:
-        """Append the step that is scheduled now."""
+        """Append a record of the step that is scheduled now."""
         now = time.time()
         seconds = now - self._last if self._last else 0.0
         tokens = (prefill_tokens, decode_tokens)
@@ -58,12 +58,12 @@ class StepTraceWriter:
         os.write(self._file, self._record.tobytes())
 
     def pause(self) -> None:
-        """The engine has nothing to do: the time until the next step is no step's."""
+        """Take note that the engine has nothing to do: the time until the next step belongs to no step."""
         self._last = 0.0
 
 
 def read_steps(path: Path, first: int = 0) -> npt.NDArray[np.void]:
-    """The steps of a file from the one with index `first` on: structured array [S] of `STEP`; none if it is missing."""
+    """The steps of a file from index `first` on, as a structured array [S] of `STEP`; empty where there is no file."""
     if not path.exists():
         return np.zeros(0, dtype=STEP)
     return np.fromfile(path, dtype=STEP, offset=first * STEP.itemsize)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from batchllm_operators.errors import BatchLLMError, TransientError
-from batchllm_operators.execute.feeding import BundleStep, check_bundle, count, known_results, read_rows
+from batchllm_operators.execute.feeding import BundleStep, count, known_results, read_rows
 from batchllm_operators.execute.messages import AllRead, BundleDone, BundleEvent, Failed, PartWritten, Progress, Run
 from batchllm_operators.execute.part_writer import PartWriter
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import check_bundle
 
 
 class BundleRun:

@@ -21,10 +21,10 @@ from uuid import uuid4
 import numpy as np
 
 from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION
+from batchllm_operators.cost import Calibration, MeasuredRuns, default_cost_model, fit_cost_model, unmeasured_rates
 from batchllm_operators.execute.engine import Completion, Engine, EngineLimits, Request
-from batchllm_operators.plan.cost import Calibration, MeasuredRuns, default_cost_model, fit_cost_model, unmeasured_rates
-from batchllm_operators.plan.spec import CostModel
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.planning import CostModel
+from batchllm_operators.specs.sampling import SamplingParameters
 
 OUTPUT_TOKENS = 17
 MOST_SECONDS = 20.0

@@ -6,15 +6,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.cost import Calibration, engine_seconds
-from batchllm_operators.records import FORMAT_VERSION, BundleResult
+from batchllm_operators.records import BundleResult
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
-
-CALIBRATIONS_FOLDER = "calibrations"
+from batchllm_operators.work.json_objects import read_record, write_record
+from batchllm_operators.work.layout import FORMAT_VERSION
 
 WRONG_BY = 2.0
 TELLING_SECONDS = 10.0
@@ -55,7 +53,7 @@ class CalibrationCache:
         """Write a calibration, in the place of an earlier one of the same device, dtype and versions."""
         made_on = canonical_json([calibration.device, calibration.dtype, calibration.versions])
         name = f"{self._settings}-{_hash(made_on)}.json"
-        self._store.write_bytes(name, calibration.model_dump_json(indent=2).encode())
+        write_record(self._store, name, calibration)
 
     def hold_against(self, calibration: Calibration, facts: Sequence[BundleResult]) -> None:
         """Delete a calibration that is more than 2 times off what engines then took, so that the next job measures.
@@ -91,11 +89,7 @@ class CalibrationCache:
         return [name for name in self._store.names() if name.startswith(f"{self._settings}-")]
 
     def _read(self, name: str) -> Calibration | None:
-        try:
-            return Calibration.model_validate_json(self._store.read_bytes(name))
-        except ValidationError as error:
-            _LOGGER.warning("%s is no calibration: %s", self._store.uri_of(name), error)
-            return None
+        return read_record(Calibration, self._store, name, only_looks=True)
 
 
 def _hash(content: bytes) -> str:

@@ -13,14 +13,15 @@ from batchllm_kernels.vllm_plugin import ATTENTION_VARIABLE, scheduler_path
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
-from batchllm_operators.execute.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
 from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
 from batchllm_operators.execute.engine_settings import dtype_name, engine_settings
-from batchllm_operators.execute.model_shape import read_model_config
-from batchllm_operators.execute.processor import cpu_name, processor
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.machine.processor import cpu_name, processor
+from batchllm_operators.models.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
+from batchllm_operators.models.model_files import looks_like_path
+from batchllm_operators.models.model_shape import read_model_config
 from batchllm_operators.records import EngineSetting
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.wording import counted
 
 if TYPE_CHECKING:
@@ -346,8 +347,7 @@ def _device_name() -> str:
 
 def _check_model_folder(identity: str) -> None:
     """Refuse a path that is no model folder, before vLLM takes it for the name of a repository."""
-    looks_like_path = identity.startswith(("/", ".", "~")) or identity.count("/") > 1
-    if not looks_like_path or (Path(identity) / "config.json").is_file():
+    if not looks_like_path(identity) or (Path(identity) / "config.json").is_file():
         return
     missing = "no config.json in it" if Path(identity).is_dir() else "no such folder"
     raise TerminalError(f"model.id: expected a Hugging Face id or a model's folder, got {identity!r}: {missing}")

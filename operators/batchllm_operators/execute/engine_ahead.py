@@ -14,7 +14,7 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_logs import EngineLogs
 from batchllm_operators.execute.handle import LocalEngineHandle
 from batchllm_operators.execute.local_engines import local_handle
-from batchllm_operators.execute.spec import ExecutionSpec
+from batchllm_operators.specs.execution import ExecutionSpec
 
 
 @dataclass(slots=True)

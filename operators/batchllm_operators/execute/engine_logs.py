@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from batchllm_operators.errors import BatchLLMError
-from batchllm_operators.records import LOGS_FOLDER
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import engine_log
 
 KEPT_BYTES = 1024 * 1024
 """Of the end of each log."""
@@ -40,7 +40,7 @@ class EngineLogs:
         for index, file in sorted(self._files.items()):
             if not file.exists():
                 continue  # of an engine that was never started
-            name = f"{LOGS_FOLDER}/engine-{index}.log"
+            name = engine_log(index)
             try:
                 work.write_bytes(name, _end_of(file))
             except BatchLLMError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 # Arguments that have one right place in the job, or one right value.
 RESERVED = {

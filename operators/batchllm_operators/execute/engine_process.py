@@ -25,6 +25,7 @@ from types import FrameType
 
 from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
+from batchllm_operators.cost import Calibration
 from batchllm_operators.errors import BatchLLMError, TransientError
 from batchllm_operators.execute.bundle_run import BundleRun
 from batchllm_operators.execute.calibration import calibrate
@@ -44,7 +45,6 @@ from batchllm_operators.execute.messages import (
     encode,
 )
 from batchllm_operators.execute.step_traces import StepTraces
-from batchllm_operators.plan.cost import Calibration
 
 PARENT_CHECK_SECONDS = 0.5
 PROGRESS_SECONDS = 0.25

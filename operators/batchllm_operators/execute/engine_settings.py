@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from batchllm_operators.execute.dtype_choice import DtypeChoice
 from batchllm_operators.execute.engine_options import VLLM_LARGEST_GRAPH, chooses_graphs
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.models.dtype_choice import DtypeChoice
 from batchllm_operators.records import EngineSetting
+from batchllm_operators.specs.execution import ModelSpec
 
 if TYPE_CHECKING:
     from batchllm_kernels.vllm_plugin.attention_choice import AttentionChoice

@@ -6,36 +6,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
-
-import orjson
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
-from batchllm_operators.errors import BatchLLMError, DamagedObjectError
+from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine import Completion, Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
-from batchllm_operators.result_parts import read_result_part
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import scan_bundle
+from batchllm_operators.work.results import COUNT_COLUMNS, read_result_part
 
 READ_ROWS = 256
 """Requests in memory ahead of the engine."""
-
-KEY_ROWS = 65_536
-
-
-def check_bundle(store: Store, bundle: str, digest: str) -> None:
-    """Look whether a bundle is what the planner wrote: checksums of pages leave out what stands between the pages.
-
-    Raises:
-        DamagedObjectError: it has another digest.
-    """
-    # A connection that breaks off can look like damage: only what looks so twice is.
-    if digest and store.digest(bundle) != digest and (found := store.digest(bundle)) != digest:
-        raise DamagedObjectError(
-            f"damaged bundle: expected digest {digest}, found {found}; run again: the plan is made anew",
-            uri=store.uri_of(bundle),
-        )
 
 
 def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes]) -> Iterator[Request]:
@@ -53,13 +35,9 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
 
     @lru_cache(maxsize=1024)
     def parameters(overrides: str | None, max_tokens: int) -> SamplingParameters:
-        values: dict[str, Any] = sampling.model_dump(include=set(SamplingParameters.model_fields))
-        values |= orjson.loads(overrides) if overrides is not None else {}
-        return SamplingParameters(**{**values, "max_tokens": max_tokens})
+        return sampling.of_request(overrides, max_tokens)
 
-    columns = ["request_key", "prompt_token_ids", "max_tokens", "sampling"]
-    columns += ["group_id", "prefix_tokens", "expected_output_tokens"]
-    for batch in store.scan_parquet(bundle, columns, READ_ROWS):
+    for batch in scan_bundle(store, bundle, READ_ROWS):
         for row in batch.to_pylist():
             if row["request_key"] not in done:
                 yield Request(
@@ -82,12 +60,6 @@ def read_rows(
     return (request for request in numbered if request.key not in done)
 
 
-def bundle_keys(store: Store, bundle: str) -> list[bytes]:
-    """The request keys of a bundle, in their order."""
-    batches = store.scan_parquet(bundle, ["request_key"], KEY_ROWS)
-    return [key for batch in batches for key in batch.column(0).to_pylist()]
-
-
 def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], BundleCounts]:
     """Request keys of result parts, and what these parts add up to.
 
@@ -95,9 +67,8 @@ def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], Bundl
     """
     done: set[bytes] = set()
     counts = BundleCounts()
-    columns = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
     for name in parts:
-        table = read_result_part(store, name, columns)
+        table = read_result_part(store, name, COUNT_COLUMNS)
         for row in [] if table is None else table.to_pylist():
             if row["request_key"] not in done:
                 done.add(row["request_key"])

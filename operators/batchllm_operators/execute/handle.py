@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
-from batchllm_operators.execute.devices import DeviceShare
 from batchllm_operators.execute.engine_subprocess import EngineSubprocess
 from batchllm_operators.execute.isolation import EngineDiedError
 from batchllm_operators.execute.messages import (
@@ -44,6 +43,7 @@ from batchllm_operators.execute.messages import (
     decode_event,
     encode,
 )
+from batchllm_operators.machine.devices import DeviceShare
 from batchllm_operators.records import Record
 
 START_TIMEOUT_SECONDS = 120.0

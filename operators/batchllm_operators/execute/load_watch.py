@@ -11,7 +11,7 @@ from types import TracebackType
 
 from batchllm_kernels.vllm_plugin.load_phases import last_phase
 from batchllm_operators.execute.messages import EnginePhase, Loading
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.wording import size_text
 
 LOOK_SECONDS = 1.0

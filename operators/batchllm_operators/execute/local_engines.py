@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from batchllm_operators.execute.devices import device_shares, gpus_of_machine
 from batchllm_operators.execute.handle import LocalEngineHandle
-from batchllm_operators.execute.spec import ExecutionSpec
+from batchllm_operators.machine.devices import device_shares, gpus_of_machine
+from batchllm_operators.specs.execution import ExecutionSpec
 
 
 def local_handle(execution: ExecutionSpec, index: int, log_file: Path) -> LocalEngineHandle:

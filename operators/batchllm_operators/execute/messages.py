@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.plan.cost import Calibration
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.cost import Calibration
 from batchllm_operators.records import EngineSetting, Record
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import CostModel
+from batchllm_operators.specs.sampling import SamplingParameters
 
 
 class BundleCounts(Record):

@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from batchllm_operators.errors import TransientError
 from batchllm_operators.execute.engine import Completion
-from batchllm_operators.records import RESULT_SCHEMA
-from batchllm_operators.result_parts import encoded_part
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import RESULT_SCHEMA, encoded_part
 
 RETRY_PAUSES_SECONDS = (0.5, 1.0, 2.0)
 

@@ -13,31 +13,26 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
+from batchllm_operators.cost import Calibration
 from batchllm_operators.errors import BatchLLMError, RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.engine_ahead import take_engine_ahead
 from batchllm_operators.execute.engine_logs import EngineLogs
-from batchllm_operators.execute.feeding import bundle_keys, check_bundle, known_results
-from batchllm_operators.execute.handle import (
-    BundleCallbacks,
-    EngineHandle,
-    ProgressCallback,
-    StatusCallback,
-    no_status,
-)
+from batchllm_operators.execute.feeding import known_results
+from batchllm_operators.execute.handle import BundleCallbacks, EngineHandle, ProgressCallback, StatusCallback, no_status
 from batchllm_operators.execute.isolation import EngineDiedError, find_guilty
 from batchllm_operators.execute.local_engines import local_handle
 from batchllm_operators.execute.messages import BundleCounts, BundleDone, Load, Loaded, Run
 from batchllm_operators.execute.part_writer import part_table
 from batchllm_operators.execute.slots import Lease, Slot
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.cost import Calibration
-from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import AttentionForecast, BundleInfo, BundleResult, EngineSetting
-from batchllm_operators.result_parts import encoded_part
-from batchllm_operators.stage.spec import SamplingParameters
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.planning import CostModel
+from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import bundle_keys, check_bundle
+from batchllm_operators.work.results import encoded_part
 
 THREADS_PER_ENGINE = 2
 """One that feeds the engine and one whose last requests it finishes."""
@@ -91,7 +86,7 @@ class EnginePool:
     ) -> None:
         self._load = Load(model=model, block_size=block_size, gpus=execution.gpus_per_engine)
         self._execution = execution
-        self._sampling = SamplingParameters(**sampling.model_dump(include=set(SamplingParameters.model_fields)))
+        self._sampling = sampling.parameters
         self._work = work
         self._logs = EngineLogs()
         self._on_status = on_status

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
-from uuid import uuid4
+from pathlib import Path
 
 import pyarrow as pa
 
 from batchllm_kernels.vllm_plugin.attention_trace import read_attention_steps
 from batchllm_kernels.vllm_plugin.step_trace import STEP, read_steps
-from batchllm_operators.records import ATTENTION_TRACE_FOLDER, ATTENTION_TRACE_SCHEMA, TRACE_FOLDER
 from batchllm_operators.store import Store
+from batchllm_operators.work.traces import ATTENTION_TRACE_SCHEMA, write_attention_steps, write_steps
 
 
 class StepTraces:
@@ -33,9 +32,7 @@ class StepTraces:
         self._attention_written = read_attention_steps(self._attention, self._attention_written)[1]
 
     def write(self, work: Store, bundle: str) -> None:
-        """Write the new steps as `trace/{bundle}-{uuid}.parquet` and `attention_trace/{bundle}-{uuid}.parquet`.
-
-        Nothing is written where there are none.
+        """Write the new steps as traces of the work folder; nothing is written where there are none.
 
         Args:
             work: the work folder.
@@ -44,13 +41,11 @@ class StepTraces:
         Raises:
             BatchLLMError: the store does not take it.
         """
-        name = f"{PurePosixPath(bundle).stem}-{uuid4().hex}.parquet"
         steps = read_steps(self._steps, first=self._written)
         if len(steps):
-            work.write_table(f"{TRACE_FOLDER}/{name}", pa.table({column: steps[column] for column in STEP.names or ()}))
+            write_steps(work, bundle, pa.table({column: steps[column] for column in STEP.names or ()}))
             self._written += len(steps)
         decided, end = read_attention_steps(self._attention, self._attention_written)
         if decided:
-            table = pa.Table.from_pylist(decided, schema=ATTENTION_TRACE_SCHEMA)
-            work.write_table(f"{ATTENTION_TRACE_FOLDER}/{name}", table)
+            write_attention_steps(work, bundle, pa.Table.from_pylist(decided, schema=ATTENTION_TRACE_SCHEMA))
             self._attention_written = end

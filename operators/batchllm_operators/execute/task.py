@@ -6,14 +6,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
+from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.calibration import MOST_SECONDS
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.handle import ProgressCallback
 from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.plan.cost import Calibration
-from batchllm_operators.plan.spec import CostModel
 from batchllm_operators.records import BundleInfo, BundleResult
 from batchllm_operators.retry import retry_transient
+from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.wording import counted
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.merge.requests import ChosenResults, Int64s, RequestIndex, as_keys
-from batchllm_operators.records import OUTPUT_FIELDS, StageSummary
-from batchllm_operators.result_parts import checked_result_part
+from batchllm_operators.merge.requests import ChosenResults, RequestIndex, as_keys
+from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import OUTPUT_FIELDS, checked_result_part
+from batchllm_operators.work.staged import read_part
 
 _ANSWER_SCHEMA = pa.schema([pa.field("row_index", pa.int64(), nullable=False), *OUTPUT_FIELDS])
 _MOST_PARTITIONS = 128  # each is an open file
@@ -120,8 +122,7 @@ class AnswerSpill:
 def spill_staged_errors(stage: StageSummary, work: Store, spill: AnswerSpill) -> None:
     """Give the rows that make no request their error as answer."""
     for part in stage.parts:
-        with work.parquet(part.name) as file:
-            table = file.read(["row_index", "request_key", "error"])
+        table = read_part(work, part, ["row_index", "request_key", "error"])
         faulty = table.filter(pc.is_null(table["request_key"]))
         if len(faulty):
             columns = [

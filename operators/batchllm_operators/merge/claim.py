@@ -16,14 +16,15 @@ import orjson
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.records import MANIFEST_FILE, Manifest
+from batchllm_operators.records import Manifest
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import MANIFEST_FILE
 
 IN_PROGRESS_FILE = "_in_progress.json"
 ADVICE = "choose another sink.uri, or set sink.mode to overwrite"
 
 _DATA_FILE = re.compile(r"part-[^/]*")
-_OUR_FILE = re.compile(r"part-\d+-(?P<job_id>[^/]+)-(?P<token>[0-9a-f]{8})\.[a-z]+")
+_OUR_FILE = re.compile(r"part-\d+-(?P<job_id>[^/]+)-(?P<token>[0-9a-f]{8})(\.[a-z0-9]+)+")
 _ATTEMPTS = 5
 
 
@@ -76,14 +77,14 @@ class SinkClaim:
         except BatchLLMError as another:
             error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
 
-    def file_name(self, number: int, form: str) -> str:
+    def file_name(self, number: int, ending: str) -> str:
         """Name of an output file, which no other run uses; names sort in the order of the rows.
 
         Args:
             number: of the file, from 0.
-            form: of the sink part of the job.
+            ending: of the format's objects, without the dot.
         """
-        return f"part-{number:05d}-{self._job_id}-{self._token}.{form}"
+        return f"part-{number:05d}-{self._job_id}-{self._token}.{ending}"
 
     def require(self) -> None:
         """Look whether the claim is still this run's own.

@@ -11,37 +11,32 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
     ChosenResults,
-    Int64s,
     RequestIndex,
     choose_results,
     index_requests,
 )
 from batchllm_operators.merge.samples import SampleCollector
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.merge.writers import carried_rows, write_output
-from batchllm_operators.records import (
-    FORMAT_VERSION,
-    OUTPUT_FIELDS,
-    RESULTS_FOLDER,
-    SAMPLES_FILE,
-    InputObject,
-    Manifest,
-    RowErrorExample,
-    StageSummary,
-)
+from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StageSummary
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.readers import Source
 from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+from batchllm_operators.work.json_objects import write_record
+from batchllm_operators.work.layout import FORMAT_VERSION, RESULTS_FOLDER, SAMPLES_FILE
+from batchllm_operators.work.results import OUTPUT_FIELDS, part_names
+from batchllm_operators.work.staged import read_part
 
 _EXAMPLES = 5
 
@@ -89,7 +84,7 @@ def merge_results(
         return complete
     refuse_changed_input(source, source.objects, fingerprint)
     index = index_requests(stage, work)
-    parts = work.names(RESULTS_FOLDER)
+    parts = part_names(work)
     chosen = choose_results(index, parts, work)
     _refuse_missing_results(index, chosen, stage, work)
     error_rows = Counter(stage.error_rows) + chosen.error_rows
@@ -123,7 +118,7 @@ def merge_results(
             )
         refuse_changed_input(source, source.look_again(), fingerprint)
         samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
-        work.write_bytes(SAMPLES_FILE, samples.model_dump_json(indent=2).encode())
+        write_record(work, SAMPLES_FILE, samples)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             job_id=job_id,
@@ -196,6 +191,5 @@ def _row_ids(rows: Int64s, stage: StageSummary, work: Store) -> list[str]:
     for part in stage.parts:
         inside = rows[(rows >= part.first_row) & (rows < part.first_row + part.rows)]
         if len(inside):
-            with work.parquet(part.name) as file:
-                names += file.read(["row_id"])["row_id"].take(inside - part.first_row).to_pylist()
+            names += read_part(work, part, ["row_id"])["row_id"].take(inside - part.first_row).to_pylist()
     return names

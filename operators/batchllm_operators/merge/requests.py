@@ -13,16 +13,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.arrays import Bools, Int32s, Int64s
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
-from batchllm_operators.result_parts import read_result_part
 from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import COUNT_COLUMNS, checked_result_part, read_result_part
+from batchllm_operators.work.staged import read_part
 
-Int64s = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
 _KEY_DTYPE: np.dtype[np.bytes_] = np.dtype(f"S{REQUEST_KEY_BYTES}")
-_COUNTED = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
 _NO_PART = -1
 
 
@@ -48,7 +48,7 @@ class RequestIndex:
         """Rows of each request."""
         return np.diff(self.starts)
 
-    def numbers(self, keys: Keys) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+    def numbers(self, keys: Keys) -> tuple[Int64s, Bools]:
         """Number of the request of each key, and whether there is one (numbers elsewhere mean nothing)."""
         if not len(self):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), np.bool_)
@@ -67,8 +67,7 @@ def index_requests(stage: StageSummary, work: Store) -> RequestIndex:
     """Read the keys of all staged rows."""
     keys, rows = [np.zeros(0, _KEY_DTYPE)], [np.zeros(0, np.int64)]
     for part in stage.parts:
-        with work.parquet(part.name) as file:
-            table = file.read(["row_index", "request_key"])
+        table = read_part(work, part, ["row_index", "request_key"])
         staged = table.filter(pc.is_valid(table["request_key"]))
         keys.append(as_keys(staged["request_key"]))
         rows.append(staged["row_index"].to_numpy())
@@ -90,9 +89,9 @@ class ChosenResults:
         error_examples: (kind of error, request number, message) of the first few.
     """
 
-    part: npt.NDArray[np.int32]
+    part: Int32s
     row: Int64s
-    failed: npt.NDArray[np.bool_]
+    failed: Bools
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -110,7 +109,7 @@ class ChosenResults:
         parts: list[int] = np.unique(self.part[self.part != _NO_PART]).tolist()
         return parts
 
-    def taken_from(self, part: int, numbers: Int64s, known: npt.NDArray[np.bool_]) -> Int64s:
+    def taken_from(self, part: int, numbers: Int64s, known: Bools) -> Int64s:
         """Rows of a result part that are the copies taken."""
         rows = np.arange(len(numbers))
         return np.flatnonzero(known & (self.part[numbers] == part) & (self.row[numbers] == rows))
@@ -123,12 +122,15 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
         index: the requests.
         parts: names of the result parts, in the order of preference.
         work: the work folder.
+
+    Raises:
+        DamagedObjectError: a part that was whole at first is damaged when it is read again.
     """
     chosen = ChosenResults(
         np.full(len(index), _NO_PART, np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
     )
     for part, name in enumerate(parts):
-        table = read_result_part(work, name, _COUNTED)
+        table = read_result_part(work, name, COUNT_COLUMNS)
         if table is None:
             continue  # where no other part has what it held, the merge says so and fails
         numbers, known = index.numbers(as_keys(table["request_key"]))
@@ -144,8 +146,7 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
             chosen.row[fresh[better]] = rows[first[better]]
             chosen.failed[fresh[better]] = wanted_failed
     for part in chosen.parts:
-        with work.parquet(parts[part]) as file:
-            table = file.read(list(_COUNTED))
+        table = checked_result_part(work, parts[part], COUNT_COLUMNS)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         rows = chosen.taken_from(part, numbers, known)
         _count(chosen, table.take(rows), numbers[rows], index)

@@ -11,6 +11,8 @@ import orjson
 from pydantic import ValidationError
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source, formats_in_use
+from batchllm_operators.formats.input_objects import is_hidden, takes_objects_of
 from batchllm_operators.merge.claim import (
     ADVICE,
     IN_PROGRESS_FILE,
@@ -19,11 +21,11 @@ from batchllm_operators.merge.claim import (
     job_of_file,
     refuse_claim_of_another,
 )
-from batchllm_operators.records import FORMAT_VERSION, JOB_FILE, MANIFEST_FILE, WORK_FOLDER, Manifest, OutputLayout
-from batchllm_operators.stage.input_objects import is_hidden, takes_objects_of
-from batchllm_operators.stage.readers import Source
+from batchllm_operators.records import Manifest, OutputLayout
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
+from batchllm_operators.work.job_file import is_work_folder
+from batchllm_operators.work.layout import FORMAT_VERSION, MANIFEST_FILE, WORK_FOLDER
 
 
 def check_sink(
@@ -94,7 +96,7 @@ def read_manifest(sink: Store) -> Manifest | None:
 def work_of_output(sink: Store, manifest: Manifest) -> Store:
     """The work folder of an output: the one inside the sink, to wherever that was moved or copied, else as written."""
     inside = sink.folder(f"{WORK_FOLDER}/{manifest.job_id}")
-    return inside if inside.exists(JOB_FILE) else Store(manifest.work_uri, sink.options)
+    return inside if is_work_folder(inside) else Store(manifest.work_uri, sink.options)
 
 
 def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
@@ -122,13 +124,14 @@ def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
             the sink. Names that begin with `_` or `.` do not count: they are never input, nor output.
     """
     spec = source.spec
+    endings = {form.suffixes[0] for form in formats_in_use()}  # of the work folder, and of a sink of any format
     for uri in source.object_uris():
         inside = Store(uri, spec.storage).path_from(sink)
         if inside is not None and not is_hidden(inside):
             where = "the folder holds" if "/" not in inside else "a folder below it holds"
             raise TerminalError(f"sink.uri: {where} input of this job; choose another", uri=uri)
     for field, folder in (("sink.uri", sink), ("execution.work_uri", work)):
-        if takes_objects_of(spec.uri, spec.storage, folder):
+        if takes_objects_of(spec.uri, spec.storage, folder, endings):
             raise TerminalError(
                 f"{field}: what is written there would be input of the next run, by source.uri {spec.uri!r};"
                 " choose a folder elsewhere",

@@ -9,12 +9,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
+from batchllm_operators.formats import open_source
 from batchllm_operators.merge.merging import merge_results
-from batchllm_operators.merge.spec import SinkSpec
 from batchllm_operators.records import InputObject, Manifest, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
-from batchllm_operators.stage.readers import open_source
-from batchllm_operators.stage.spec import SourceSpec
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 

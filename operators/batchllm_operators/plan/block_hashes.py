@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Int32s, Int64s, UInt64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Bools, Int32s, Int64s, UInt64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.disk_array import DiskArray
 
 HASH_BYTES = 16

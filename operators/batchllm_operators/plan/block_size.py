@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchllm_operators.execute.devices import gpus_of_machine
-from batchllm_operators.plan.spec import PlanningSpec
+from batchllm_operators.machine.devices import gpus_of_machine
+from batchllm_operators.specs.planning import PlanningSpec
 
 CUDA_BLOCK_SIZE = 16
 """vLLM's own on GPUs. Smaller blocks share more of a prefix whose end is no block's end: on a table of 3,201 films with

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Floats, Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.prefix_order import shared_among
 
 CUT_TOLERANCE = 0.25

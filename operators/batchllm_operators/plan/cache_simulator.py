@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Int32s, Int64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.prefix_order import PrefixOrder
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchllm_operators.plan.arrays import Int32s, Int64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 
 
 class DiskArray:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
 
-import orjson
-
-from batchllm_operators.records import JOB_FILE
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
+from batchllm_operators.work.job_file import read_job_file, work_folders_in
 
 MOST_RUNS = 3
 
@@ -27,17 +24,11 @@ def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
     if own is None:
         return []
     # Looked into one after the other: there may be hundreds, each a request to the store.
-    others = (name.partition("/")[0] for name in root.newest(f"*/{JOB_FILE}"))
-    same = (root.folder(other) for other in others if other != folder and _job_name(root, other) == own)
+    others = (other for other in work_folders_in(root) if other != folder)
+    same = (root.folder(other) for other in others if _job_name(root, other) == own)
     return list(islice(same, MOST_RUNS))
 
 
 def _job_name(root: Store, folder: str) -> str | None:
-    name = f"{folder}/{JOB_FILE}"
-    if not root.exists(name):
-        return None
-    try:
-        content: Any = orjson.loads(root.read_bytes(name))
-        return str(content["job"]["name"]) if content["job_id"] == folder else None
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return None  # not a job of ours
+    file = read_job_file(root.folder(folder), only_looks=True)
+    return None if file is None or file.job_id != folder else file.job_name

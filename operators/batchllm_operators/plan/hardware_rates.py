@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from batchllm_operators.execute.devices import gpus_of_machine
-from batchllm_operators.execute.dtype_choice import choose_dtype, is_slow
-from batchllm_operators.execute.model_shape import ModelShape, model_shape, read_model_config
-from batchllm_operators.execute.processor import Processor, processor
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.cost import CPU_DEFAULT, GPU_DEFAULT
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.cost import CPU_DEFAULT, GPU_DEFAULT
+from batchllm_operators.machine.devices import gpus_of_machine
+from batchllm_operators.machine.processor import Processor, processor
+from batchllm_operators.models.dtype_choice import choose_dtype, is_slow
+from batchllm_operators.models.model_shape import ModelShape, model_shape, read_model_config
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.planning import CostModel
 
 CPU_REFERENCE = ModelShape(parameters=134_479_872, active_parameters=134_479_872, kv_values=11_520)
 CPU_REFERENCE_CORES = 2

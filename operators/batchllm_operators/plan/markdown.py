@@ -33,17 +33,17 @@ def plan_markdown(plan: PlanSummary) -> str:
     if plan.attention is not None:
         lines += [explain_attention(plan.attention), ""]
     lines += [*_counts(plan), *_row_errors(plan), *_forecast(plan), "", "### Order", "", explain_order(plan)]
-    if plan.largest_groups:
+    if plan.shape.largest_groups:
         lines += _section("Groups that save most", "requests", "prefix tokens", "tokens saved", "forecast")
         lines += [
             f"| {one.requests:,} | {one.prefix_tokens:,} | {one.saved_tokens:,} | {duration(one.expected_seconds)} |"
-            for one in plan.largest_groups
+            for one in plan.shape.largest_groups
         ]
-    if plan.sharing_degrees:
+    if plan.shape.sharing_degrees:
         lines += _section("How many share a prefix", "group size", "groups", "requests", "tokens saved")
         lines += [
             f"| {size} | {one.groups:,} | {one.requests:,} | {one.saved_tokens:,} |"
-            for size, one in zip(group_sizes(plan), plan.sharing_degrees, strict=True)
+            for size, one in zip(group_sizes(plan), plan.shape.sharing_degrees, strict=True)
         ]
     if plan.bundles:
         lines += _section(
@@ -66,28 +66,29 @@ def group_sizes(plan: PlanSummary) -> list[str]:
     """The sizes of groups that each entry of the sharing degrees stands for: `1`, `2`, `3 to 4`, `5 to 8`..."""
     return [
         f"{one.up_to:,}" if one.up_to <= 2 else f"{one.up_to // 2 + 1:,} to {one.up_to:,}"
-        for one in plan.sharing_degrees
+        for one in plan.shape.sharing_degrees
     ]
 
 
 def explain_order(plan: PlanSummary) -> str:
     """Why the requests stand in this order, in a few sentences."""
-    sentences = [_ORDERS[plan.order]]
-    if plan.field_sharing is not None:
-        fields = plan.field_sharing
+    shape = plan.shape
+    sentences = [_ORDERS[shape.order]]
+    if shape.field_sharing is not None:
+        fields = shape.field_sharing
         sentences.append(
             f"The order of the fields is chosen row by row: each row shares {fields.chosen:.1%} of its fields with the "
             f"row before it (fields as given: {fields.sorted_rows:.1%}; rows as given too: {fields.as_given:.1%})."
         )
-    if plan.parted_trees:
+    if shape.parted_trees:
         sentences.append(
-            f"{counted(plan.parted_trees, 'short common beginning is', 'short common beginnings are')} computed more "
+            f"{counted(shape.parted_trees, 'short common beginning is', 'short common beginnings are')} computed more "
             "than once, because ordering what is below by ratio is worth more."
         )
-    if plan.split_prefix_tokens:
+    if shape.split_prefix_tokens:
         sentences.append(
-            f"{counted(plan.split_prefix_tokens, 'shared token is', 'shared tokens are')} computed again, so that "
-            f"{counted(plan.workers, 'engine')} finish together."
+            f"{counted(shape.split_prefix_tokens, 'shared token is', 'shared tokens are')} computed again, so that "
+            f"{counted(shape.workers, 'engine')} finish together."
         )
     return " ".join(sentences)
 
@@ -107,72 +108,75 @@ def explain_attention(forecast: AttentionForecast) -> str:
 
 
 def _headline(plan: PlanSummary) -> str:
-    engines = "" if plan.workers == 1 else f" on {counted(plan.workers, 'engine')}"
-    price = "" if plan.expected_usd is None else f", about {usd(plan.expected_usd)}"
+    shape, forecast = plan.shape, plan.forecast
+    engines = "" if shape.workers == 1 else f" on {counted(shape.workers, 'engine')}"
+    price = "" if forecast.usd is None else f", about {usd(forecast.usd)}"
     return (
-        f"**{counted(plan.requests, 'request')}** in {counted(plan.groups, 'prefix group')} and "
-        f"{counted(len(plan.bundles), 'bundle')}: about **{duration(plan.expected_seconds)}**{engines}{price}."
+        f"**{counted(plan.counts.requests, 'request')}** in {counted(shape.groups, 'prefix group')} and "
+        f"{counted(len(plan.bundles), 'bundle')}: about **{duration(forecast.seconds)}**{engines}{price}."
     )
 
 
 def _saving(plan: PlanSummary) -> str:
-    stock = "" if plan.stock_saving is None else f"; a stock engine on the rows as given: {plan.stock_saving:.1%}"
+    saving = plan.saving
+    stock = "" if saving.stock is None else f"; a stock engine on the rows as given: {saving.stock:.1%}"
     return (
-        f"Of {counted(plan.prompt_tokens, 'prompt token')} **{plan.expected_saving:.1%}** need not be computed "
-        f"(possible: {plan.optimum_saving:.1%}; with one prefix a request: {plan.single_level_saving:.1%}{stock})."
+        f"Of {counted(plan.counts.prompt_tokens, 'prompt token')} **{saving.planned:.1%}** need not be computed "
+        f"(possible: {saving.optimum:.1%}; with one prefix a request: {saving.single_level:.1%}{stock})."
     )
 
 
 def _counts(plan: PlanSummary) -> list[str]:
-    sources = ", ".join(f"{_SOURCES[source]} ({count:,})" for source, count in plan.estimate_sources.items())
+    counts, forecast = plan.counts, plan.forecast
+    sources = ", ".join(f"{_SOURCES[source]} ({count:,})" for source, count in forecast.estimate_sources.items())
     return [
         "| | |",
         "|---|---:|",
-        f"| rows | {plan.rows:,} |",
-        f"| answered by another row's computation | {plan.duplicate_rows:,} |",
-        f"| answered by earlier results | {plan.done_requests:,} |",
-        f"| requests to compute | {plan.requests:,} |",
-        f"| their prompt tokens | {plan.planned_prompt_tokens:,} |",
-        f"| of these to compute | {plan.expected_computed_prompt_tokens:,} |",
-        f"| expected output tokens | {plan.expected_output_tokens:,} |",
+        f"| rows | {counts.rows:,} |",
+        f"| answered by another row's computation | {counts.duplicate_rows:,} |",
+        f"| answered by earlier results | {counts.done_requests:,} |",
+        f"| requests to compute | {counts.requests:,} |",
+        f"| their prompt tokens | {counts.planned_prompt_tokens:,} |",
+        f"| of these to compute | {forecast.computed_prompt_tokens:,} |",
+        f"| expected output tokens | {forecast.output_tokens:,} |",
         f"| known from | {sources or 'nothing to estimate'} |",
-        f"| rates of the forecast | {markdown_text(plan.rates)} |",
-        *([f"| tokens of a KV-cache block | {plan.block_size} |"] if plan.block_size else []),
+        f"| rates of the forecast | {markdown_text(forecast.rates)} |",
+        f"| tokens of a KV-cache block | {plan.shape.block_size} |",
     ]
 
 
 def _row_errors(plan: PlanSummary) -> list[str]:
-    if not plan.error_rows:
+    counts = plan.counts
+    if not counts.error_rows:
         return []
-    errors = sum(plan.error_rows.values())
-    lines = ["", "### Rows with errors", "", f"{counted(errors, 'row')} of {plan.rows:,} will get no answer:", ""]
-    for code, count in most_frequent_first(plan.error_rows):
+    errors = sum(counts.error_rows.values())
+    lines = ["", "### Rows with errors", "", f"{counted(errors, 'row')} of {counts.rows:,} will get no answer:", ""]
+    for code, count in most_frequent_first(counts.error_rows):
         lines.append(f"- {markdown_code(code)}: {counted(count, 'row')}, for example")
         lines += [
             f"    - {markdown_code(one.row_id)}: {markdown_text(one.message)}"
-            for one in plan.error_examples.get(code, ())
+            for one in counts.error_examples.get(code, ())
         ]
     return lines
 
 
 def _forecast(plan: PlanSummary) -> list[str]:
-    engines = (
-        "on one engine" if plan.workers == 1 else f"until the last of {counted(plan.workers, 'engine')} has finished"
-    )
-    price = "" if plan.expected_usd is None else f", {usd(plan.expected_usd)}"
+    forecast, workers = plan.forecast, plan.shape.workers
+    engines = "on one engine" if workers == 1 else f"until the last of {counted(workers, 'engine')} has finished"
+    price = "" if forecast.usd is None else f", {usd(forecast.usd)}"
     return [
         "",
         "### Forecast",
         "",
         "| step | time | |",
         "|---|---:|---|",
-        f"| stage | {duration(plan.stage_seconds)} | done: {counted(plan.rows, 'row')} |",
+        f"| stage | {duration(plan.stage_seconds)} | done: {counted(plan.counts.rows, 'row')} |",
         f"| plan | {duration(plan.seconds)} | done |",
-        f"| execute | {duration(plan.expected_seconds)} | {engines}, without loading the model{price} |",
-        f"| its prefill | {duration(plan.expected_prefill_seconds)} "
-        f"| {counted(plan.expected_computed_prompt_tokens, 'token')}, all engines |",
-        f"| its decode | {duration(plan.expected_decode_seconds)} "
-        f"| {counted(plan.expected_output_tokens, 'token')}, all engines |",
+        f"| execute | {duration(forecast.seconds)} | {engines}, without loading the model{price} |",
+        f"| its prefill | {duration(forecast.prefill_seconds)} "
+        f"| {counted(forecast.computed_prompt_tokens, 'token')}, all engines |",
+        f"| its decode | {duration(forecast.decode_seconds)} "
+        f"| {counted(forecast.output_tokens, 'token')}, all engines |",
     ]
 
 

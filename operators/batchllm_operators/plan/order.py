@@ -1,17 +1,17 @@
 """The order in which an engine takes the requests.
 
-Every shared prefix stays one run, so that an engine computes it once and needs it no longer than the run lasts. What
-is free is the order of siblings, the children of one prefix, at every level of the forest:
+The requests of every shared prefix stand one after the other, so that an engine computes the prefix once and needs it
+only while it takes them. The order of siblings, the children of one prefix, may be chosen at every level of the forest:
 
-- first the requests that are nothing but the shared prefix: they compute it without a token of their own;
-- then single requests, longest expected output first, so that no long one is left to run alone at the end;
-- then longer prefixes, those that are part of the same group before those that begin a group of their own, by
-  decreasing ratio of decode to prefill: decode tokens then mix with later prefill.
+- First stand the requests that are nothing but the shared prefix: they compute it without a token of their own.
+- Single requests follow, longest expected output first, so that no long request is left to run alone at the end.
+- Longer prefixes come last, by decreasing ratio of decode to prefill, so that decode tokens mix with later prefill.
+  Prefixes that are part of the same group stand before prefixes that begin a group of their own.
 
-At the top, single requests and whole trees stand by that ratio together, with two exceptions: single requests are dealt
-out, so that those which begin together do not also end together and leave the cache empty at once; and the last items
-stand by their longest expected output, so that the job does not end with a few long completions that began late. See
-`parting` for trees that are taken apart.
+At the top, single requests and whole trees are sorted by that ratio together, with two exceptions. Single requests are
+dealt out: requests that begin together should not end together and leave the cache empty at once. The last trees and
+requests are sorted by their longest expected output, so that the job does not end with a few long completions that
+began late. `trees_apart` chooses the trees that are taken apart first, their children ordered among all trees.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from typing import Literal
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s
-from batchllm_operators.plan.compiled import compiled
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.first_level import FirstLevel
-from batchllm_operators.plan.parting import trees_to_part
 from batchllm_operators.plan.prefix_forest import PrefixForest
+from batchllm_operators.plan.trees_apart import trees_to_take_apart
 
 _WHOLE_PROMPT, _REQUEST, _SAME_GROUP, _SUBTREE = range(4)
-_SMALL = 24
+"""Kinds of siblings, in their order."""
+_FEW_SIBLINGS = 24
+"""Up to so many siblings are sorted by insertion, which is faster for them."""
 
 DEALT_SHARE = 2 / 3
-"""Of the single requests at the top: those with most decode, which are dealt out; the others fill what these leave."""
+"""Share of the single requests at the top that is dealt out: those with most decode; the others stand behind them."""
 ROUNDS = 3
-"""In which they are dealt out: every third one first."""
+"""Single requests are dealt out in so many rounds: with three, every third request stands in the first round."""
 TAIL_SHARE = 0.125
-"""Of all work, that stands last and by the longest expected output."""
+"""Share of all work that stands last, sorted by the longest expected output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class SortedRequests:
     Attributes:
         prompt_tokens: int32 [N].
         shared_tokens: int64 [N], tokens of the full blocks shared with the position before.
-        output_tokens: int32 [N], expected.
+        output_tokens: int32 [N], expected output tokens.
         decode_seconds: float64 [N], what each completion costs an engine.
         whole_prompt: bool [N], whether the longest shared prefix is the whole prompt.
     """
@@ -64,8 +66,9 @@ class EngineOrder:
     Attributes:
         positions: int64 [N], positions of the depth-first order.
         shared_blocks: int32 [N], full blocks shared with the request before.
-        tree: int32 [N], number of the top-level tree, or single request, of each; increasing.
-        parted_trees: trees that were taken apart.
+        tree: int32 [N], number of the top-level tree that each request is in; a single request is a tree too. The
+            numbers increase.
+        parted_trees: how many trees were taken apart.
     """
 
     positions: Int64s
@@ -90,7 +93,7 @@ def order_by_ratio(
         first_level: the groups.
         requests: what each request costs.
         block_size: tokens of a block.
-        prefill_per_token: seconds.
+        prefill_per_token: seconds of one computed prompt token.
         policy: `blend` takes siblings from both ends of the sorted list, so that at any time the ratio of what has
             been taken is near that of all: compute-heavy and memory-heavy work run together (BlendServe).
     """
@@ -101,7 +104,7 @@ def order_by_ratio(
     depth = np.zeros(top + 1, dtype=np.int32)
     depth[:nodes] = forest.depth
     decode, tokens = _work_of_subtrees(forest, requests, depth[parent] * np.int64(block_size))
-    parted = trees_to_part(
+    parted = trees_to_take_apart(
         forest,
         first_level,
         decode[:nodes],
@@ -135,7 +138,13 @@ def order_by_ratio(
 
 
 def _work_of_subtrees(forest: PrefixForest, requests: SortedRequests, above: Int64s) -> tuple[Floats, Floats]:
-    """Decode seconds and computed prompt tokens of every node, then of every position, given what stands above it."""
+    """Decode seconds and computed prompt tokens of every node, then of every position.
+
+    Args:
+        forest: the shared prefixes.
+        requests: what each request costs.
+        above: int64 [nodes + N], tokens of the prefix above each node and each position, which are not counted.
+    """
     nodes = len(forest.parent)
     first, end = forest.first, forest.first + forest.leaves
     own = np.concatenate(([0], np.cumsum(requests.prompt_tokens - requests.shared_tokens)))
@@ -175,7 +184,7 @@ def _sort_siblings(children: Int64s, offsets: Int64s, kind: Int8s, rank: Floats)
     """Sort siblings by kind, then by decreasing rank; equal ones keep their order."""
     for node in range(len(offsets) - 1):
         low, high = offsets[node], offsets[node + 1]
-        if high - low > _SMALL:
+        if high - low > _FEW_SIBLINGS:
             siblings = children[low:high]
             siblings = siblings[np.argsort(-rank[siblings], kind="mergesort")]
             children[low:high] = siblings[np.argsort(kind[siblings], kind="mergesort")]
@@ -241,7 +250,7 @@ def _sort_tail(trees: Int64s, work: Floats, forest: PrefixForest, output_tokens:
 
 @compiled
 def _longest_outputs(trees: Int64s, first: Int32s, leaves: Int32s, output_tokens: Int32s) -> Int64s:
-    """Of each tree, or single request."""
+    """The longest expected output of each tree, or single request."""
     longest = np.zeros(len(trees), dtype=np.int64)
     for number, tree in enumerate(trees):
         if tree >= len(first):
@@ -254,7 +263,7 @@ def _longest_outputs(trees: Int64s, first: Int32s, leaves: Int32s, output_tokens
 
 @compiled
 def _walk(children: Int64s, offsets: Int64s, depth: Int32s, nodes: int, count: int) -> tuple[Int64s, Int32s, Int32s]:
-    """The requests depth-first, with the blocks each shares with the one before, and its top-level tree."""
+    """The requests depth-first, with the blocks that each shares with the request before, and its top-level tree."""
     positions = np.empty(count, dtype=np.int64)
     shared = np.empty(count, dtype=np.int32)
     tree = np.empty(count, dtype=np.int32)

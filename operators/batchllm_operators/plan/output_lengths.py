@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Floats, Int8s, Int32s
+from batchllm_operators.columns.arrays import Floats, Int8s, Int32s
 
 PRIOR_WEIGHT = 4
 """So many results of a group weigh as much as what all results show."""

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from batchllm_operators.cost import Calibration, default_cost_model, rates_source
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.plan.block_size import planned_block_size
-from batchllm_operators.plan.cost import Calibration, default_cost_model, rates_source
+from batchllm_operators.plan.columnar_plan import GIGABYTE, Plan, make_plan
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
-from batchllm_operators.plan.figures import summarise
-from batchllm_operators.plan.forming import GIGABYTE, Plan, form_plan
+from batchllm_operators.plan.plan_summary import summarise
 from batchllm_operators.plan.requests import HashSpool, RequestColumns, read_requests, read_results
 from batchllm_operators.plan.shared_attention import EngineAttention, PlannedGroups, attention_forecast
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
-from batchllm_operators.plan.writing import delete_plan, write_bundles, write_summary
+from batchllm_operators.plan.writing import write_bundles
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import delete_plan, write_summary
 
 
 def plan_requests(
@@ -62,27 +63,23 @@ def plan_requests(
     with full_disk_told("plan"), TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
-        done, known = read_results([work]), read_results(earlier, others=True)
-        plan = form_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
+        done, known = read_results([work]), read_results(earlier, only_looks=True)
+        plan = make_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)
-    summary = summarise(plan, requests, planning, cost, workers=workers, usd_per_worker_hour=usd_per_worker_hour)
-    summary = summary.model_copy(
-        update={
-            "bundles": tuple(
-                bundle.model_copy(update={"digest": digest})
-                for bundle, digest in zip(summary.bundles, digests, strict=True)
-            ),
-            "rows": stage.rows,
-            "error_rows": stage.error_rows,
-            "error_examples": stage.error_examples,
-            "rates": rates_source(planning.cost, calibrated),
-            "attention": _attention(attention, plan, requests, planning, cost),
-            "field_sharing": stage.field_sharing,
-            "stage_seconds": stage.seconds,
-            "seconds": round(time.monotonic() - started, 3),
-        }
+    summary = summarise(
+        plan,
+        requests,
+        stage,
+        planning,
+        cost,
+        digests=digests,
+        rates=rates_source(planning.cost, calibrated),
+        workers=workers,
+        usd_per_worker_hour=usd_per_worker_hour,
     )
+    forecast = _attention(attention, plan, requests, planning, cost)
+    summary = summary.model_copy(update={"attention": forecast, "seconds": round(time.monotonic() - started, 3)})
     write_summary(work, summary)
     return summary
 

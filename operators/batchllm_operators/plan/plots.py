@@ -22,20 +22,20 @@ def forest_plot(plan: PlanSummary) -> str | None:
     A prefix is as wide as it has requests and reaches from where its parent ends down to where it ends itself, in
     tokens: the coloured area is the prompt tokens that stand in shared prefixes.
     """
-    if not plan.shared_prefixes:
+    if not plan.shape.shared_prefixes:
         return None
     levels = _levels(plan)
     starts = _starts(plan, levels)
-    deepest = max(one.prefix_tokens for one in plan.shared_prefixes)
+    deepest = max(one.prefix_tokens for one in plan.shape.shared_prefixes)
 
     def paint(figure: Figure) -> None:
         from matplotlib.patches import Rectangle
         from matplotlib.ticker import FuncFormatter
 
         axes = figure.subplots()
-        axes.add_patch(Rectangle((0, 0), plan.requests, deepest, facecolor=GRID.mark, alpha=0.5))
-        for place, one in enumerate(plan.shared_prefixes):
-            top = plan.shared_prefixes[one.parent].prefix_tokens if one.parent >= 0 else 0
+        axes.add_patch(Rectangle((0, 0), plan.counts.requests, deepest, facecolor=GRID.mark, alpha=0.5))
+        for place, one in enumerate(plan.shape.shared_prefixes):
+            top = plan.shape.shared_prefixes[one.parent].prefix_tokens if one.parent >= 0 else 0
             height = one.prefix_tokens - top
             axes.add_patch(
                 Rectangle(
@@ -47,7 +47,7 @@ def forest_plot(plan: PlanSummary) -> str | None:
                     linewidth=0.7,
                 )
             )
-            if one.requests >= _LABEL_WIDTH * plan.requests and height >= _LABEL_HEIGHT * deepest:
+            if one.requests >= _LABEL_WIDTH * plan.counts.requests and height >= _LABEL_HEIGHT * deepest:
                 axes.text(
                     starts[place] + one.requests / 2,
                     top + height / 2,
@@ -57,7 +57,7 @@ def forest_plot(plan: PlanSummary) -> str | None:
                     va="center",
                     fontsize=8.5,
                 )
-        axes.set(xlim=(0, plan.requests), ylim=(deepest, 0), xlabel="requests", ylabel="prompt tokens")
+        axes.set(xlim=(0, plan.counts.requests), ylim=(deepest, 0), xlabel="requests", ylabel="prompt tokens")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         for spine in axes.spines.values():
@@ -68,7 +68,7 @@ def forest_plot(plan: PlanSummary) -> str | None:
 
 def sharing_plot(plan: PlanSummary) -> str | None:
     """Requests and saved tokens by the size of their prefix group; None where there is no group."""
-    degrees = plan.sharing_degrees
+    degrees = plan.shape.sharing_degrees
     if not degrees:
         return None
     sizes = [f"groups of {size}" for size in group_sizes(plan)]
@@ -95,7 +95,7 @@ def sharing_plot(plan: PlanSummary) -> str | None:
 def _levels(plan: PlanSummary) -> list[int]:
     """How many shared prefixes stand above each one; all of them stand before it in the list."""
     levels: list[int] = []
-    for one in plan.shared_prefixes:
+    for one in plan.shape.shared_prefixes:
         levels.append(levels[one.parent] + 1 if one.parent >= 0 else 0)
     return levels
 
@@ -104,7 +104,7 @@ def _starts(plan: PlanSummary, levels: list[int]) -> list[int]:
     """Where each prefix begins among the requests: children side by side below their parent, the largest first."""
     starts = [0] * len(levels)
     free: dict[int, int] = {-1: 0}
-    prefixes = plan.shared_prefixes
+    prefixes = plan.shape.shared_prefixes
     for place in sorted(range(len(levels)), key=lambda place: (levels[place], -prefixes[place].requests)):
         parent = prefixes[place].parent
         starts[place] = free[place] = free[parent]

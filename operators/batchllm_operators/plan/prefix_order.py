@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_operators.plan.arrays import Bools, Int32s, Int64s, UInt64s
+from batchllm_operators.columns.arrays import Bools, Int32s, Int64s, UInt64s
+from batchllm_operators.columns.compiled import compiled
 from batchllm_operators.plan.block_hashes import HASH_BYTES, BlockHashes
-from batchllm_operators.plan.compiled import compiled
 
 _SMALL = 24
 """Ranges up to this size are sorted by insertion."""

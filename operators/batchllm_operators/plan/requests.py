@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.keys import REQUEST_KEY_BYTES
-from batchllm_operators.plan.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
-from batchllm_operators.records import ESTIMATE_FIELD, StageSummary
-from batchllm_operators.result_parts import read_result_parts
+from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import COUNT_COLUMNS, read_result_parts
+from batchllm_operators.work.staged import ESTIMATE_FIELD, scan_part
 
 READ_ROWS = 1024
 """Rows of a batch: small enough for its buffers to be used again, instead of mapped anew (half the time of reading)."""
 QUEUED_BATCHES = 2
 
 _COLUMNS = ("row_index", "request_key", "prompt_token_ids", "max_tokens", "sampling")
-_RESULT_COLUMNS = ("request_key", "prompt_tokens", "cached_tokens", "completion_tokens", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +123,21 @@ def read_requests(
     with ThreadPoolExecutor(1, thread_name_prefix="plan-hash") as hashing:
         queued: list[Future[None]] = []
         for part in stage.parts:
-            with work.parquet(part.name) as file:
-                extra = [ESTIMATE_FIELD.name] if ESTIMATE_FIELD.name in file.schema_arrow.names else []
-                for batch in file.iter_batches(batch_size=READ_ROWS, columns=[*_COLUMNS, *extra]):
-                    queued.append(hashing.submit(reading.absorb, batch))
-                    if len(queued) > QUEUED_BATCHES:
-                        queued.pop(0).result()
+            for batch in scan_part(work, part, [*_COLUMNS, ESTIMATE_FIELD.name], READ_ROWS):
+                queued.append(hashing.submit(reading.absorb, batch))
+                if len(queued) > QUEUED_BATCHES:
+                    queued.pop(0).result()
         for future in queued:
             future.result()
     return reading.columns()
 
 
-def read_results(works: Sequence[Store], *, others: bool = False) -> ResultColumns:
-    """Read what is answered in some work folders, see `read_result_parts`.
-
-    Args:
-        works: the folders.
-        others: they are of other jobs.
-    """
+def read_results(works: Sequence[Store], *, only_looks: bool = False) -> ResultColumns:
+    """Read what is answered in some work folders, see `read_result_parts`."""
     keys = [np.zeros((0, 2), dtype=np.uint64)]
     computed = [np.zeros(0, dtype=np.int64)]
     completion = [np.zeros(0, dtype=np.int32)]
-    for table in (table for work in works for _, table in read_result_parts(work, _RESULT_COLUMNS, others=others)):
+    for table in (table for work in works for table in read_result_parts(work, COUNT_COLUMNS, only_looks=only_looks)):
         answered = table.filter(table["error"].is_null())
         for batch in answered.to_batches():
             keys.append(_key_words(batch.column("request_key")))

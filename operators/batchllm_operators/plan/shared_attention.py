@@ -22,12 +22,12 @@ from batchllm_kernels.attention.cost import (
     shared_path_seconds,
     unshared_seconds,
 )
-from batchllm_operators.execute.devices import gpu_model, gpus_of_machine
-from batchllm_operators.execute.model_shape import attention_shape, read_model_config
-from batchllm_operators.execute.spec import ExecutionSpec, ModelSpec
-from batchllm_operators.plan.arrays import Floats, Int32s, Int64s
-from batchllm_operators.plan.spec import CostModel
+from batchllm_operators.columns.arrays import Floats, Int32s, Int64s
+from batchllm_operators.machine.devices import gpu_model, gpus_of_machine
+from batchllm_operators.models.model_shape import attention_shape, read_model_config
 from batchllm_operators.records import AttentionForecast, Record
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.planning import CostModel
 
 NEEDED_SAVING = 0.01
 """Of the engines' time: the rates are good to a few per cent, and a job that gains less need not run new kernels."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.cost import Calibration
 from batchllm_operators.plan.earlier import earlier_runs
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.shared_attention import EngineAttention
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 
@@ -64,8 +64,8 @@ def plan_staged(
         attention=attention,
     )
     log(
-        f"planned {counted(summary.requests, 'request')} in {counted(summary.groups, 'group')} and "
+        f"planned {counted(summary.counts.requests, 'request')} in {counted(summary.shape.groups, 'group')} and "
         f"{counted(len(summary.bundles), 'bundle')}: "
-        f"saving {summary.expected_saving:.1%} of prompt tokens, possible {summary.optimum_saving:.1%}"
+        f"saving {summary.saving.planned:.1%} of prompt tokens, possible {summary.saving.optimum:.1%}"
     )
     return summary

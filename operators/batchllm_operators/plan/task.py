@@ -6,15 +6,15 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from batchllm_operators.plan.cost import Calibration
+from batchllm_operators.cost import Calibration
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.plots import forest_plot
 from batchllm_operators.plan.shared_attention import EngineAttention
-from batchllm_operators.plan.spec import CostModel, PlanningSpec
 from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
-from batchllm_operators.spec import StorageOptions
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug
 

@@ -1,65 +1,43 @@
-"""The plan as objects: one Parquet file per bundle, and the summary last."""
+"""The bundles of a plan as objects of the work folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.plan.columnar_plan import Plan
 from batchllm_operators.plan.disk_array import TokenSpool
-from batchllm_operators.plan.forming import Plan
 from batchllm_operators.plan.requests import RequestColumns
-from batchllm_operators.records import BUNDLE_SCHEMA, KEY_TYPE, PLAN_FOLDER, PLAN_SUMMARY, PlanSummary
-from batchllm_operators.store import Store, parquet_writer
+from batchllm_operators.store import Store
+from batchllm_operators.work.bundles import BUNDLE_SCHEMA, write_bundle
+from batchllm_operators.work.columns import KEY_TYPE
 
 ROW_GROUP_TOKENS = 1_000_000
 WRITERS = 8
 """Objects written at a time: a write mostly waits for the disk or the network."""
 
 
-def delete_plan(work: Store) -> None:
-    """Delete an earlier plan, its summary first: without it there is no plan."""
-    names = work.names(PLAN_FOLDER)
-    work.delete(sorted(names, key=lambda name: name != PLAN_SUMMARY))
-
-
-def bundle_name(number: int) -> str:
-    """Name of a bundle's object in the work folder."""
-    return f"{PLAN_FOLDER}/bundle-{number:05d}.parquet"
-
-
 def write_bundles(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool) -> list[str]:
     """Write every bundle; a few at a time, each in row groups, so that memory stays small. Returns their digests."""
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan-write") as writers:
         written = [
-            writers.submit(_write_bundle, work, plan, requests, tokens, number) for number in range(len(plan.worker))
+            writers.submit(write_bundle, work, number, _tables(plan, requests, tokens, number))
+            for number in range(len(plan.worker))
         ]
         return [bundle.result() for bundle in written]
 
 
-def write_summary(work: Store, summary: PlanSummary) -> None:
-    """Write the summary, which makes the plan complete."""
-    work.write_bytes(PLAN_SUMMARY, summary.model_dump_json(indent=2).encode())
-
-
-def _write_bundle(work: Store, plan: Plan, requests: RequestColumns, tokens: TokenSpool, number: int) -> str:
+def _tables(plan: Plan, requests: RequestColumns, tokens: TokenSpool, number: int) -> Iterator[pa.Table]:
+    """The rows of a bundle, in tables of about `ROW_GROUP_TOKENS`."""
     low, high = int(plan.offsets[number]), int(plan.offsets[number + 1])
     lengths = requests.prompt_tokens[plan.request[low:high]].astype(np.int64)
     row_group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
     starts = low + np.flatnonzero(np.diff(row_group, prepend=-1))
-    with work.writer(bundle_name(number)) as file:
-        with parquet_writer(
-            file,
-            BUNDLE_SCHEMA,
-            use_dictionary=["sampling"],
-            # Token ids are small numbers: their high bytes are all alike.
-            column_encoding={"prompt_token_ids.list.element": "BYTE_STREAM_SPLIT"},
-        ) as parquet:
-            for begin, end in zip(starts, [*starts[1:], high], strict=True):
-                rows = slice(int(begin), int(end))
-                parquet.write_table(_table(plan, requests, tokens, rows), row_group_size=rows.stop - rows.start)
-        return file.digest()
+    for begin, end in zip(starts, [*starts[1:], high], strict=True):
+        yield _table(plan, requests, tokens, slice(int(begin), int(end)))
 
 
 def _table(plan: Plan, requests: RequestColumns, tokens: TokenSpool, rows: slice) -> pa.Table:

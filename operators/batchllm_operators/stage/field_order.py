@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from batchllm_operators.plan.arrays import Bools, Floats, Int8s, Int32s, Int64s, UInt64s
-from batchllm_operators.plan.compiled import compiled
-from batchllm_operators.stage.spec import MOST_FIELDS
+from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s, UInt64s
+from batchllm_operators.columns.compiled import compiled
+from batchllm_operators.specs.source import MOST_FIELDS
 
 _HASH_OF_NULL = 0
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from batchllm_operators.plan.arrays import Int8s
-from batchllm_operators.stage.arrow_values import python_rows
+from batchllm_operators.columns.arrays import Int8s
+from batchllm_operators.columns.arrow_values import python_rows
+from batchllm_operators.formats import RowBatch, Source
 from batchllm_operators.stage.faults import RowFaultError
 from batchllm_operators.stage.field_order import FieldEncoder, FieldOrder, choose_field_order
 from batchllm_operators.stage.field_text import plain_text
-from batchllm_operators.stage.readers import RowBatch, Source
 
 
 def scan_fields(source: Source, columns: Sequence[str], progress: Callable[[int], None]) -> FieldOrder:

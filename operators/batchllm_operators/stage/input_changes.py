@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.formats import Source
 from batchllm_operators.records import InputObject
-from batchllm_operators.stage.readers import Source
 from batchllm_operators.wording import first_of
 
 

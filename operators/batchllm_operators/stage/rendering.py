@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from batchllm_operators.stage.faults import invalid_row
-from batchllm_operators.stage.field_text import fields_text
-from batchllm_operators.stage.messages import Message, conversation_of, named
-from batchllm_operators.stage.spec import (
+from batchllm_operators.columns.arrays import Int32s
+from batchllm_operators.specs.source import (
     ChatPrompt,
     ColumnPrompt,
     FieldsPrompt,
@@ -20,6 +17,9 @@ from batchllm_operators.stage.spec import (
     PromptSpec,
     TemplatePrompt,
 )
+from batchllm_operators.stage.faults import invalid_row
+from batchllm_operators.stage.field_text import fields_text
+from batchllm_operators.stage.messages import Message, conversation_of, named
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.templates import RowTemplate
 from batchllm_operators.stage.value_text import decoded
@@ -54,7 +54,7 @@ class Conversation:
 class TokenPrompt:
     """Token ids, int32, taken as they are."""
 
-    token_ids: npt.NDArray[np.int32]
+    token_ids: Int32s
 
 
 Prompt: TypeAlias = TextPrompt | Conversation | TokenPrompt

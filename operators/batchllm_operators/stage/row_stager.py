@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import orjson
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int32s
 from batchllm_operators.errors import RowError, RowErrorCode
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import RowBatch
 from batchllm_operators.keys import RequestKeys
-from batchllm_operators.records import ESTIMATE_FIELD, STAGED_SCHEMA, Record
+from batchllm_operators.records import Record
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import PromptSpec, TokensPrompt
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
-from batchllm_operators.stage.readers import RowBatch
 from batchllm_operators.stage.rendering import Prompt, PromptRenderer, prompt_renderer
 from batchllm_operators.stage.sampling import RowSampling, SampledRow
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, TokensPrompt
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 from batchllm_operators.stage.value_text import NotDataError, value_text
 from batchllm_operators.wording import counted
+from batchllm_operators.work.staged import ESTIMATE_FIELD, STAGED_SCHEMA
 
 
 class StagerSettings(Record):
@@ -125,17 +125,17 @@ class RowStager:
         message = f"the prompt has {tokens} and max_model_len is {limit}: no room for a completion"
         return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
-    def _request(self, tokens: npt.NDArray[np.int32], sampled: SampledRow, row_index: int) -> dict[str, Any]:
+    def _request(self, tokens: Int32s, sampled: SampledRow, row_index: int) -> dict[str, Any]:
         wanted, estimate = sampled.parameters, sampled.expected_output_tokens
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens)
         effective = wanted if wanted.max_tokens <= room else wanted.model_copy(update={"max_tokens": room})
-        values = effective.model_dump(mode="json")
+        sampling = effective.model_dump(mode="json")
         return {
-            "request_key": self._keys.key(tokens, values, row_index=None if wanted.deterministic else row_index),
+            "request_key": self._keys.key(tokens, sampling, row_index=None if wanted.deterministic else row_index),
             "prompt_token_ids": tokens,
             "max_tokens": effective.max_tokens,
-            "sampling": None if wanted == self._sampling.base else orjson.dumps(values).decode(),
+            "sampling": None if wanted == self._sampling.base else effective.to_json(),
             ESTIMATE_FIELD.name: None if estimate is None else min(estimate, effective.max_tokens),
         }
 

@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from batchllm_operators.specs.sampling import SamplingParameters, SamplingSpec
 from batchllm_operators.stage.faults import invalid_row
-from batchllm_operators.stage.spec import RowOverride, SamplingParameters, SamplingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,7 @@ class RowSampling:
 
     def __init__(self, spec: SamplingSpec) -> None:
         self._column = spec.override_column
-        self._values = spec.model_dump(exclude={"override_column"})
-        self.base = SamplingParameters(**self._values)
+        self.base = spec.parameters
 
     def of(self, record: dict[str, Any]) -> SampledRow:
         """Parameters of one row.
@@ -47,11 +46,10 @@ class RowSampling:
         if not override:
             return SampledRow(self.base)
         try:
-            row = RowOverride.model_validate({**self._values, **override})
+            row = self.base.with_override(override)
         except ValidationError as error:
             raise invalid_row(f"column {self._column!r}: {_explained(error)}") from error
-        values = {name: getattr(row, name) for name in SamplingParameters.model_fields}
-        return SampledRow(SamplingParameters(**values), row.expected_output_tokens)
+        return SampledRow(row.parameters, row.expected_output_tokens)
 
     def _override(self, record: dict[str, Any]) -> dict[str, Any]:
         value = record.get(self._column) if self._column is not None else None

@@ -11,33 +11,27 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchllm_operators.columns.json_schema import unified
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.model_files import model_versions
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.formats import RowBatch, Source
 from batchllm_operators.keys import canonical_json
-from batchllm_operators.plan.spec import FieldOrderChoice
-from batchllm_operators.records import (
-    STAGED_FOLDER,
-    STAGED_SUMMARY,
-    FieldSharing,
-    InputObject,
-    StagedPart,
-    StageSummary,
-    output_fields,
-)
+from batchllm_operators.models.model_files import model_versions
+from batchllm_operators.records import FieldSharing, InputObject, StagedPart, StageSummary
 from batchllm_operators.row_errors import ErrorExamples
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import FieldOrderChoice
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import ChatPrompt, FieldsPrompt, PromptSpec, TemplatePrompt
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
-from batchllm_operators.stage.finished import finished_staging
 from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.json_schema import unified
 from batchllm_operators.stage.progress import StageStep
-from batchllm_operators.stage.readers import RowBatch, Source
 from batchllm_operators.stage.row_stager import StagerSettings
-from batchllm_operators.stage.spec import ChatPrompt, FieldsPrompt, PromptSpec, SamplingSpec, TemplatePrompt
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
+from batchllm_operators.work.results import output_fields
+from batchllm_operators.work.staged import finished_staging, write_part, write_summary
 
 LEFT_OUT_EXAMPLES = 10
 PART_ROWS = 20_000
@@ -110,7 +104,7 @@ def stage_rows(
         limits=model_limits(model),
         id_column=source.spec.id_column,
         source_columns=tuple(source.columns) if source.has_columns else None,
-        unites_keys=source.spec.format == "parquet",
+        unites_keys=source.unites_keys,
     )
     needed = settings.columns()
     for field_name, columns in needed.items():
@@ -147,7 +141,7 @@ def stage_rows(
         field_sharing=sharing,
         seconds=round(time.monotonic() - started, 3),
     )
-    work.write_bytes(STAGED_SUMMARY, summary.model_dump_json(indent=2).encode())
+    write_summary(work, summary)
     return summary
 
 
@@ -228,8 +222,6 @@ class _PartWriter:
     def flush(self) -> None:
         if not self._tables:
             return
-        name = f"{STAGED_FOLDER}/part-{len(self.parts):05d}.parquet"
-        digest = self._work.write_table(name, pa.concat_tables(self._tables).combine_chunks())
-        first_row = self.rows - self._waiting_rows
-        self.parts.append(StagedPart(name=name, first_row=first_row, rows=self._waiting_rows, digest=digest))
+        table = pa.concat_tables(self._tables).combine_chunks()
+        self.parts.append(write_part(self._work, len(self.parts), table, self.rows - self._waiting_rows))
         self._tables, self._waiting_rows, self._waiting_tokens = [], 0, 0

@@ -7,12 +7,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from batchllm_operators.execute.spec import ModelSpec
-from batchllm_operators.plan.spec import FieldOrderChoice
 from batchllm_operators.records import InputObject, StageSummary
 from batchllm_operators.retry import RETRIES, RETRY_DELAYS_SECONDS, retry_transient
-from batchllm_operators.spec import StorageOptions
-from batchllm_operators.stage.spec import PromptSpec, SamplingSpec, SourceSpec
+from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.planning import FieldOrderChoice
+from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.source import PromptSpec, SourceSpec
 from batchllm_operators.stage.step import stage_source
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from batchllm_operators.columns.arrays import Int32s
 from batchllm_operators.stage.faults import invalid_row
 from batchllm_operators.stage.special_tokens import SpecialTokens
 
-TokenIds = npt.NDArray[np.int32]
+TokenIds = Int32s
 
 # Some models' control tokens are not marked as special, but written like those of all others (DeepSeek's turns).
 _LIKE_A_CONTROL_TOKEN = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)  # noqa: RUF001 - the wide bar is DeepSeek's

@@ -18,7 +18,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from batchllm_operators.errors import TransientError
-from batchllm_operators.stage.readers import RowBatch
+from batchllm_operators.formats import RowBatch
 from batchllm_operators.stage.row_stager import RowStager, StagerSettings
 from batchllm_operators.stage.without_torch import leave_out_torch
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.models.model_files import looks_like_path
 from batchllm_operators.records import Record
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, TokenPrompt
 from batchllm_operators.stage.special_tokens import mapped_texts, texts_within
@@ -164,9 +165,7 @@ def _trusts_remote_code(model: ModelSpec) -> bool:
 
 def _refuse_missing_folder(name: str) -> None:
     """A path that does not exist is said to be just that, not an unknown name on a hub."""
-    path = Path(name)
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_path and not path.exists():
+    if looks_like_path(name) and not Path(name).exists():
         raise TerminalError(f"model.id: no such folder: {name!r}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from batchllm_operators.execute.spec import ModelSpec
+from batchllm_operators.specs.execution import ModelSpec
 
 
 def leave_out_torch(model: ModelSpec) -> None:

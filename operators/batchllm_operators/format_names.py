@@ -1,0 +1,54 @@
+"""Names of file formats in a job: `source.format` and `sink.format`.
+
+The formats themselves are in `batchllm_operators.formats`, above the parts of a job, which only name them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
+
+from batchllm_operators.registry import Registry
+
+FORMATS = Registry(
+    kind="format",
+    group="batchllm_flows.formats",
+    contract="batchllm_operators.formats.base:FileFormat",
+    built_in={
+        "parquet": "batchllm_operators.formats.parquet:PARQUET",
+        "jsonl": "batchllm_operators.formats.jsonl:JSONL",
+    },
+)
+
+
+@dataclass(frozen=True)
+class _KnownNames:
+    """Lists the names in the JSON Schema of a job: a form shows them as a choice."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": FORMATS.names()}
+
+
+def _usable(name: str, side: Literal["reader", "writer"]) -> str:
+    if getattr(FORMATS.get(name), side) is None:
+        can = {"reader": "read", "writer": "written"}[side]
+        raise ValueError(f"format {name!r} cannot be {can}: it has no {side}")
+    return name
+
+
+def _readable(name: str) -> str:
+    return _usable(name, "reader")
+
+
+def _writable(name: str) -> str:
+    return _usable(name, "writer")
+
+
+SourceFormat = Annotated[str, AfterValidator(_readable), _KnownNames()]
+"""Name of a format that can be read."""
+
+SinkFormat = Annotated[str, AfterValidator(_writable), _KnownNames()]
+"""Name of a format that can be written."""

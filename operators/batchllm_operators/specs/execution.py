@@ -1,0 +1,59 @@
+"""The model and execution parts of a job."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from batchllm_operators.spec_base import SpecModel
+
+
+class ModelSpec(SpecModel):
+    """The model that answers."""
+
+    id: str = Field(min_length=1, description="Hugging Face id, or the path of a folder in that layout")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto", description="of the weights")
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="most tokens of prompt and completion; default: the model's own"
+    )
+    attention: Literal["auto", "shared", "stock"] = Field(
+        default="stock",
+        description="vLLM's own attention, or prefix-shared attention over it: `shared` insists on it, `auto` takes it "
+        "where the plan expects it to pay and device, model and settings support it; not the default, because it has "
+        "not run within vLLM on a GPU yet",
+    )
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
+
+
+class ExecutionSpec(SpecModel):
+    """Where and how the engines run."""
+
+    engines: int = Field(default=1, ge=1, description="engine processes on this machine")
+    gpus_per_engine: int = Field(default=1, ge=1, description="GPUs of one engine (its tensor-parallel size)")
+    engine_python: str | None = Field(
+        default=None, description="interpreter of the engine's own environment; default: this one"
+    )
+    usd_per_gpu_hour: float | None = Field(default=None, ge=0, description="price of a GPU, for the plan's forecast")
+    retries: int = Field(default=2, ge=0, le=10, description="further attempts at a bundle after a transient error")
+    calibrate: bool = Field(
+        default=True,
+        description="the first engine measures its rates for the forecast: at most 20 s or 5 % of the job, and not for "
+        "jobs forecast below 2 minutes; kept beside the output",
+    )
+    load_timeout_s: float = Field(default=1800.0, gt=0, description="seconds an engine may take to load its model")
+    stall_timeout_s: float = Field(
+        default=900.0, gt=0, description="seconds without any progress after which an engine counts as lost"
+    )
+    part_rows: int = Field(default=1000, ge=1, description="completions in one result part at the most")
+    part_seconds: float = Field(default=30.0, gt=0, description="seconds until a smaller part is written")
+    max_error_fraction: float = Field(
+        default=0.05, ge=0.0, le=1.0, description="share of rows without an answer above which the job fails"
+    )
+    tokenizer_processes: int = Field(
+        default=1, ge=1, description="processes that render and tokenise; more pay from about 100,000 rows on"
+    )
+    work_uri: str | None = Field(
+        default=None, description="where the work folders {job_id}/ of all jobs stand; default: {sink}/_batchllm/"
+    )

@@ -1,0 +1,60 @@
+"""Names of the objects of a work folder, `{sink}/_batchllm/{job_id}/` unless the job names another place.
+
+| object | module | written by | read by |
+|---|---|---|---|
+| `job.json` | `job_file` | a run, before anything else | a run, plan (earlier runs), status, clean, verify |
+| `staged/part-NNNNN.parquet` | `staged` | stage | stage (taken up again), plan, merge, verify |
+| `staged/summary.json` | `staged` | stage, behind the parts | stage, status, verify |
+| `plan/bundle-NNNNN.parquet` | `bundles` | plan | execute, verify |
+| `plan/summary.json` | `bundles` | plan, behind the bundles | status, verify |
+| `plan/plan.html` | here | `batchllm plan` | a person |
+| `results/part-{uuid}-{digest}.parquet` | `results` | execute | execute (next attempt), plan, merge, verify |
+| `trace/{bundle}-{uuid}.parquet` | `traces` | execute | report page, verify |
+| `attention_trace/{bundle}-{uuid}.parquet` | `traces` | execute | report page, verify |
+| `logs/engine-{index}.log` | here | execute, where the run fails | a person |
+| `samples.json` | here | merge | report |
+| `report.json`, `report.html` | here | a run, at its end | a run, `batchllm report`, verify |
+| `last_error.json` | here | a run that fails | status |
+| `quarantine/...` | `damage` | whoever sets a damaged object aside | report, verify |
+
+Beside the work folders `_batchllm/calibrations/` keeps what engines measured. `_manifest.json` of the sink says that
+the output is complete.
+
+A summary is written behind the objects it lists: without it they do not count. Objects of JSON are read and written by
+`json_objects`; `damage` says what is done with an object that is not what was written.
+"""
+
+from __future__ import annotations
+
+FORMAT_VERSION = 3
+"""Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
+of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
+
+JOB_FILE = "job.json"
+STAGED_FOLDER = "staged"
+STAGED_SUMMARY = "staged/summary.json"
+PLAN_FOLDER = "plan"
+PLAN_SUMMARY = "plan/summary.json"
+PLAN_PAGE = "plan/plan.html"
+RESULTS_FOLDER = "results"
+QUARANTINE_FOLDER = "quarantine"
+TRACE_FOLDER = "trace"
+ATTENTION_TRACE_FOLDER = "attention_trace"
+LOGS_FOLDER = "logs"
+SAMPLES_FILE = "samples.json"
+REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
+LAST_ERROR_FILE = "last_error.json"
+
+
+WORK_FOLDER = "_batchllm"
+"""Of the sink: holds the work folders of its jobs, each under its id."""
+CALIBRATIONS_FOLDER = "_batchllm/calibrations"
+"""Of the sink: for every job that writes there."""
+MANIFEST_FILE = "_manifest.json"
+"""Of the sink."""
+
+
+def engine_log(index: int) -> str:
+    """Name of the end of the log of the engine with this index."""
+    return f"{LOGS_FOLDER}/engine-{index}.log"
