@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from batchllm_kernels.attention import launch
 from batchllm_kernels.attention.cost import Calibration, Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.step_planner import LONGEST_PAUSE, StepPlanner
@@ -116,3 +118,32 @@ def test_columns_beyond_the_longest_request_are_not_looked_at() -> None:
 def test_models_that_the_kernels_do_not_support_are_refused() -> None:
     with pytest.raises(ValueError, match="head_size: expected 1 to 256, got 576"):
         StepPlanner(ModelHeads(16, 1, 576), 32, 16, torch.bfloat16, 32, ASSUMED, torch.device("cpu"))
+
+
+def test_compiling_ahead_runs_every_kernel_and_leaves_the_planner_as_it_was(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {
+        name: getattr(launch, name) for name in ("attend_shared_kernel", "attend_own_kernel", "merge_splits_kernel")
+    }
+    ran = set()
+
+    def counted(make: Any) -> Any:
+        def make_launcher(kernel: Any, options: dict[str, Any]) -> launch.Launcher:
+            run = make(kernel, options)
+
+            def launcher(grid: tuple[int, int, int], arguments: tuple[Any, ...], aligned: bool) -> None:
+                ran.add(next(name for name, one in kernels.items() if one is kernel))
+                run(grid, arguments, aligned)
+
+            return launcher
+
+        return make_launcher
+
+    for name in ("interpreted_launcher", "compiled_launcher"):
+        monkeypatch.setattr(launch, name, counted(getattr(launch, name)))
+    made = StepPlanner(ModelHeads(4, 2, 16, 4), 2, 16, torch.float32, 4, ASSUMED, device)
+    made.compile_kernels()
+    assert ran == set(kernels)
+    assert made.decision is None
+    assert made.load_alone(np.array([20, 3], dtype=np.int32)).plan is not None

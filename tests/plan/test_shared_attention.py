@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from batchllm_kernels.attention.cost import calibration_for
-from batchllm_kernels.attention.work_plan import PlanShape
+from batchllm_kernels.attention.flash_shared import TILE_ROWS
+from batchllm_kernels.attention.tuning import tuning_for
 from batchllm_operators.cost import GPU_DEFAULT
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.plan.planning import plan_requests
@@ -141,7 +143,7 @@ def test_a_kernel_that_gains_nothing_does_not_pay() -> None:
 
 
 def test_the_tile_is_that_of_the_kernels() -> None:
-    assert PlanShape(block_size=16, queries_per_kv_head=4).shared_tile_rows == SHARED_TILE_ROWS
+    assert SHARED_TILE_ROWS == TILE_ROWS == tuning_for("sm90", 128, torch.bfloat16).shared.high_tile_rows
 
 
 def model_folder(folder: Path, **changes: object) -> str:

@@ -95,6 +95,7 @@ def builder(
         parallel_config=SimpleNamespace(rank=0, cp_kv_cache_interleave_size=1, worker_cls=Worker, use_ubatching=False),
         use_v2_model_runner=False,
         model_config=SimpleNamespace(
+            dtype=dtype,
             max_model_len=16 * BLOCK,
             get_num_attention_heads=lambda _: HEADS,
             rswa_window=None,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "copied_stride"])
 def copy_blocks_kernel(
     block_table,  # int32 [requests, max_blocks]
     sources,  # int32 [sequences, 2]: request, its first block

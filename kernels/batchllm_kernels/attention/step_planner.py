@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchllm_kernels.attention.api import plan_shape
+from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
 from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, StepSetting, decide
 from batchllm_kernels.attention.flash_shared import (
     FlashSettings,
@@ -73,6 +73,7 @@ class StepPlanner:
     ) -> None:
         self._model = model
         self._layers = layers
+        self._dtype = dtype
         self._calibration = calibration
         self._exposed_seconds = 0.0 if host_hidden else EXPOSED_PLAN_SECONDS
         self.shared_impl: SharedImplementation = "triton" if shared_attention is None else "flash_attention_3"
@@ -135,6 +136,36 @@ class StepPlanner:
         table = np.broadcast_to(np.int32(0), (len(seq_lens), blocks))  # not read where nothing is to be shared
         self._buffers.load(plan_work(table, seq_lens, self._shape, share=False), rows=rows)
         return self._buffers
+
+    def compile_kernels(self) -> None:
+        """Runs every kernel once, on a step of two rows with a shared run, so that no step that counts compiles any.
+
+        Whoever captures a graph, or begins a job, finds the code of the model's heads, dtype and blocks there.
+        """
+        shape, model, device = self._shape, self._model, self._buffers.counts.device
+        shared_blocks = int(2 * shape.partial_cost_tokens) // shape.block_size + 2  # just worth sharing
+        table = np.arange(1, shared_blocks + 1, dtype=np.int32) * np.ones((2, 1), dtype=np.int32)
+        table = np.concatenate([table, [[shared_blocks + 1], [shared_blocks + 2]]], axis=1, dtype=np.int32)
+        lengths = np.full(2, shared_blocks * shape.block_size + 1, dtype=np.int32)
+        plan = plan_work(table, lengths, shape)
+        cache = torch.zeros(
+            (shared_blocks + 3, model.kv_heads, shape.block_size, 2 * model.head_size), dtype=self._dtype, device=device
+        )
+        query = torch.zeros((2, model.heads, model.head_size), dtype=self._dtype, device=device)
+        device_table = torch.from_numpy(table).to(device)
+        self._buffers.load(plan, device_table, rows=len(table))
+        keys, values = cache.transpose(1, 2).split(model.head_size, dim=-1)
+        prefix_shared_attention(
+            query,
+            keys,
+            values,
+            device_table,
+            scale=1.0,
+            plan=self._buffers,
+            impl="triton",
+            shared_impl=self.shared_impl,
+            every_launch=True,
+        )
 
     def _columns_in_use(self, block_table: Int32s, seq_lens: Int32s) -> Int32s:
         return block_table[:, : -(-int(seq_lens.max(initial=0)) // self._shape.block_size)]

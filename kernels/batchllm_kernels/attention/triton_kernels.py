@@ -17,7 +17,7 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are made, as Triton does
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def attend_shared_kernel(
     query,  # [tokens, heads, HEAD_SIZE]
     key_cache,  # [blocks, BLOCK_SIZE, kv_heads, HEAD_SIZE], any strides but 1 along HEAD_SIZE
@@ -25,7 +25,7 @@ def attend_shared_kernel(
     block_table,  # int32 [requests, max_blocks]
     items,  # int32 [capacity, 6], columns work_plan.SharedItem
     rows,  # int32 [capacity, 2]: query token, partial slot of the first split
-    counts,  # int32 [4]: shared items, own items, merges, 0
+    counts,  # int32 [4]: shared items, own items, merges, gathered rows
     partials,  # fp32 [slots, heads, HEAD_SIZE]
     lses,  # fp32 [slots, heads], base two
     scale_log2,  # softmax scale x log2(e)
@@ -66,8 +66,8 @@ def attend_shared_kernel(
         kv_start = tl.load(fields + 3)
         kv_end = tl.load(fields + 4)
         split = tl.load(fields + 5)
-        keys = key_cache + kv_head * key_head_stride
-        values = value_cache + kv_head * value_head_stride
+        keys = key_cache + kv_head * key_head_stride.to(tl.int64)
+        values = value_cache + kv_head * value_head_stride.to(tl.int64)
         table = block_table + request * block_table_stride
         item_rows = rows + row_start * 2
         if (LOW_ROWS < HIGH_ROWS) & (row_count * HEADS_PER_KV > LOW_ROWS):
@@ -208,14 +208,14 @@ def _take_in(
     return accumulated, total, higher
 
 
-@triton.jit(do_not_specialize=["part_lse_head_step"])
+@triton.jit(do_not_specialize=["part_lse_head_step", "block_table_stride"])
 def attend_own_kernel(
     query,  # [tokens, heads, HEAD_SIZE]
     key_cache,  # [blocks, BLOCK_SIZE, kv_heads, HEAD_SIZE], any strides but 1 along HEAD_SIZE
     value_cache,  # as key_cache
     block_table,  # int32 [requests, max_blocks]
     items,  # int32 [capacity, 6], columns work_plan.OwnItem
-    counts,  # int32 [4]: shared items, own items, merges, 0
+    counts,  # int32 [4]: shared items, own items, merges, gathered rows
     output,  # [tokens, heads, HEAD_SIZE]
     partials,  # fp32 [slots, heads, HEAD_SIZE]
     lses,  # fp32 [slots, heads], base two
@@ -297,8 +297,8 @@ def attend_own_kernel(
             total = total * rescale + weight
             highest = higher
             partial_row += heads
-        keys_of_head = key_cache + kv_head * key_head_stride
-        values_of_head = value_cache + kv_head * value_head_stride
+        keys_of_head = key_cache + kv_head * key_head_stride.to(tl.int64)
+        values_of_head = value_cache + kv_head * value_head_stride.to(tl.int64)
         table = block_table + token * block_table_stride
         whole_end = kv_start + (kv_end - kv_start) // KV_TILE * KV_TILE
         for start in tl.range(kv_start, whole_end, KV_TILE, num_stages=STAGES):
@@ -359,7 +359,7 @@ def merge_splits_kernel(
     partials,  # fp32 [slots, heads, HEAD_SIZE]
     lses,  # fp32 [slots, heads], base two
     merges,  # int32 [capacity, 3], columns work_plan.Merge
-    counts,  # int32 [4]: shared items, own items, merges, 0
+    counts,  # int32 [4]: shared items, own items, merges, gathered rows
     output,  # [tokens, heads, HEAD_SIZE]
     heads,
     output_token_stride,

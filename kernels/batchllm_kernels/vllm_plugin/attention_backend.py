@@ -34,7 +34,7 @@ from batchllm_kernels.attention.flash_shared import SharedImplementation, Varlen
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
 from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
 from batchllm_kernels.vllm_plugin import STOCK_BACKENDS
-from batchllm_kernels.vllm_plugin.attention_refusals import record
+from batchllm_kernels.vllm_plugin.attention_refusals import record, recording, refusal
 from batchllm_kernels.vllm_plugin.attention_trace import AttentionTraceWriter
 from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
 from batchllm_kernels.vllm_plugin.flash_attention_3 import VllmFlashAttention3, shared_implementation
@@ -154,17 +154,18 @@ class SharedMetadataBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         if vllm_config.speculative_config is not None:
-            raise _refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
-        try:
-            keep_host_tables(vllm_config)
-        except ValueError as error:
-            record(str(error))
-            raise
+            raise refusal("speculative_config: expected None, prefix-shared attention does not support drafts")
+        recording(keep_host_tables, vllm_config)
         self._block_size = kv_cache_spec.block_size
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]  # the stock class has it
         heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+        if kv_cache_spec.dtype != vllm_config.model_config.dtype:
+            raise refusal(
+                f"KV cache: expected that of the model, {vllm_config.model_config.dtype}, got {kv_cache_spec.dtype}"
+            )
         flash = self.shared_attention(kv_cache_spec.dtype, kv_cache_spec.head_size)
-        self._planner = StepPlanner(
+        self._planner = recording(
+            StepPlanner,
             ModelHeads(
                 heads or vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config),
                 kv_cache_spec.num_kv_heads,
@@ -183,6 +184,8 @@ class SharedMetadataBuilder:
             shared_attention=flash,
             max_blocks=0 if flash is None else -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size),
         )
+        if device.type == "cuda":
+            self._planner.compile_kernels()
         self._compilation = vllm_config.compilation_config
         self._capturing = False
         self._decision: Decision | None = None
@@ -237,27 +240,27 @@ class SharedMetadataBuilder:
         graphs = not prompts and self._compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         # Nothing is shared within a block. vLLM's V1 runner warms up with such steps before a capture: all launches.
         every_launch = self._capturing or (graphs and longest <= self._block_size)
+        replayed = graphs and count <= (self._compilation.max_cudagraph_capture_size or 0)
         plan = self._decision = None
         if every_launch:
             plan = self._planner.load_alone(lengths, rows=common.num_reqs)
         elif count > 1:
             block_table = rows_of_step(common, -(-longest // self._block_size))
             if block_table is not None:  # else made up, and no sign of what batches share
-                replayed = graphs and count <= (self._compilation.max_cudagraph_capture_size or 0)
                 plan = self._planner.plan(
                     block_table[:count],
                     lengths,
                     launching=Launching.CAPTURED if replayed else Launching.PIECES,
                     prefill_rows=prompts,
                     device_table=common.block_table_tensor,
-                    rows=common.num_reqs if graphs else None,
+                    rows=common.num_reqs if replayed else None,
                 )
                 self._decision = self._planner.decision
         if plan is not None:
             table, shared_impl = common.block_table_tensor[:count], self._planner.shared_impl
             return DecodeRows(count, plan, table, prompts, every_launch, shared_impl)
-        if graphs:
-            # Should this step replay a graph, ours runs whatever the gate says. `forward` from Python takes stock.
+        if replayed:
+            # The graph of this step runs ours, whatever the gate says. `forward` from Python takes stock.
             self._planner.load_alone(lengths, rows=common.num_reqs)
         return None
 
@@ -296,7 +299,7 @@ class SharedAttentionImpl:
         ):
             value = getattr(self, name, expected[0])
             if isinstance(value, torch.Tensor) or value not in expected:
-                raise _refusal(f"{name}: expected one of {expected} for prefix-shared attention, got {value}")
+                raise refusal(f"{name}: expected one of {expected} for prefix-shared attention, got {value}")
 
     def fused_output_quant_supported(self, _quant_key: Any) -> bool:
         """vLLM must not fuse the quantisation of the output into attention, as it does with the Triton backend."""
@@ -306,8 +309,8 @@ class SharedAttentionImpl:
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
@@ -329,7 +332,9 @@ class SharedAttentionImpl:
         self.attend_decode_rows(query, kv_cache, rows, output)
         if rows.prompts:
             first = rows.count
-            stock(layer, query[first:], key[first:], value[first:], kv_cache, attn_metadata, output[first:])
+            # a layer that reads the cache of another has no keys of its own
+            keys, values = (None if one is None else one[first:] for one in (key, value))
+            stock(layer, query[first:], keys, values, kv_cache, attn_metadata, output[first:])
         return output
 
     def _reserve(self, query: torch.Tensor) -> None:
@@ -386,8 +391,3 @@ def workspace(device: torch.device) -> Allocate:
         return found
 
     return allocate
-
-
-def _refusal(reason: str) -> ValueError:
-    record(reason)
-    return ValueError(reason)

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+_Made = TypeVar("_Made")
 
 REFUSALS_VARIABLE = "BATCHLLM_ATTENTION_REFUSALS"
 """Environment variable with the file to append refusals to; unset: they are only raised."""
@@ -31,3 +35,18 @@ def recorded(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     return tuple(dict.fromkeys(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()))
+
+
+def recording(call: Callable[..., _Made], *arguments: Any, **options: Any) -> _Made:
+    """What a call gives; what it refuses by a `ValueError` is recorded for who started the engine."""
+    try:
+        return call(*arguments, **options)
+    except ValueError as error:
+        record(str(error))
+        raise
+
+
+def refusal(reason: str) -> ValueError:
+    """An error to raise, whose reason is recorded for who started the engine."""
+    record(reason)
+    return ValueError(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 from batchllm_kernels.attention.flash_shared import SharedImplementationChoice, choose_shared_implementation
 
@@ -66,8 +67,9 @@ class VllmFlashAttention3:
 
         result, lses = flash_attn_varlen_func(
             q=query,
-            k=key_cache,
-            v=value_cache,
+            # as vLLM's own backend does: FlashAttention's copies fail on odd strides of dimensions of one
+            k=canonicalize_singleton_dim_strides(key_cache),
+            v=canonicalize_singleton_dim_strides(value_cache),
             max_seqlen_q=max_query_len,
             cu_seqlens_q=query_start_loc,
             max_seqlen_k=max_seq_len,

@@ -32,8 +32,10 @@ from batchllm_operators.specs.planning import CostModel
 NEEDED_SAVING = 0.01
 """Of the engines' time: the rates are good to a few per cent, and a job that gains less need not run new kernels."""
 
-SHARED_TILE_ROWS = 64
-"""Query rows that read a shared prefix at once: `batchllm_kernels.attention.work_plan.PlanShape`."""
+SHARED_TILE_ROWS = 128
+"""Query rows that read a shared prefix at once, of FlashAttention 3 and of the Triton kernel on an H100."""
+
+BYTES_OF_16_BITS = 2
 
 _STEPS_OF_TWO = 4
 """Groups are alike when their sizes and lengths differ by less than a factor of the fourth root of two."""
@@ -131,8 +133,9 @@ def attention_forecast(
         engine_seconds: expected of all engines together, with vLLM's own attention.
         calibration: of the kernels; default: that of the engine's device.
     """
-    # which an engine takes where its device has it; a device without has no entry for it
-    rates = calibration or calibration_for(engine.device, "flash_attention_3")
+    # FlashAttention computes in 16 bits; a device without it has no entry for it
+    shared_impl = "flash_attention_3" if engine.element_bytes == BYTES_OF_16_BITS else "triton"
+    rates = calibration or calibration_for(engine.device, shared_impl)
     heads = ModelHeads(engine.heads, engine.kv_heads, engine.head_size, engine.element_bytes)
     from_memory = stock = best = kv_tokens = 0.0
     requests = int(groups.size.sum())
