@@ -116,15 +116,6 @@ def test_items_of_a_node_cover_its_rows_and_its_keys(batch: list[Request], shape
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches, shapes)
-def test_nodes_that_are_not_split_have_one_slot_for_each_row(batch: list[Request], shape: PlanShape) -> None:
-    plan = Step(batch, block_size=shape.block_size).plan(replace(shape, split_shared=False))
-    assert not plan.shared_items[:, SharedItem.SPLIT].any()
-    own_slots = plan.own_items[plan.own_items[:, OwnItem.OUT_SLOT] != DIRECT, OwnItem.OUT_SLOT]
-    assert sorted([*plan.shared_rows[:, 1], *own_slots]) == list(range(plan.partials))
-
-
-@settings(max_examples=60, deadline=None)
 @given(batches, shapes, st.randoms(use_true_random=False))
 def test_rows_in_another_order_get_the_same_items(batch: list[Request], shape: PlanShape, random: Random) -> None:
     step = Step(batch, block_size=shape.block_size)
@@ -144,9 +135,8 @@ def test_sharing_splitting_and_order_of_rows_do_not_change_the_result(
     expected = numbers.expected()
     if expected.isnan().all():
         return
-    for made_for in (shape, replace(shape, split_shared=False)):
-        for share in (True, False):
-            assert relative_error(numbers.planned(step.plan(made_for, share=share)), expected) < 1e-5
+    for share in (True, False):
+        assert relative_error(numbers.planned(step.plan(shape, share=share)), expected) < 1e-5
     order = list(range(len(batch)))
     random.shuffle(order)
     assert relative_error(_in_order(step, numbers, shape, order), expected) < 1e-5

@@ -104,12 +104,14 @@ class PreparedLaunches:
         self._own_numbers = (*strides, *output_strides, *constants["attend_own_kernel"])
         self._merge_numbers = (heads, *output_strides, *constants["merge_splits_kernel"])
         self._buffers = buffers
-        programs = shared.programs_per_multiprocessor * multiprocessors(query.device)
+        processors = multiprocessors(query.device)
+        programs = shared.programs_per_multiprocessor * processors
         merges = buffers.capacity.merges * triton.cdiv(heads, MERGE_HEAD_TILE)
         self._kv_heads = kv_heads
         self._shared_grid = (max(1, min(buffers.capacity.shared_items * kv_heads, programs)), 1, 1)
         # splits make more items than rows only where rows alone do not fill the device
-        self._own_grid = (min(len(query) * kv_heads + programs, MOST_PROGRAMS), 1, 1)
+        further_splits = own.programs_per_multiprocessor * processors
+        self._own_grid = (min(len(query) * kv_heads + further_splits, MOST_PROGRAMS), 1, 1)
         self._merge_grid = (max(1, min(merges, programs)), 1, 1)
 
     def run(

@@ -69,8 +69,6 @@ class PlanShape:
         target_items: shared items per KV head that fill the device; where there are fewer, long ones are split.
         own_target_items: own items per KV head that do; they are smaller.
         minimum_split_tokens: KV tokens under which a shared item is never split; four times as many for own items.
-        split_shared: False leaves every node in one piece, so that each of its rows has one partial result: for a
-            kernel that splits by itself.
 
     Raises:
         ValueError: when a tile has no room for the heads of one KV head, or a number is not positive.
@@ -83,10 +81,9 @@ class PlanShape:
     target_items: int = 64
     own_target_items: int = 64
     minimum_split_tokens: int = 64
-    split_shared: bool = True
 
     def __post_init__(self) -> None:
-        for name in (field for field in self.__dataclass_fields__ if field != "split_shared"):
+        for name in self.__dataclass_fields__:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.shared_tile_rows < self.queries_per_kv_head:
@@ -260,8 +257,6 @@ def _longest(reading: int, rows: Int64s, shape: PlanShape, target_items: int) ->
 def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
     """All tiles of a node are split alike, so that a token's splits do not depend on who shares its tile."""
     kv_tokens = nodes.kv_end - nodes.kv_start
-    if not shape.split_shared:
-        return _Splits(np.ones_like(kv_tokens), kv_tokens)
     tiles = -(-nodes.row_count // shape.shared_tile_tokens)
     rows_of_tile = np.minimum(nodes.row_count, shape.shared_tile_tokens)
     return _split(kv_tokens, _longest(int((tiles * kv_tokens).sum()), rows_of_tile, shape, shape.target_items), shape)
