@@ -12,8 +12,9 @@ from typing import Any
 
 Report = dict[str, Any]
 
-ARCHITECTURES = ("sm80", "sm90")
+ARCHITECTURES = ("sm80", "sm90", "sm100")
 HEAD_SIZES = (64, 80, 96, 128, 256)
+QUICK_HEAD_SIZES = {"sm80": (64, 256), "sm90": (64, 128, 256), "sm100": (128,)}
 PROFILED_POINTS = 4
 STAGES = ("facts", "check", "host", "calibrate", "compile_candidates", "tune", "replay", "profile")
 
@@ -138,7 +139,7 @@ def _compile(*, quick: bool) -> Report:
     dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32)
     rows = []
     for architecture in ARCHITECTURES:
-        for head_size in (64, 128, 256) if quick else HEAD_SIZES:
+        for head_size in QUICK_HEAD_SIZES[architecture] if quick else HEAD_SIZES:
             for dtype in dtypes:
                 for heads in (8,) if quick else (1, 4, 8):
                     shape = {"heads_per_kv_head": heads, "head_size": head_size, "dtype": str(dtype)}
