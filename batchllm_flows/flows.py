@@ -1,17 +1,14 @@
 """The flows: stage, plan, execute every bundle, merge; usable as deployments, as subflows, or called."""
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-from prefect import flow, get_run_logger, unmapped
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.futures import as_completed
 from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from batchllm_flows.engine_status import EngineStatus
 from batchllm_flows.job import BatchJob
@@ -20,6 +17,7 @@ from batchllm_flows.live import LiveProgress
 from batchllm_flows.outcome import plan_line, report_line
 from batchllm_flows.planning import (
     PlanCall,
+    engine_work,
     kept_calibrations,
     only_shown,
     plan_job,
@@ -31,19 +29,17 @@ from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_rep
 from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.cost import Calibration, engine_seconds
-from batchllm_operators.errors import BatchLLMError, TerminalError
-from batchllm_operators.execute.calibration import calibration_budget
-from batchllm_operators.execute.pool import THREADS_PER_ENGINE, EnginePool
-from batchllm_operators.execute.progress import ProgressBoard
-from batchllm_operators.execute.task import calibrate_engine, execute_bundle
+from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
+from batchllm_operators.execute.engine_work import EngineWork
+from batchllm_operators.execute.fleet import EngineFleet
 from batchllm_operators.merge.task import merge
-from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.markdown import explain_attention
 from batchllm_operators.plan.shared_attention import engine_attention
 from batchllm_operators.plan.task import plan
 from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import BundleResult, PlanSummary, StageSummary
+from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.stage.task import stage
 from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug, counted
@@ -102,29 +98,33 @@ def _completed(result: Result, message: str) -> Result:
 def _compute(run: JobRun, clock: StepClock) -> JobReport:
     """The steps of a run, one after the other."""
     job, logger = run.job, get_run_logger()
-    with _engines(run) as (pool, status):
-        pool.start()
+    with (
+        EngineStatus(logger.info) as status,
+        open_engines(job.execution, run.work, on_status=status.tell, log_error=logger.error) as fleet,
+    ):
+        fleet.start()
         with clock.step("stage"):
             staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
         with clock.step("plan"):
             ahead = _plan_ahead(run, staged)
         attention = None if ahead is None else ahead.attention
-        pool.choose_attention(attention)
+        work = engine_work(run).with_attention(attention)
         kept = _kept_rates(run)
         with clock.step("execute"):
-            calibrated = _calibrate(run, staged, pool)
+            calibrated = _rates(run, staged, fleet, work)
         pilot = job.planning.pilot_fraction > 0
         plan_now = partial(plan_run, run, staged, calibrated, _plan_task(job), attention=attention)
         with clock.step("plan"):
             planned = ahead if ahead is not None and not pilot and calibrated == kept else plan_now(pilot=pilot)
         with clock.step("execute"):
-            executed = [ExecutedPlan(planned, _execute(run, planned, pool, status))]
+            executed = [ExecutedPlan(planned, _execute(run, planned, fleet, work, status))]
         if planned.pilot:
             with clock.step("plan"):
                 planned = plan_now()
             with clock.step("execute"):
-                executed.append(ExecutedPlan(planned, _execute(run, planned, pool, status)))
-        pool.release()
+                results = _execute(run, planned, fleet, work, status, before=executed[0].results)
+                executed.append(ExecutedPlan(planned, results))
+        fleet.release()
         if calibrated is not None:
             kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
         with clock.step("merge"):
@@ -144,12 +144,10 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
             executed,
             clock.seconds(),
             started=clock.started_at,
-            engines=min(job.execution.engines, sum(len(one.results) for one in executed)),
-            engine_load_seconds=pool.load_seconds,
+            engines=min(fleet.engines, sum(len(one.results) for one in executed)),
             output_uri=run.sink.uri,
             work_uri=run.work.uri,
             usd_per_engine_hour=usd_per_engine_hour(job),
-            engine_settings=pool.settings,
             outline=JobOutline.of(job, len(run.objects), staged.left_out_text()),
             samples=read_samples(run.work),
             set_aside=quarantined(run.work),
@@ -184,109 +182,64 @@ def _kept_rates(run: JobRun) -> Calibration | None:
     return None if run.job.planning.cost is not None else kept_calibrations(run).latest()
 
 
-def _calibrate(run: JobRun, staged: StageSummary, pool: EnginePool) -> Calibration | None:
+def _rates(run: JobRun, staged: StageSummary, fleet: EngineFleet, work: EngineWork) -> Calibration | None:
     """The engines' rates as kept; else as an engine measures them now, where the job is long enough to be worth it.
 
-    Where it has something to compute and need not measure, its model begins to load beside the planning.
+    Where the run has something to compute and need not measure, its model begins to load beside the planning.
     """
-    job = run.job
-    cache = kept_calibrations(run)
-    kept = _kept_rates(run)
+    job, kept = run.job, _kept_rates(run)
     if not has_requests_left(run.work, staged):
         return kept
-    if kept is not None or job.planning.cost is not None or not job.execution.calibrate:
-        pool.preload()
-        return kept
     default = default_rates(job.model, job.execution)
-    # No sharing, and every answer as long as it may be: what is known before there is a plan.
-    forecast = engine_seconds(
-        default,
-        requests=staged.requests,
-        prompt_tokens=staged.prompt_tokens,
-        computed_tokens=staged.prompt_tokens,
-        output_tokens=staged.requests * job.sampling.max_tokens,
+    measure = kept is None and job.planning.cost is None and job.execution.calibrate
+    measured = measured_rates(
+        fleet,
+        work,
+        kept_calibrations(run),
+        forecast_seconds=_longest_forecast(job, staged, default) if measure else None,
+        default=default,
+        log=get_run_logger().info,
     )
-    whole_job = forecast / job.execution.engines
-    seconds = calibration_budget(whole_job)
-    if seconds is None:
-        get_run_logger().info("no calibration: by the hardware's default rates the whole job takes %.0f s", whole_job)
-        pool.preload()
-        return None
-    return calibrate_engine.with_options(retries=job.execution.retries)(pool, cache, seconds, default)
+    return kept or measured
 
 
-@contextmanager
-def _engines(run: JobRun) -> Iterator[tuple[EnginePool, EngineStatus]]:
-    """The engines of this run, warm until it ends, and what they do until their first tokens, which the log tells."""
-    job, logger = run.job, get_run_logger()
-    with EngineStatus(logger.info) as status:
-        pool = EnginePool(
-            model=job.model,
-            execution=job.execution,
-            block_size=planned_block_size(job.planning),
-            sampling=job.sampling,
-            work=run.work,
-            on_status=status.tell,
-        )
-        try:
-            with pool:
-                yield pool, status
-        finally:
-            if pool.kept_logs:
-                logger.error("the end of the engine's log is kept: %s", ", ".join(pool.kept_logs))
+def _longest_forecast(job: BatchJob, staged: StageSummary, default: CostModel) -> float:
+    """Seconds of the whole job where nothing is shared and every answer is as long as it may be.
 
-
-def _execute(run: JobRun, planned: PlanSummary, pool: EnginePool, status: EngineStatus) -> tuple[BundleResult, ...]:
-    """One task run per bundle, each in a thread that waits for its engine.
-
-    Where this fails the pool closes before the task runner: closing ends the calls that the runner's threads wait in,
-    which Prefect cannot interrupt (Ctrl-C, cancellation, a failed bundle).
+    That is what is known before there is a plan.
     """
-    if not planned.bundles:
-        return ()
-    # Drawing the page loads matplotlib, which there is time for while engines work.
-    Thread(target=_load_page, name="report-page", daemon=True).start()
-    board = ProgressBoard(planned.bundles)
-    bundle_task = execute_bundle.with_options(retries=run.job.execution.retries)
-    with (
-        ThreadPoolTaskRunner[Any](
-            max_workers=min(THREADS_PER_ENGINE * run.job.execution.engines, len(planned.bundles))
-        ) as runner,
-        _closed_on_failure(pool),
-        LiveProgress(board, f"{artifact_slug(run.job.name)}-progress", status=status),
-    ):
-        futures = runner.map(
-            bundle_task,
-            {
-                "bundle": list(planned.bundles),
-                "pool": unmapped(pool),
-                "on_progress": unmapped(board.update),
-                "number": list(range(1, len(planned.bundles) + 1)),
-                "bundles": unmapped(len(planned.bundles)),
-            },
+    return (
+        engine_seconds(
+            default,
+            requests=staged.requests,
+            prompt_tokens=staged.prompt_tokens,
+            computed_tokens=staged.prompt_tokens,
+            output_tokens=staged.requests * job.sampling.max_tokens,
         )
-        results: list[BundleResult] = []
-        failed: BatchLLMError | None = None
-        for future in as_completed(list(futures)):
-            try:
-                results.append(cast(BundleResult, future.result()))
-            except TerminalError:
-                raise
-            except BatchLLMError as error:
-                # The other bundles go on: what they finish need not be computed again.
-                failed = error
-        if failed is not None:
-            raise failed
-        return tuple(results)
+        / job.execution.engines
+    )
 
 
-@contextmanager
-def _closed_on_failure(pool: EnginePool) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        pool.close(failed=True)
-        raise
+def _execute(
+    run: JobRun,
+    planned: PlanSummary,
+    fleet: EngineFleet,
+    work: EngineWork,
+    status: EngineStatus,
+    before: Sequence[BundleResult] = (),
+) -> tuple[BundleResult, ...]:
+    """The bundles of a plan on the engines, shown as they go; `before`: what an earlier plan of this run gave."""
+    if planned.bundles:
+        # Drawing the page loads matplotlib, which there is time for while engines work.
+        Thread(target=_load_page, name="report-page", daemon=True).start()
+    artifact = f"{artifact_slug(run.job.name)}-progress"
+    return run_bundles(
+        planned.bundles,
+        fleet,
+        work,
+        live=lambda board: LiveProgress(board, artifact, status=status),
+        proven=any(result.requests > result.errors for result in before),
+    )
 
 
 def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) -> list[str]:

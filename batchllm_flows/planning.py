@@ -10,6 +10,8 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.calibration_cache import CalibrationCache
+from batchllm_operators.execute.engine_work import EngineWork
+from batchllm_operators.execute.messages import Load
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.hardware_rates import default_rates
 from batchllm_operators.plan.shared_attention import EngineAttention, engine_attention
@@ -123,6 +125,18 @@ def kept_calibrations(run: JobRun) -> CalibrationCache:
         run.job.model,
         block_size=planned_block_size(run.job.planning),
         gpus_per_engine=run.job.execution.gpus_per_engine,
+    )
+
+
+def engine_work(run: JobRun) -> EngineWork:
+    """What the engines of a run are to do, before its plan has a say."""
+    job = run.job
+    return EngineWork(
+        execution=job.execution,
+        load=Load(model=job.model, block_size=planned_block_size(job.planning), gpus=job.execution.gpus_per_engine),
+        sampling=job.sampling.parameters,
+        work_uri=run.work.uri,
+        storage=run.work.options,
     )
 
 

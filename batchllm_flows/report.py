@@ -189,11 +189,9 @@ def build_report(
     *,
     started: datetime,
     engines: int,
-    engine_load_seconds: float,
     output_uri: str,
     work_uri: str,
     usd_per_engine_hour: float | None = None,
-    engine_settings: Sequence[EngineSetting] = (),
     outline: JobOutline | None = None,
     samples: OutputSamples | None = None,
     set_aside: Sequence[str] = (),
@@ -206,11 +204,9 @@ def build_report(
         seconds: of the steps.
         started: begin of the run.
         engines: how many computed.
-        engine_load_seconds: that these took to load, together.
         output_uri: the sink.
         work_uri: the work folder.
         usd_per_engine_hour: price of one engine; None: not known.
-        engine_settings: what was chosen for the engines, and why.
         outline: what was asked.
         samples: some of the output.
         set_aside: damaged objects, as they stand in the work folder now.
@@ -218,6 +214,7 @@ def build_report(
     plan = executed[-1].plan
     results = [result for one in executed for result in one.results]
     wait_seconds = sum(result.load_seconds for result in results)
+    loads = [load for result in results for load in result.loads]
     saving = 1 - manifest.computed_prompt_tokens / manifest.prompt_tokens if manifest.prompt_tokens else 0.0
     return JobReport(
         job_id=manifest.job_id,
@@ -256,9 +253,9 @@ def build_report(
         ),
         bundles=len(results),
         engines=engines,
-        engine_load_seconds=engine_load_seconds,
+        engine_load_seconds=sum(load.seconds for load in loads),
         engine_wait_seconds=wait_seconds,
-        engine_settings=tuple(engine_settings),
+        engine_settings=loads[-1].settings if loads else (),
         set_aside=tuple(set_aside),
         seconds=seconds,
         output_uri=output_uri,

@@ -32,7 +32,7 @@ SINGLE_MODULES = {
     "cost": ("cost",),
     "store": ("store", "store_errors", "filesystems", "disk_space"),
     "ground": (
-        *("digests", "errors", "format_names", "keys", "records", "registry", "retry", "row_errors"),
+        *("backend_names", "digests", "errors", "format_names", "keys", "records", "registry", "retry", "row_errors"),
         *("schemes", "spec_base", "svg", "terminal", "wording"),
     ),
 }
@@ -95,7 +95,7 @@ def imported(tree: ast.AST) -> Iterable[str]:
 
 
 def in_house(module: str) -> str:
-    """The name of a module by its room: `execute.pool`, `kernels.attention.api`, `store.filesystems`."""
+    """The name of a module by its room: `execute.fleet`, `kernels.attention.api`, `store.filesystems`."""
     package, _, rest = module.partition(".")
     if package == "batchllm_flows":
         return module
@@ -178,8 +178,8 @@ def test_no_exception_is_named_that_is_not_needed(imports: dict[str, set[str]]) 
         ("plan.order", "kernels.vllm_plugin.options"),
         ("kernels.attention.api", "kernels.vllm_plugin.options"),
         ("kernels.attention.api", "ground.errors"),
-        ("execute.pool", "kernels.attention.api"),
-        ("execute.pool", "vllm"),
+        ("execute.fleet", "kernels.attention.api"),
+        ("execute.fleet", "vllm"),
         ("plan.order", "fsspec"),
         ("kernels.vllm_plugin.scheduler", "triton"),
     ],
@@ -192,7 +192,7 @@ def test_an_import_that_breaks_a_rule_is_seen(importer: str, name: str) -> None:
     ("importer", "name"),
     [
         ("batchllm_flows.flows", "plan.order"),
-        ("execute.handle", "kernels.vllm_plugin.options"),
+        ("execute.worker", "kernels.vllm_plugin.options"),
         ("execute.engine", "vllm"),
         ("store.filesystems", "fsspec"),
         ("kernels.bench.measure", "kernels.attention.api"),

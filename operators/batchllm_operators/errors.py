@@ -47,6 +47,10 @@ class TransientError(BatchLLMError):
     """Another attempt may pass: throttling, a timeout, a lost worker."""
 
 
+class EngineDiedError(TransientError):
+    """An engine died, broke or fell silent while it worked: one of its requests may be the reason."""
+
+
 class TerminalError(BatchLLMError):
     """No further attempt can pass: a bad spec, a missing object, a model that does not load."""
 

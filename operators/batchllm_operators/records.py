@@ -243,6 +243,25 @@ class PlanSummary(Record):
     """Where the plan stands as a page with plots; None when none was written."""
 
 
+class EngineSetting(Record):
+    """A setting of the engine, and who chose it for which reason."""
+
+    name: str
+    value: str
+    reason: str
+    warning: str | None = None
+    """What to know of a choice of the job that is slow on this machine."""
+
+
+class EngineLoad(Record):
+    """What loading an engine took, and the settings it came to."""
+
+    seconds: float
+    """Of importing vLLM and of loading, whether anybody waited or not."""
+    settings: tuple[EngineSetting, ...] = ()
+    """What decides the throughput of the engine, and who chose it."""
+
+
 class BundleResult(Record):
     """What executing one bundle gave."""
 
@@ -254,18 +273,10 @@ class BundleResult(Record):
     completion_tokens: int
     parts: tuple[str, ...]
     load_seconds: float
-    """Seconds this bundle waited for its engine to load; 0 on a warm engine."""
+    """Seconds this bundle waited for engines to load; 0 on a warm engine."""
+    loads: tuple[EngineLoad, ...] = ()
+    """Of the engines that were lent to this bundle first."""
     seconds: float
-
-
-class EngineSetting(Record):
-    """A setting of the engine, and who chose it for which reason."""
-
-    name: str
-    value: str
-    reason: str
-    warning: str | None = None
-    """What to know of a choice of the job that is slow on this machine."""
 
 
 class SampleAnswer(Record):

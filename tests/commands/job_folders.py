@@ -83,7 +83,6 @@ def complete(run: JobRun, staged: StageSummary) -> None:
         StepSeconds(stage=1.0, plan=1.0, execute=1.0, merge=1.0, total=4.0),
         started=STARTED,
         engines=1,
-        engine_load_seconds=0.0,
         output_uri=run.sink.uri,
         work_uri=run.work.uri,
     )

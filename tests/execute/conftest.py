@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,17 @@ import pyarrow as pa
 import pytest
 
 from batchllm_flows.demo.s3_server import S3Server
-from batchllm_operators.execute.handle import LocalEngineHandle
+from batchllm_operators.execute.engine_work import EngineWork
 from batchllm_operators.execute.messages import Load, Run
-from batchllm_operators.machine.devices import DeviceShare
 from batchllm_operators.records import BundleInfo
 from batchllm_operators.spec_base import StorageOptions
-from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
 from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import BUNDLE_SCHEMA
 from batchllm_operators.work.layout import PLAN_FOLDER
 from batchllm_operators.work.results import RESULT_SCHEMA
+from tests.execute.engines import StartedEngine, local_engine
 
 BLOCK_SIZE = 32
 PREFIX = list(range(1000, 1000 + 2 * BLOCK_SIZE))
@@ -86,6 +87,16 @@ class WorkFolder:
             digest=digest,
         )
 
+    def engine_work(self, load: Load | None = None, **execution: Any) -> EngineWork:
+        """What the engines of a run on this folder are to do."""
+        return EngineWork(
+            execution=ExecutionSpec(**execution),
+            load=load or Load(model=ModelSpec(id="m"), block_size=BLOCK_SIZE, gpus=1),
+            sampling=SamplingParameters(),
+            work_uri=self.store.uri,
+            storage=self.store.options,
+        )
+
     def run_command(self, bundle: BundleInfo, **changes: object) -> Run:
         """The command to compute a bundle."""
         command = Run(
@@ -144,23 +155,10 @@ def load_command(tiny_model: ModelSpec) -> Load:
 
 
 @pytest.fixture
-def make_handle(tmp_path: Path) -> Iterator[Callable[..., LocalEngineHandle]]:
-    """Makes handles, which are closed at the end of the test."""
-    made: list[LocalEngineHandle] = []
-
-    def make(**changes: object) -> LocalEngineHandle:
-        settings: dict[str, Any] = {
-            "devices": DeviceShare(),
-            "log_file": tmp_path / f"engine-{len(made)}.log",
-            "load_timeout_s": 300.0,
-            "stall_timeout_s": 60.0,
-        }
-        made.append(LocalEngineHandle(f"engine {len(made)}", **{**settings, **changes}))
-        return made[-1]
-
-    yield make
-    for handle in made:
-        handle.close()
+def make_engine() -> Iterator[Callable[..., StartedEngine]]:
+    """Starts engine processes with a driver each, which are closed at the end of the test."""
+    with ExitStack() as ending:
+        yield lambda **changes: ending.enter_context(local_engine(**changes))
 
 
 @pytest.fixture
@@ -181,22 +179,11 @@ def told_engine(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def warm_engine(
-    load_command: Load, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalEngineHandle]:
+def warm_engine(load_command: Load, s3_server: S3Server) -> Iterator[StartedEngine]:
     """One loaded engine for the tests of a module; it can reach the S3 server."""
-    handle = LocalEngineHandle(
-        "engine 0",
-        devices=DeviceShare(),
-        log_file=tmp_path_factory.mktemp("engine") / "engine.log",
-        load_timeout_s=300,
-        stall_timeout_s=120,
-    )
-    try:
-        handle.load(load_command)
-        yield handle
-    finally:
-        handle.close()
+    with local_engine(stall_s=120.0) as engine:
+        engine.driver.load(load_command)
+        yield engine
 
 
 @pytest.fixture(scope="session")

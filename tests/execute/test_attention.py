@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.messages import Load
 from batchllm_operators.work.layout import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
+from tests.execute.engines import StartedEngine
 from tests.vllm_plugin import cpu_platform_plugin
 from tests.vllm_plugin.cpu_platform_plugin import REPLAYS_VARIABLE
 
@@ -39,30 +39,29 @@ def asking(load: Load, attention: str) -> Load:
 
 
 def test_auto_is_vllms_own_attention_on_a_cpu_and_says_why(
-    make_handle: Callable[..., LocalEngineHandle], load_command: Load, work: Any, tmp_path: Path
+    make_engine: Callable[..., StartedEngine], load_command: Load, work: Any, tmp_path: Path
 ) -> None:
-    handle = make_handle()
-    settings = {one.name: one for one in handle.load(asking(load_command, "auto")).settings}
+    engine = make_engine()
+    settings = {one.name: one for one in engine.driver.load(asking(load_command, "auto")).settings}
     assert settings["attention"].value == "stock (CPU_ATTN)"
     assert settings["attention"].reason == f"model.attention: auto; prefix-shared attention not supported: {ON_A_CPU}"
-    done = handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(*[lambda *_: None] * 3))
+    done = engine.run(work.run_command(work.write_bundle()))
     assert (done.counts.requests, done.counts.errors) == (12, 0)
-    handle.close()
-    log = (tmp_path / "engine-0.log").read_text()
+    log = Path(engine.link.log).read_text()
     assert log.count(f"prefix-shared attention is not supported: {ON_A_CPU}") == 1
 
 
 def test_shared_is_refused_on_a_cpu_with_what_was_expected(
-    make_handle: Callable[..., LocalEngineHandle], load_command: Load
+    make_engine: Callable[..., StartedEngine], load_command: Load
 ) -> None:
     with pytest.raises(TerminalError) as caught:
-        make_handle().load(asking(load_command, "shared"))
+        make_engine().driver.load(asking(load_command, "shared"))
     assert "model.attention: 'shared' expected" in str(caught.value)
     assert ON_A_CPU in str(caught.value)
 
 
 def test_what_attention_decides_in_each_step_stands_in_the_work_folder(
-    make_handle: Callable[..., LocalEngineHandle],
+    make_engine: Callable[..., StartedEngine],
     load_command: Load,
     work: Any,
     tmp_path: Path,
@@ -70,10 +69,10 @@ def test_what_attention_decides_in_each_step_stands_in_the_work_folder(
 ) -> None:
     cpu_platform_plugin.announce(tmp_path / "platform")
     monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "platform"))
-    handle = make_handle()
-    settings = {one.name: one for one in handle.load(asking(load_command, "shared")).settings}
+    engine = make_engine()
+    settings = {one.name: one for one in engine.driver.load(asking(load_command, "shared")).settings}
     assert settings["attention"].value == "shared over CPU_ATTN"
-    handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(*[lambda *_: None] * 3))
+    engine.run(work.run_command(work.write_bundle()))
     steps, decided = ([row for name in work.store.names(folder) for row in rows_of(work, name)] for folder in FOLDERS)
     assert len(decided) == len(steps)
     assert [step["query_tokens"] for step in decided] == [
@@ -89,11 +88,11 @@ def rows_of(work: Any, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_choice_in_the_environment_that_the_job_does_not_know_of_is_refused(
-    make_handle: Callable[..., LocalEngineHandle], load_command: Load, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., StartedEngine], load_command: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BATCHLLM_ATTENTION", "FLASH_ATTN")
     with pytest.raises(TerminalError, match=r"BATCHLLM_ATTENTION: expected it unset, got 'FLASH_ATTN'; set model\.att"):
-        make_handle().load(load_command)
+        make_engine().driver.load(load_command)
 
 
 @pytest.fixture(scope="module")

@@ -8,34 +8,18 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
-from batchllm_operators.execute.messages import BundleCounts
+from batchllm_operators.execute.messages import AllRead, BundleCounts, BundleEvent, PartWritten, Progress
 from batchllm_operators.specs.sampling import SamplingParameters
+from tests.execute.engines import StartedEngine
 
 pytestmark = pytest.mark.engine
 
 
-def nothing(*_: object) -> None:
-    return None
-
-
-QUIET = BundleCallbacks(nothing, nothing, nothing)
-
-
-def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(
-    warm_engine: LocalEngineHandle, work: Any
-) -> None:
+def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(warm_engine: StartedEngine, work: Any) -> None:
     bundle = work.write_bundle(requests=20, max_tokens=6)
-    reported: list[str] = []
-    progress: list[BundleCounts] = []
-    all_read: list[int] = []
-    done = warm_engine.run_bundle(
-        work.run_command(bundle, part_rows=7),
-        BundleCallbacks(
-            lambda _, counts: progress.append(counts), reported.append, lambda: all_read.append(len(progress))
-        ),
-    )
-    assert list(done.parts) == reported
+    events: list[BundleEvent] = []
+    done = warm_engine.run(work.run_command(bundle, part_rows=7), events.append)
+    assert [event.name for event in events if isinstance(event, PartWritten)] == list(done.parts)
     assert sorted(work.store.names("results")) == sorted(done.parts)
     assert [len(work.read((name,))) for name in done.parts] == [7, 7, 6]
     answers = work.answers(done.parts)
@@ -50,29 +34,29 @@ def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(
     assert done.counts.prompt_tokens == bundle.prompt_tokens
     assert done.counts.completion_tokens == 120
     assert done.counts.cached_tokens == sum(row["cached_tokens"] for row in answers.values()) >= 12 * 64
-    assert progress[0] == BundleCounts()
-    assert len(all_read) == 1
+    assert next(event.counts for event in events if isinstance(event, Progress)) == BundleCounts()
+    assert sum(isinstance(event, AllRead) for event in events) == 1
 
 
-def test_a_bundle_on_s3_is_computed_to_parts_on_s3(warm_engine: LocalEngineHandle, work_on_s3: Any) -> None:
-    done = warm_engine.run_bundle(work_on_s3.run_command(work_on_s3.write_bundle()), QUIET)
+def test_a_bundle_on_s3_is_computed_to_parts_on_s3(warm_engine: StartedEngine, work_on_s3: Any) -> None:
+    done = warm_engine.run(work_on_s3.run_command(work_on_s3.write_bundle()))
     assert len(work_on_s3.answers(done.parts)) == 12
 
 
-def test_greedy_answers_do_not_depend_on_the_bundle_they_come_in(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_greedy_answers_do_not_depend_on_the_bundle_they_come_in(warm_engine: StartedEngine, work: Any) -> None:
     small, large = work.write_bundle("small", requests=3), work.write_bundle("large", requests=12)
-    first = work.answers(warm_engine.run_bundle(work.run_command(small), QUIET).parts)
-    second = work.answers(warm_engine.run_bundle(work.run_command(large), QUIET).parts)
+    first = work.answers(warm_engine.run(work.run_command(small)).parts)
+    second = work.answers(warm_engine.run(work.run_command(large)).parts)
     assert [first[number]["output_token_ids"] for number in range(3)] == [
         second[number]["output_token_ids"] for number in range(3)
     ]
 
 
 def test_a_request_the_engine_refuses_is_a_row_error_and_the_others_are_answered(
-    warm_engine: LocalEngineHandle, work: Any
+    warm_engine: StartedEngine, work: Any
 ) -> None:
     bundle = work.write_bundle(requests=5, lengths={2: 600})
-    done = warm_engine.run_bundle(work.run_command(bundle), QUIET)
+    done = warm_engine.run(work.run_command(bundle))
     answers = work.answers(done.parts)
     refused = answers.pop(2)
     assert refused["error"]["code"] == "engine_error"
@@ -84,15 +68,15 @@ def test_a_request_the_engine_refuses_is_a_row_error_and_the_others_are_answered
     assert (done.counts.requests, done.counts.errors) == (5, 1)
 
 
-def test_a_bundle_of_refused_requests_alone_ends(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_a_bundle_of_refused_requests_alone_ends(warm_engine: StartedEngine, work: Any) -> None:
     bundle = work.write_bundle(requests=2, lengths={0: 600, 1: 700})
-    done = warm_engine.run_bundle(work.run_command(bundle), QUIET)
+    done = warm_engine.run(work.run_command(bundle))
     assert (done.counts.requests, done.counts.errors) == (2, 2)
 
 
-def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: StartedEngine, work: Any) -> None:
     def tokens(bundle: Any, sampling: SamplingParameters) -> list[list[int]]:
-        done = warm_engine.run_bundle(work.run_command(bundle, sampling=sampling), QUIET)
+        done = warm_engine.run(work.run_command(bundle, sampling=sampling))
         return [row["output_token_ids"] for row in work.answers(done.parts).values()]
 
     plain = work.write_bundle("plain", requests=3, max_tokens=8)
@@ -106,32 +90,32 @@ def test_sampling_of_the_job_and_of_single_rows_reaches_the_engine(warm_engine: 
     assert sampled[2] != greedy[2]
 
 
-def test_a_stop_text_ends_a_completion(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_a_stop_text_ends_a_completion(warm_engine: StartedEngine, work: Any) -> None:
     whole = work.write_bundle("whole", requests=1, max_tokens=8)
-    text = work.read(warm_engine.run_bundle(work.run_command(whole), QUIET).parts)[0]["completion"]
+    text = work.read(warm_engine.run(work.run_command(whole)).parts)[0]["completion"]
     stop = text[len(text) // 2 :]
     bundle = work.write_bundle("stopped", requests=1, max_tokens=8, sampling={0: json.dumps({"stop": [stop]})})
-    row = work.read(warm_engine.run_bundle(work.run_command(bundle), QUIET).parts)[0]
+    row = work.read(warm_engine.run(work.run_command(bundle)).parts)[0]
     assert row["finish_reason"] == "stop"
     assert row["completion"] == text.partition(stop)[0]
 
 
-def test_requests_in_known_parts_are_counted_but_not_computed_again(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_requests_in_known_parts_are_counted_but_not_computed_again(warm_engine: StartedEngine, work: Any) -> None:
     bundle = work.write_bundle(requests=10)
-    first = warm_engine.run_bundle(work.run_command(bundle, part_rows=4), QUIET)
+    first = warm_engine.run(work.run_command(bundle, part_rows=4))
     known = first.parts[:2]
-    again = warm_engine.run_bundle(work.run_command(bundle, known_parts=known), QUIET)
+    again = warm_engine.run(work.run_command(bundle, known_parts=known))
     assert again.parts[:2] == known
     assert again.counts.requests == 10
     assert again.counts.completion_tokens == first.counts.completion_tokens
     assert work.answers(again.parts[2:]).keys() == work.answers(first.parts[2:]).keys()
 
 
-def test_a_missing_bundle_fails_for_good_and_leaves_the_engine_warm(warm_engine: LocalEngineHandle, work: Any) -> None:
+def test_a_missing_bundle_fails_for_good_and_leaves_the_engine_warm(warm_engine: StartedEngine, work: Any) -> None:
     bundle = work.write_bundle()
     work.store.delete([bundle.name])
     with pytest.raises(TerminalError, match="no such object") as caught:
-        warm_engine.run_bundle(work.run_command(bundle), QUIET)
+        warm_engine.run(work.run_command(bundle))
     assert caught.value.bundle == bundle.name
-    assert warm_engine.usable
-    assert warm_engine.run_bundle(work.run_command(work.write_bundle()), QUIET).counts.requests == 12
+    assert warm_engine.driver.usable
+    assert warm_engine.run(work.run_command(work.write_bundle())).counts.requests == 12

@@ -9,90 +9,63 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchllm_operators.errors import TerminalError, TransientError
-from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
-from batchllm_operators.execute.messages import BundleCounts, Load
-from batchllm_operators.execute.pool import EnginePool
-from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
-from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.errors import EngineDiedError, TerminalError, TransientError
+from batchllm_operators.execute.messages import BundleCounts, BundleEvent, Load, Progress
+from batchllm_operators.specs.execution import ModelSpec
+from tests.execute.engines import StartedEngine, WatchedRuns
 
 pytestmark = pytest.mark.engine
 
 Gone = Callable[[int], bool]
-MakeHandle = Callable[..., LocalEngineHandle]
-
-
-def nothing(*_: object) -> None:
-    return None
-
-
-QUIET = BundleCallbacks(nothing, nothing, nothing)
+MakeEngine = Callable[..., StartedEngine]
 
 
 @pytest.fixture
-def handles() -> list[LocalEngineHandle]:
-    return []
-
-
-@pytest.fixture
-def pool(
-    tiny_model: ModelSpec, work: Any, make_handle: MakeHandle, handles: list[LocalEngineHandle]
-) -> Iterator[EnginePool]:
-    """A pool of one engine, whose handles the test can see."""
-
-    def make(_index: int) -> LocalEngineHandle:
-        handles.append(make_handle(stall_timeout_s=5.0))
-        return handles[-1]
-
-    with EnginePool(
-        model=tiny_model,
-        execution=ExecutionSpec(part_rows=4),
-        block_size=32,
-        sampling=SamplingParameters(),
-        work=work.store,
-        make_handle=make,
-    ) as pool:
-        yield pool
+def pool(load_command: Load, work: Any) -> Iterator[WatchedRuns]:
+    runs = WatchedRuns(work.engine_work(load_command, part_rows=4), stall_s=5.0)
+    with runs.fleet:
+        yield runs
 
 
 def test_a_killed_or_stopped_engine_is_replaced_and_only_unfinished_requests_are_computed_again(
-    pool: EnginePool, handles: list[LocalEngineHandle], work: Any, group_is_gone: Gone
+    pool: WatchedRuns, work: Any, group_is_gone: Gone
 ) -> None:
     bundle = work.write_bundle(requests=48, max_tokens=64)
 
     def kill(_: str, counts: BundleCounts) -> None:
         # Parts are written beside the computing: what is counted need not be visible yet.
         if counts.requests >= 8 and work.store.names("results"):
-            os.kill(handles[0].pid, signal.SIGKILL)
+            os.kill(pool.links[0].pid, signal.SIGKILL)
 
     with pytest.raises(TransientError, match="killed by signal 9") as caught:
-        pool.run_bundle(bundle, kill)
+        pool.run(bundle, kill)
     assert caught.value.bundle == bundle.name
-    assert group_is_gone(handles[0].pid)
+    assert group_is_gone(pool.links[0].pid)
     written = work.answers(tuple(work.store.names("results")))
     assert len(written) >= 4
 
-    result = pool.run_bundle(bundle, nothing)
-    assert len(handles) == 2
+    result = pool.run(bundle)
+    assert len(pool.links) == 2
     assert result.load_seconds > 0
     assert result.requests == 48
     assert len(work.answers(result.parts)) == 48
     assert result.completion_tokens == 48 * 64
 
     with pytest.raises(TransientError, match="no sign of life for 5 s"):
-        pool.run_bundle(
-            work.write_bundle("next", requests=64, max_tokens=64), lambda *_: os.kill(handles[1].pid, signal.SIGSTOP)
+        pool.run(
+            work.write_bundle("next", requests=64, max_tokens=64), lambda *_: os.kill(pool.links[1].pid, signal.SIGSTOP)
         )
-    assert group_is_gone(handles[1].pid)
+    assert group_is_gone(pool.links[1].pid)
 
 
 def test_an_engine_that_is_told_to_terminate_writes_its_finished_rows_first(
-    pool: EnginePool, handles: list[LocalEngineHandle], work: Any, group_is_gone: Gone
+    pool: WatchedRuns, work: Any, group_is_gone: Gone
 ) -> None:
     seen = 0
 
@@ -100,132 +73,128 @@ def test_an_engine_that_is_told_to_terminate_writes_its_finished_rows_first(
         nonlocal seen
         seen = counts.requests
         if counts.requests >= 6:
-            os.kill(handles[0].pid, signal.SIGTERM)
+            os.kill(pool.links[0].pid, signal.SIGTERM)
 
     with pytest.raises(TransientError, match="told to stop"):
-        pool.run_bundle(work.write_bundle(requests=400, max_tokens=200), terminate)
+        pool.run(work.write_bundle(requests=400, max_tokens=200), terminate)
     assert len(work.answers(tuple(work.store.names("results")))) >= seen >= 6
-    assert group_is_gone(handles[0].pid)
+    assert group_is_gone(pool.links[0].pid)
 
 
 def test_closing_from_another_thread_ends_a_running_bundle_and_keeps_finished_rows(
-    pool: EnginePool, handles: list[LocalEngineHandle], work: Any, group_is_gone: Gone
+    pool: WatchedRuns, work: Any, group_is_gone: Gone
 ) -> None:
-    assert pool.run_bundle(work.write_bundle("first"), nothing).load_seconds > 0
-    assert pool.run_bundle(work.write_bundle("second"), nothing).load_seconds == 0
+    assert pool.run(work.write_bundle("first")).load_seconds > 0
+    assert pool.run(work.write_bundle("second")).load_seconds == 0
     before = set(work.store.names("results"))
     some_done = threading.Event()
 
     def close() -> None:
         some_done.wait(60)
-        pool.close()
+        pool.fleet.close()
 
     closer = threading.Thread(target=close)
     closer.start()
     with pytest.raises(TerminalError, match="closed"):
-        pool.run_bundle(
+        pool.run(
             work.write_bundle("third", requests=400, max_tokens=200),
             lambda _, counts: some_done.set() if counts.requests >= 6 else None,
         )
     closer.join()
-    assert group_is_gone(handles[0].pid)
+    assert group_is_gone(pool.links[0].pid)
     kept = work.answers(tuple(set(work.store.names("results")) - before))
     assert 6 <= len(kept) < 400
     with pytest.raises(TerminalError, match="closed"):
-        pool.run_bundle(work.write_bundle("fourth"), nothing)
+        pool.run(work.write_bundle("fourth"))
 
 
 def test_an_engine_core_in_its_own_process_is_killed_with_its_dead_leader(
-    make_handle: MakeHandle,
+    make_engine: MakeEngine,
     load_command: Load,
     work: Any,
     group_is_gone: Gone,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # vLLM's default on GPUs
-    handle = make_handle()
-    handle.load(load_command)
-    assert handle.run_bundle(work.run_command(work.write_bundle()), QUIET).counts.requests == 12
+    engine = make_engine()
+    engine.driver.load(load_command)
+    assert engine.run(work.run_command(work.write_bundle())).counts.requests == 12
     with pytest.raises(TransientError, match="killed by signal 9"):
-        handle.run_bundle(
+        engine.run(
             work.run_command(work.write_bundle(requests=400, max_tokens=200)),
-            BundleCallbacks(lambda *_: os.kill(handle.pid, signal.SIGKILL), nothing, nothing),
+            lambda _: os.kill(engine.pid, signal.SIGKILL),
         )
-    assert not handle.usable
-    assert group_is_gone(handle.pid)
+    assert not engine.driver.usable
+    assert group_is_gone(engine.pid)
 
 
 def test_a_model_folder_that_does_not_exist_is_named_and_not_tried_again(tmp_path: Path, work: Any) -> None:
     missing = str(tmp_path / "no-such-model")
-    with EnginePool(
-        model=ModelSpec(id=missing),
-        execution=ExecutionSpec(),
-        block_size=32,
-        sampling=SamplingParameters(),
-        work=work.store,
-    ) as pool:
+    pool = WatchedRuns(work.engine_work(Load(model=ModelSpec(id=missing), block_size=32, gpus=1)))
+    with pool.fleet:
         for _ in range(2):
             with pytest.raises(TerminalError, match="no such folder") as caught:
-                pool.run_bundle(work.write_bundle(), nothing)
+                pool.run(work.write_bundle())
             assert missing in str(caught.value)
+    assert len(pool.links) == 1
 
 
 def test_an_unknown_engine_argument_is_refused_with_the_nearest_name(
-    make_handle: MakeHandle, load_command: Load, group_is_gone: Gone
+    make_engine: MakeEngine, load_command: Load, group_is_gone: Gone
 ) -> None:
     model = load_command.model.model_copy(update={"engine_args": {"max_num_seq": 8}})
-    handle = make_handle()
+    engine = make_engine()
     with pytest.raises(TerminalError, match="no engine argument 'max_num_seq'; did you mean 'max_num_seqs'"):
-        handle.load(load_command.model_copy(update={"model": model}))
-    assert not handle.usable
-    assert group_is_gone(handle.pid)
+        engine.driver.load(load_command.model_copy(update={"model": model}))
+    assert not engine.driver.usable
+    assert group_is_gone(engine.pid)
 
 
-def test_a_model_that_does_not_load_says_why(make_handle: MakeHandle, load_command: Load) -> None:
+def test_a_model_that_does_not_load_says_why(make_engine: MakeEngine, load_command: Load) -> None:
     arguments = {**load_command.model.engine_args, "kv_cache_memory_bytes": 1024}
     model = load_command.model.model_copy(update={"engine_args": arguments})
     with pytest.raises(TerminalError, match="No available memory for the cache blocks"):
-        make_handle().load(load_command.model_copy(update={"model": model}))
+        make_engine().driver.load(load_command.model_copy(update={"model": model}))
 
 
 def test_an_interpreter_without_this_package_is_a_terminal_error_with_its_last_words(
-    make_handle: MakeHandle, load_command: Load, tmp_path: Path
+    make_engine: MakeEngine, load_command: Load, tmp_path: Path
 ) -> None:
     with pytest.raises(TerminalError, match="cannot start"):
-        make_handle(python=str(tmp_path / "python")).load(load_command)
+        make_engine(python=str(tmp_path / "python"))
     strange = tmp_path / "strange-python"
     strange.write_text("#!/bin/sh\necho no module of that name\nexit 3\n")
     strange.chmod(0o755)
     with pytest.raises(TerminalError, match=r"exit code 3(.|\n)*no module of that name"):
-        make_handle(python=str(strange)).load(load_command)
+        make_engine(python=str(strange)).driver.load(load_command)
 
 
 def test_a_model_that_takes_too_long_to_load_is_given_up(
-    make_handle: MakeHandle, load_command: Load, group_is_gone: Gone
+    make_engine: MakeEngine, load_command: Load, group_is_gone: Gone
 ) -> None:
-    handle = make_handle(load_timeout_s=0.3)
+    engine = make_engine(load_s=0.3)
     with pytest.raises(TransientError, match="loading the model"):
-        handle.load(load_command)
-    assert group_is_gone(handle.pid)
+        engine.driver.load(load_command)
+    assert group_is_gone(engine.pid)
 
 
 def test_closing_while_a_model_loads_does_not_wait_for_it(
-    make_handle: MakeHandle, load_command: Load, tmp_path: Path, group_is_gone: Gone
+    make_engine: MakeEngine, load_command: Load, group_is_gone: Gone
 ) -> None:
-    log = tmp_path / "loading.log"
-    handle = make_handle(log_file=log)
+    engine = make_engine()
+    log = Path(engine.link.log)
 
     def close() -> None:
-        while not (log.exists() and log.stat().st_size):
+        while not log.stat().st_size:
             time.sleep(0.01)
-        handle.close()
+        engine.driver.close()
 
     closer = threading.Thread(target=close)
     closer.start()
     with pytest.raises(TerminalError, match="closed"):
-        handle.load(load_command)
+        engine.driver.load(load_command)
     closer.join()
-    assert group_is_gone(handle.pid)
+    assert group_is_gone(engine.pid)
 
 
 def test_the_engine_process_ends_when_its_parent_is_killed(tmp_path: Path, group_is_gone: Gone) -> None:
@@ -234,8 +203,8 @@ def test_the_engine_process_ends_when_its_parent_is_killed(tmp_path: Path, group
         "import os, socket, subprocess, sys, time\n"
         "ours, theirs = socket.socketpair()\n"
         "engine = subprocess.Popen(\n"
-        "    [sys.executable, '-m', 'batchllm_operators.execute.engine_process',\n"
-        "     '--channel-fd', str(theirs.fileno()), '--parent-pid', str(os.getpid())],\n"
+        "    [sys.executable, '-m', 'batchllm_operators.execute.backends.local_worker',\n"
+        "     '--channel-fd', str(theirs.fileno()), '--parent-pid', str(os.getpid()), '--folder', sys.argv[1]],\n"
         "    pass_fds=[theirs.fileno()], start_new_session=True)\n"
         "assert b'started' in ours.recv(100)\n"
         "print(engine.pid, flush=True)\n"
@@ -246,7 +215,7 @@ def test_the_engine_process_ends_when_its_parent_is_killed(tmp_path: Path, group
         "time.sleep(60)\n"
     )
     with subprocess.Popen(
-        [sys.executable, str(parent)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(parent), str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             engine = int(process.stdout.readline())
@@ -261,16 +230,44 @@ def test_the_engine_process_ends_when_its_parent_is_killed(tmp_path: Path, group
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_an_engine_left_in_the_midst_of_a_bundle_by_a_failing_callback_is_not_used_again(
-    make_handle: MakeHandle, load_command: Load, work: Any, told_engine: Callable[..., str], group_is_gone: Gone
+@pytest.mark.parametrize("name", ["two_bundles", "one_bundle"])
+def test_sigterm_keeps_the_finished_rows_of_all_bundles(
+    make_engine: MakeEngine, load_command: Load, told_engine: Callable[..., str], work: Any, name: str
 ) -> None:
-    handle = make_handle(python=told_engine(step_seconds=0.01))
-    handle.load(load_command)
+    engine = make_engine(python=told_engine(capacity=8, step_seconds=0.01))
+    engine.driver.load(load_command)
+    bundles = [work.write_bundle("first", requests=10, max_tokens=2, long_rows={8, 9})]
+    if name == "two_bundles":
+        bundles.append(work.write_bundle("second", requests=2000, max_tokens=2, first=100))
+    answered: dict[str, int] = {}
+    enough = threading.Event()
 
-    def fail(*_: object) -> None:
-        raise KeyError("in the callback")
+    def see(event: BundleEvent) -> None:
+        if isinstance(event, Progress):
+            answered[event.bundle] = event.counts.requests
+        if answered.get(bundles[0].name) == 8 and answered.get(bundles[-1].name, 0) >= 4:
+            enough.set()
 
-    with pytest.raises(KeyError, match="in the callback"):
-        handle.run_bundle(work.run_command(work.write_bundle()), BundleCallbacks(fail, nothing, nothing))
-    assert not handle.usable
-    assert group_is_gone(handle.pid)
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(engine.run, work.run_command(bundle, part_rows=1), see) for bundle in bundles]
+        assert enough.wait(60)
+        before = dict(answered)
+        os.kill(engine.pid, signal.SIGTERM)
+        for bundle, run in zip(bundles, runs, strict=True):
+            with pytest.raises(TransientError, match="told to stop") as caught:
+                run.result(60)
+            assert not isinstance(caught.value, EngineDiedError)
+            assert caught.value.bundle == bundle.name
+    kept = work.answers(tuple(work.store.names("results")))
+    assert sum(number < 100 for number in kept) >= before[bundles[0].name] == 8
+    if name == "two_bundles":
+        assert sum(number >= 100 for number in kept) >= before[bundles[1].name] >= 4
+
+
+def test_a_silent_engine_is_told_of_with_the_state_of_its_process(
+    make_engine: MakeEngine, load_command: Load, told_engine: Callable[..., str], work: Any
+) -> None:
+    engine = make_engine(python=told_engine(step_seconds=0.01), stall_s=1.0)
+    engine.driver.load(load_command)
+    with pytest.raises(EngineDiedError, match=r"no sign of life for 1 s while running \(its process is stopped\)"):
+        engine.run(work.run_command(work.write_bundle()), lambda _: os.kill(engine.pid, signal.SIGSTOP))

@@ -10,8 +10,8 @@ import pytest
     ("module", "absent"),
     [
         # vLLM 0.32 on a CPU does not start in a process that has loaded numba.
-        ("batchllm_operators.execute.engine_process", ["prefect", "vllm", "torch", "transformers", "numba"]),
-        ("batchllm_operators.execute.pool", ["prefect", "vllm", "torch", "transformers"]),
+        ("batchllm_operators.execute.backends.local_worker", ["prefect", "vllm", "torch", "transformers", "numba"]),
+        ("batchllm_operators.execute.fleet", ["prefect", "vllm", "torch", "transformers"]),
         ("batchllm_operators.execute.task", ["vllm", "torch", "transformers"]),
     ],
 )

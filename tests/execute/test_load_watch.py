@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 
 from batchllm_kernels.vllm_plugin.load_phases import PhaseHandler, last_phase, phase_of
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.handle import BundleCallbacks, LocalEngineHandle
 from batchllm_operators.execute.load_watch import LoadWatch, download_folder
-from batchllm_operators.execute.messages import EnginePhase, Load, Loading
+from batchllm_operators.execute.messages import BundleEvent, EnginePhase, Load, Loading, Progress
 from batchllm_operators.specs.execution import ModelSpec
+from tests.execute.engines import StartedEngine
 
 
 def record(name: str, function: str = "") -> logging.LogRecord:
@@ -93,22 +94,17 @@ def test_only_a_model_of_the_hub_is_downloaded(tmp_path: Path) -> None:
     assert download_folder(model) == tmp_path / "models--org--name"
 
 
-def nothing(*_: object) -> None:
-    return None
-
-
-def test_a_handle_tells_what_its_engine_does_until_the_first_tokens(
-    make_handle: Callable[..., LocalEngineHandle], told_engine: Callable[..., str], load_command: Load, work: Any
+def test_a_driver_tells_what_its_engine_does_until_the_first_tokens(
+    make_engine: Callable[..., StartedEngine], told_engine: Callable[..., str], load_command: Load, work: Any
 ) -> None:
     told: list[tuple[str, Loading | None]] = []
-    handle = make_handle(python=told_engine(), on_status=lambda *status: told.append(status))
-    handle.start()
+    engine = make_engine(python=told_engine(), on_status=lambda *status: told.append(status))
     assert told == [], "nobody waits for it yet"
-    handle.load(load_command.model_copy(update={"calibrate": True}))
+    engine.driver.load(load_command.model_copy(update={"calibrate": True}))
     for name in ("one", "two"):
-        handle.run_bundle(work.run_command(work.write_bundle(name)), BundleCallbacks(nothing, nothing, nothing))
-    assert {engine for engine, _ in told} == {"engine 0"}
-    phases = [None if loading is None else loading.phase for _, loading in told]
+        engine.run(work.run_command(work.write_bundle(name)))
+    assert {name for name, _ in told} == {"engine 0"}
+    phases = [phase for phase, _ in groupby(loading and loading.phase for _, loading in told)]
     assert phases == [
         EnginePhase.ENVIRONMENT, EnginePhase.WEIGHTS, EnginePhase.CALIBRATION, None, EnginePhase.FIRST_TOKENS, None
     ]  # fmt: skip
@@ -120,27 +116,31 @@ def test_a_handle_tells_what_its_engine_does_until_the_first_tokens(
 
 
 def test_first_tokens_last_until_something_is_computed(
-    make_handle: Callable[..., LocalEngineHandle], told_engine: Callable[..., str], load_command: Load, work: Any
+    make_engine: Callable[..., StartedEngine], told_engine: Callable[..., str], load_command: Load, work: Any
 ) -> None:
     known_parts: tuple[str, ...] = ()
     for requests, known in ((4, 0), (6, 4)):
         told: list[object] = []
-        handle = make_handle(python=told_engine(), on_status=lambda _, status, told=told: told.append(status))
-        handle.load(load_command)
+        engine = make_engine(python=told_engine(), on_status=lambda _, status, told=told: told.append(status))
+        engine.driver.load(load_command)
         told.clear()
         run = work.run_command(work.write_bundle(f"of {requests}", requests=requests), known_parts=known_parts)
-        on_progress = lambda _, counts, told=told: told.append(counts.requests)  # noqa: E731
-        known_parts = handle.run_bundle(run, BundleCallbacks(on_progress, nothing, nothing)).parts
+
+        def see(event: BundleEvent, told: list[object] = told) -> None:
+            if isinstance(event, Progress):
+                told.append(event.counts.requests)
+
+        known_parts = engine.run(run, see).parts
         # Before the first step it tells what earlier attempts have given, which is nothing computed.
         assert told[:3] == [Loading(phase=EnginePhase.FIRST_TOKENS), known, None]
         assert told[-1] == requests
 
 
 def test_the_end_of_the_log_stands_with_a_fault_of_the_engine_that_explains_nothing(
-    make_handle: Callable[..., LocalEngineHandle], told_engine: Callable[..., str], load_command: Load
+    make_engine: Callable[..., StartedEngine], told_engine: Callable[..., str], load_command: Load
 ) -> None:
-    handle = make_handle(python=told_engine(load_fault="it failed", prints="what it printed before"))
+    engine = make_engine(python=told_engine(load_fault="it failed", prints="what it printed before"))
     with pytest.raises(
         TerminalError, match=r"RuntimeError: it failed(.|\n)*last lines of its log(.|\n)*printed before"
     ):
-        handle.load(load_command)
+        engine.driver.load(load_command)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchllm_flows.report import ExecutedPlan, JobReport, StepSeconds, build_report
 from batchllm_operators.plan.planning import plan_requests
-from batchllm_operators.records import BundleInfo, BundleResult, Manifest, OutputLayout, PlanSummary
+from batchllm_operators.records import BundleInfo, BundleResult, EngineLoad, Manifest, OutputLayout, PlanSummary
 from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
 from tests.plan.staged_jobs import stage_prompts
@@ -114,16 +114,18 @@ def a_report(*runs: ExecutedPlan, prompt_tokens: int = 2000, computed: int = 100
         computed_prompt_tokens=computed,
         completion_tokens=80,
     )
+    runs = runs or (executed(a_plan()),)
+    load = EngineLoad(seconds=4.0, settings=tuple(changes.pop("engine_settings", ())))
+    if runs[-1].results:
+        first, *others = runs[-1].results
+        runs = (*runs[:-1], ExecutedPlan(runs[-1].plan, (first.model_copy(update={"loads": (load,)}), *others)))
     settings = {
         "started": STARTED,
         "engines": 1,
-        "engine_load_seconds": 4.0,
         "output_uri": "/output",
         "work_uri": "/work-folder",
     } | changes
-    return build_report(
-        manifest, runs or (executed(a_plan()),), StepSeconds(stage=1, plan=1, execute=10, merge=1, total=13), **settings
-    )
+    return build_report(manifest, runs, StepSeconds(stage=1, plan=1, execute=10, merge=1, total=13), **settings)
 
 
 def trace_table(time_s: list[float], **columns: list[int]) -> pa.Table:

@@ -15,6 +15,7 @@ from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import engine_arguments, gpu_choices
 from batchllm_operators.execute.engine_settings import dtype_name, engine_settings
+from batchllm_operators.execute.messages import Load
 from batchllm_operators.machine.processor import cpu_name, processor
 from batchllm_operators.models.dtype_choice import GIB, DtypeChoice, check_memory, choose_dtype
 from batchllm_operators.models.model_files import looks_like_path
@@ -273,14 +274,26 @@ class VllmEngine:
         )
 
 
-def import_vllm() -> None:
-    """Import vLLM's engine, which takes most of the time of its start, and is needed for every model.
+class VllmMaker:
+    """Makes vLLM's engine, see `EngineMaker`."""
 
-    Raises:
-        TerminalError: there is no vLLM, or another version than ours is for.
-    """
-    _check_version()
-    import vllm.v1.engine.llm_engine  # noqa: F401
+    def prepare(self) -> None:
+        """Import vLLM's engine, which takes most of the time of its start, and is needed for every model.
+
+        Raises:
+            TerminalError: there is no vLLM, or another version than ours is for.
+        """
+        _check_version()
+        import vllm.v1.engine.llm_engine  # noqa: F401
+
+    def load(self, command: Load) -> VllmEngine:
+        """Load the model of a command, see `VllmEngine`."""
+        return VllmEngine(
+            command.model,
+            block_size=command.block_size,
+            gpus=command.gpus,
+            attention_reason=command.attention_reason,
+        )
 
 
 def _failed(request: Request, message: str) -> Completion:

@@ -1,6 +1,6 @@
-"""An engine process that is started before there is a run for it, so that it imports vLLM while Prefect starts.
+"""An engine that is started before there is a run for it, so that it imports vLLM while Prefect starts.
 
-It loads no model before a pool of the same block takes it and has something to compute.
+It loads no model before a run inside the same block takes it and has something to compute.
 """
 
 from __future__ import annotations
@@ -10,58 +10,61 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.engine_logs import EngineLogs
-from batchllm_operators.execute.handle import LocalEngineHandle
-from batchllm_operators.execute.local_engines import local_handle
+from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.execute.backends import open_backend
+from batchllm_operators.execute.backends.base import EngineBackend, EngineLink
 from batchllm_operators.specs.execution import ExecutionSpec
 
 
-@dataclass(slots=True)
-class _Ahead:
-    """The handle of the engine, until a pool takes it."""
+@dataclass(frozen=True, slots=True)
+class EngineAhead:
+    """An opened backend, and the link to the engine of its first place."""
 
     execution: ExecutionSpec
-    handle: LocalEngineHandle | None
+    backend: EngineBackend
+    link: EngineLink
+
+    def end(self) -> None:
+        """End the engine and the backend."""
+        self.link.kill()
+        self.link.close()
+        self.backend.close()
 
 
-_AHEAD: ContextVar[_Ahead | None] = ContextVar("engine_ahead", default=None)
+_AHEAD: ContextVar[list[EngineAhead]] = ContextVar("engine_ahead")
 
 
 @contextmanager
 def engine_ahead(execution: ExecutionSpec) -> Iterator[None]:
-    """Start the process of the first engine; the first pool made within the block for this execution part takes it.
+    """Start the first engine; the first run within the block with this execution part takes it.
 
-    It has ended when the block has. What prevents its start is told by the pool, which tries again.
+    An engine that nobody has taken ends with the block. What prevents its start is told by the run, which tries again.
 
     Args:
         execution: of the job that is going to run.
     """
-    logs = EngineLogs()
-    handle = None
-    try:
-        with suppress(TerminalError):
-            handle = local_handle(execution, 0, logs.file(0))
-            handle.start()
-        token = _AHEAD.set(_Ahead(execution, handle))
+    waiting: list[EngineAhead] = []
+    with suppress(BatchLLMError):
+        backend = open_backend(execution)
         try:
-            yield
-        finally:
-            _AHEAD.reset(token)
+            waiting.append(EngineAhead(execution, backend, backend.start(backend.places()[0])))
+        except BatchLLMError:
+            backend.close()
+            raise
+    token = _AHEAD.set(waiting)
+    try:
+        yield
     finally:
-        if handle is not None:
-            handle.close()
-        logs.remove()
+        _AHEAD.reset(token)
+        for ahead in waiting:
+            ahead.end()
 
 
-def take_engine_ahead(execution: ExecutionSpec) -> LocalEngineHandle | None:
+def take_engine_ahead(execution: ExecutionSpec) -> EngineAhead | None:
     """The started engine of the block around the caller, for whoever asks first; None where there is none.
 
     Args:
         execution: must be that of the block.
     """
-    ahead = _AHEAD.get()
-    if ahead is None or ahead.execution != execution:
-        return None
-    handle, ahead.handle = ahead.handle, None
-    return handle
+    waiting = _AHEAD.get([])
+    return waiting.pop() if waiting and waiting[-1].execution == execution else None

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from batchllm_operators.errors import TerminalError, TransientError
+from batchllm_operators.errors import EngineDiedError, TerminalError
 
 MOST_GUILTY = 4
 """Single requests of one bundle on which engines may die; with more, the engines are taken to be at fault."""
-
-
-class EngineDiedError(TransientError):
-    """The engine process died, broke or fell silent while it worked: one of its requests may be the reason."""
 
 
 @dataclass(frozen=True, slots=True)

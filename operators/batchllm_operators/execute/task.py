@@ -1,4 +1,4 @@
-"""The Prefect task of this step: one task run per bundle."""
+"""The Prefect tasks of this step: one task run per bundle, and one that measures an engine."""
 
 from typing import Any
 
@@ -8,9 +8,8 @@ from prefect.runtime import task_run
 
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.calibration import MOST_SECONDS
-from batchllm_operators.execute.calibration_cache import CalibrationCache
-from batchllm_operators.execute.handle import ProgressCallback
-from batchllm_operators.execute.pool import EnginePool
+from batchllm_operators.execute.engine_work import EngineWork
+from batchllm_operators.execute.engines_in_context import fleet_of, runner_of
 from batchllm_operators.records import BundleInfo, BundleResult
 from batchllm_operators.retry import retry_transient
 from batchllm_operators.specs.planning import CostModel
@@ -25,20 +24,20 @@ from batchllm_operators.wording import counted
     retry_condition_fn=retry_transient,
 )
 def calibrate_engine(
-    pool: EnginePool, cache: CalibrationCache, seconds: float = MOST_SECONDS, default: CostModel | None = None
+    work: EngineWork, seconds: float = MOST_SECONDS, default: CostModel | None = None
 ) -> Calibration | None:
-    """Load one engine, let it measure its rates, and keep them; the engine stays warm for the first bundle.
+    """Load one engine and let it measure its rates; the engine stays warm for the first bundle.
+
+    None when its model gives nothing to measure, and when the engine was warm already.
 
     Args:
-        pool: the engines of this run.
-        cache: where calibrations of its model and settings are kept.
+        work: what the engines of this run load.
         seconds: that the measurement may take, see `calibration_budget`.
-        default: rates for what there is no time to measure.
+        default: rates for what there is no time to measure; None: the hardware's.
     """
-    calibration = pool.calibrate(seconds, default)
-    if calibration is not None:
-        cache.keep(calibration)
-    return calibration
+    how = {"calibrate": True, "calibration_seconds": seconds, "default_rates": default}
+    loaded = fleet_of(work).load_one(work.load.model_copy(update=how))
+    return None if loaded is None else loaded.calibration
 
 
 def _run_name() -> str:
@@ -56,23 +55,21 @@ def _run_name() -> str:
 )
 def execute_bundle(
     bundle: BundleInfo,
-    pool: EnginePool,
-    on_progress: ProgressCallback,
+    work: EngineWork,
     number: int = 1,  # noqa: ARG001 - in the name of the task run
     bundles: int = 1,  # noqa: ARG001 - in the name of the task run
 ) -> BundleResult:
-    """Compute one bundle on the next free engine of the pool.
+    """Compute one bundle on the next free engine of the flow that this task runs in.
 
     How often a `TransientError` is tried again is the flow's to say: `execute_bundle.with_options(retries=...)`. The
     first death of an engine on a bundle is such an error; the second is not, because that attempt itself goes on to
-    find the request that kills engines, see `EnginePool.run_bundle`. So one retry is enough for that search, and the
+    find the request that kills engines, see `BundleRunner.run`. So one retry is enough for that search, and the
     engines that it costs are no retries.
 
     Args:
         bundle: one bundle of the plan.
-        pool: the engines of this run; in `.map`, wrapped in `prefect.unmapped`.
-        on_progress: takes the bundle's name and its counts so far, e.g. `ProgressBoard.update`.
+        work: what the engines of this run load, and how they compute; in `.map`, wrapped in `prefect.unmapped`.
         number: of this bundle in the plan, from 1 on, for the name of the task run.
-        bundles: of the plan, for that name.
+        bundles: the number of bundles in the plan, for that name.
     """
-    return pool.run_bundle(bundle, on_progress)
+    return runner_of(work).run(bundle)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from batchllm_operators.backend_names import BackendName
 from batchllm_operators.spec_base import SpecModel
 
 
@@ -30,7 +31,8 @@ class ModelSpec(SpecModel):
 class ExecutionSpec(SpecModel):
     """Where and how the engines run."""
 
-    engines: int = Field(default=1, ge=1, description="engine processes on this machine")
+    backend: BackendName = Field(default="local", description="where engines run: `local`, processes of this machine")
+    engines: int = Field(default=1, ge=1, description="engines that share the bundles")
     gpus_per_engine: int = Field(default=1, ge=1, description="GPUs of one engine (its tensor-parallel size)")
     engine_python: str | None = Field(
         default=None, description="interpreter of the engine's own environment; default: this one"

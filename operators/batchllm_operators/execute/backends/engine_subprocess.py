@@ -13,41 +13,32 @@ from pathlib import Path
 GROUP_END_SECONDS = 10.0
 LOG_LINES = 12
 _LOG_BYTES = 65_536
+_SILENT_STATES = {
+    "T": "its process is stopped",
+    "t": "a debugger stops its process",
+    "D": "its process waits for a disk or a device",
+}
 
 
 class EngineSubprocess:
-    """A process that leads a session of its own; all methods are safe from any thread.
+    """A process that leads a session of its own; all methods may be called from any thread.
 
     Args:
+        arguments: the program and its arguments.
+        environment: the variables of its environment.
+        pass_fd: an open file that it inherits.
         log_file: where its output goes; appended to.
+
+    Raises:
+        OSError: there is no such program.
     """
 
-    def __init__(self, log_file: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], *, pass_fd: int, log_file: Path
+    ) -> None:
         self.log_file = log_file
-        self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._ended = False
-
-    @property
-    def pid(self) -> int | None:
-        """Its id, which is its group's and its session's too; None before it is started."""
-        return self._process.pid if self._process else None
-
-    @property
-    def exited(self) -> bool:
-        """Whether it was started and is dead."""
-        return self.exit_code(0.0) is not None
-
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str], pass_fd: int) -> bool:
-        """Start it; False, and nothing is started, after `kill`.
-
-        Raises:
-            OSError: there is no such program.
-        """
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self.log_file.open("ab") as log:
-            if self._ended:
-                return False
+        with log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
@@ -57,27 +48,35 @@ class EngineSubprocess:
                 pass_fds=[pass_fd],
                 start_new_session=True,
             )
-        return True
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is that of its group and its session too."""
+        return self._process.pid
 
     def kill(self) -> None:
         """Kill the whole group, also when its leader is dead: vLLM's engine core outlives it and holds the GPU."""
         with self._lock:
-            self._ended = True
-            process = self._process
-            if process is None or process.returncode is not None:
+            if self._process.returncode is not None:
                 return
             # The leader has not been waited for, so its id, the group's, cannot have gone to anyone else.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            _wait_until_gone(process.pid)
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            _wait_until_gone(self._process.pid)
+
+    def state(self) -> str:
+        """Why a living process may be silent, by its state in `/proc`; empty where it seems to work."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return ""
+        return _SILENT_STATES.get(fields[0], "")
 
     def exit_code(self, wait_s: float) -> int | None:
         """Exit code, or minus the signal, of the process, within so many seconds; it is left to be waited for."""
         deadline = time.monotonic() + wait_s
         while True:
             with self._lock:
-                if self._process is None:
-                    return None
                 if self._process.returncode is not None:
                     return self._process.returncode
                 status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)

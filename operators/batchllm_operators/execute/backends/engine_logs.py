@@ -23,13 +23,14 @@ class EngineLogs:
         self._folder = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
         self._files: dict[int, Path] = {}
 
+    @property
+    def folder(self) -> Path:
+        """The folder, which engines may use for other files too that go with the logs."""
+        return Path(self._folder.name)
+
     def file(self, index: int) -> Path:
         """The log of the engine with this index, and of those that took its place."""
-        return self._files.setdefault(index, Path(self._folder.name) / f"engine-{index}.log")
-
-    def adopt(self, index: int, file: Path) -> None:
-        """Take the log of an engine that was started before, which is somebody else's to remove."""
-        self._files[index] = file
+        return self._files.setdefault(index, self.folder / f"engine-{index}.log")
 
     def keep(self, work: Store) -> list[str]:
         """Write the end of each log to `logs/` of the work folder; returns the places.
