@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,7 +13,10 @@ import pytest
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
 from batchllm_flows.demo.s3_server import S3Server, serve_s3
+from batchllm_operators.execute.backends import BackendKind, register_backend, unregister_backend
+from batchllm_operators.execute.backends.inline import InlineBackend, Script, ScriptedMaker
 from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.execution import ExecutionSpec
 
 PLACES = ("disk", "rclone", "moto")
 REPOSITORY = Path(__file__).parent.parent
@@ -83,6 +88,61 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, StorageO
     name = f"bucket-{uuid4().hex[:12]}"
     s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True).mkdir(name)
     return f"s3://{name}/folder", StorageOptions(endpoint_url=endpoint)
+
+
+class InlineEngines:
+    """What jobs with `execution.backend: inline` run on: scripted engines in threads of this process."""
+
+    def __init__(self) -> None:
+        self.script = Script()
+        """Of the engines that are started from now on."""
+        self.backends: list[InlineBackend] = []
+        """All that were opened, in their order."""
+
+    def open(self, execution: ExecutionSpec) -> InlineBackend:
+        """The engines of a run; `BackendKind.open`."""
+        self.backends.append(InlineBackend(execution.engines, lambda _place: ScriptedMaker(self.script)))
+        return self.backends[-1]
+
+
+@pytest.fixture
+def inline_engines() -> Iterator[InlineEngines]:
+    """Lets jobs name the backend `inline`."""
+    engines = InlineEngines()
+    register_backend(BackendKind("inline", engines.open))
+    yield engines
+    unregister_backend("inline")
+
+
+@pytest.fixture
+def told_engine(tmp_path: Path) -> Callable[..., str]:
+    """Makes an interpreter whose engine processes do as these settings say, see `told_engine.py`."""
+
+    def make(**settings: object) -> str:
+        told = tmp_path / f"told-{len(list(tmp_path.glob('told-*')))}"
+        told.mkdir()
+        (told / "settings.json").write_text(json.dumps(settings))
+        script = REPOSITORY / "tests/execute/told_engine.py"
+        interpreter = told / "interpreter"
+        interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "{told / "settings.json"}" "$@"\n')
+        interpreter.chmod(0o755)
+        return str(interpreter)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def group_is_gone() -> Callable[[int], bool]:
+    """Whether no process of a group is left."""
+
+    def gone(group: int) -> bool:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    return gone
 
 
 @pytest.fixture(scope="session")

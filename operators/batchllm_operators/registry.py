@@ -75,8 +75,8 @@ class Registry:
         points = self._entry_points().get(name, [])
         if not points:
             raise ValueError(
-                f"expected a {self._kind} among {', '.join(self.names())}, got {name!r}; others come with packages that"
-                f" have entry points in the group {self.group}"
+                f"expected {_article(self._kind)} {self._kind} among {', '.join(self.names())}, got {name!r}; others come "
+                f"with packages that have entry points in the group {self.group}"
             )
         if len(points) > 1:
             raise ValueError(
@@ -120,6 +120,10 @@ def _entry_points(group: str, _path: tuple[str, ...]) -> dict[str, list[EntryPoi
     for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
     return found
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
 
 
 def _imported(place: str) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -161,40 +158,9 @@ def make_engine() -> Iterator[Callable[..., StartedEngine]]:
         yield lambda **changes: ending.enter_context(local_engine(**changes))
 
 
-@pytest.fixture
-def told_engine(tmp_path: Path) -> Callable[..., str]:
-    """Makes an interpreter whose engine processes do as these settings say, see `told_engine.py`."""
-
-    def make(**settings: object) -> str:
-        told = tmp_path / f"told-{len(list(tmp_path.glob('told-*')))}"
-        told.mkdir()
-        (told / "settings.json").write_text(json.dumps(settings))
-        script = Path(__file__).with_name("told_engine.py")
-        interpreter = told / "interpreter"
-        interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "{told / "settings.json"}" "$@"\n')
-        interpreter.chmod(0o755)
-        return str(interpreter)
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def warm_engine(load_command: Load, s3_server: S3Server) -> Iterator[StartedEngine]:
     """One loaded engine for the tests of a module; it can reach the S3 server."""
     with local_engine(stall_s=120.0) as engine:
         engine.driver.load(load_command)
         yield engine
-
-
-@pytest.fixture(scope="session")
-def group_is_gone() -> Callable[[int], bool]:
-    """Whether no process of a group is left."""
-
-    def gone(group: int) -> bool:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    return gone

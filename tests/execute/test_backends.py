@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,24 @@ from batchllm_operators.execute.messages import (
 from batchllm_operators.records import BundleInfo
 from batchllm_operators.specs.execution import ModelSpec
 from tests.execute.engines import StartedEngine, inline_backend, local_backend, started_engine
+from tests.execute.pipe_backend import PipeBackend
+from tests.execute.told_engine import told_maker
 
 LOAD = Load(model=ModelSpec(id="m"), block_size=32, gpus=1)
 
 MakeBackend = Callable[..., EngineBackend]
 
 
-@pytest.fixture(params=["local", "inline"])
+@pytest.fixture(params=["local", "inline", "from outside"])
 def make_backend(request: pytest.FixtureRequest, told_engine: Callable[..., str]) -> MakeBackend:
     """Makes a backend whose scripted engines do as the settings say; processes die by a real signal."""
 
     def make(engines: int = 1, **script: object) -> EngineBackend:
         if request.param == "local":
             return local_backend(told_engine(**script), engines)
-        return inline_backend(engines, **script)
+        if request.param == "inline":
+            return inline_backend(engines, **script)
+        return PipeBackend(engines, partial(told_maker, script))
 
     return make
 

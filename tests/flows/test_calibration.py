@@ -11,6 +11,7 @@ from batchllm_operators.execute import calibration
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY
+from tests.conftest import InlineEngines
 from tests.flows.jobs import job, questions, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -57,7 +58,6 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(
     assert kept.names() == []
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize(
     ("changes", "rates"),
     [
@@ -83,9 +83,10 @@ def test_the_first_engine_measures_its_rates_and_later_jobs_find_them(
     ids=["switched off", "too short to be worth it", "the job says its own"],
 )
 def test_no_engine_measures_what_is_not_wanted(
-    tmp_path: Path, tiny_llama: str, changes: dict[str, object], rates: str
+    tmp_path: Path, tiny_llama: str, inline_engines: InlineEngines, changes: dict[str, object], rates: str
 ) -> None:
     write_input(str(tmp_path / "in"), questions(4))
+    changes = {**changes, "execution__backend": "inline"}
     report = batch_inference(job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama, **changes))
     plan = PlanSummary.model_validate_json(Store(report.work_uri).read_bytes(PLAN_SUMMARY))
     assert plan.forecast.rates == rates

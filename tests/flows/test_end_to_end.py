@@ -13,11 +13,13 @@ from prefect.artifacts import Artifact
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.html_report.step_trace import read_step_trace
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.execute.backends.inline import Script
 from batchllm_operators.machine.processor import processor
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import MANIFEST_FILE, PLAN_SUMMARY, REPORT_PAGE, RESULTS_FOLDER
+from tests.conftest import InlineEngines
 from tests.flows.jobs import job, questions, read_output, write_input
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -77,10 +79,12 @@ def test_a_job_from_s3_to_s3_answers_every_row_in_order_once(bucket: str, tiny_l
     assert max(read_output(f"{bucket}/out")["completion_tokens"].to_pylist()) == 3
 
 
-@pytest.mark.engine
-def test_an_interrupted_job_computes_only_what_is_missing(tmp_path: Path, tiny_llama: str) -> None:
+def test_an_interrupted_job_computes_only_what_is_missing(
+    tmp_path: Path, tiny_llama: str, inline_engines: InlineEngines
+) -> None:
+    inline_engines.script = Script(answer=lambda request: str(request.prompt_token_ids))
     write_input(str(tmp_path / "in"), questions())
-    this_job = job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama)
+    this_job = job(str(tmp_path / "in"), str(tmp_path / "out"), tiny_llama, execution__backend="inline")
     first = batch_inference(this_job)
     answers = read_output(first.output_uri)
     sink, work = Store(first.output_uri), Store(first.work_uri)
@@ -97,16 +101,18 @@ def test_an_interrupted_job_computes_only_what_is_missing(tmp_path: Path, tiny_l
     assert read_output(first.output_uri)["completion"].equals(answers["completion"])
 
 
-@pytest.mark.engine
-def test_bad_rows_become_row_errors_and_the_job_goes_on(bucket: str, tiny_llama: str) -> None:
+def test_bad_rows_become_row_errors_and_the_job_goes_on(
+    bucket: str, tiny_llama: str, inline_engines: InlineEngines
+) -> None:
     lines = [orjson.dumps(row) for row in questions(60).to_pylist()]
     lines[5] = b'{"id": "broken"'
     lines[7] = b'{"id": "bytes", "document": "\xff", "question": "?"}'
     lines[9] = orjson.dumps({"id": "long", "document": "word " * 4000, "question": "?"})
     Store(f"{bucket}/in").write_bytes("rows.jsonl", b"\n".join(lines))
     changes = {"source": {"uri": f"{bucket}/in/rows.jsonl", "format": "jsonl"}, "sink__format": "parquet"}
+    settings = {"max_error_fraction": 0.05, "backend": "inline"}
 
-    report = batch_inference(job("", f"{bucket}/out", tiny_llama, **changes, execution={"max_error_fraction": 0.05}))
+    report = batch_inference(job("", f"{bucket}/out", tiny_llama, **changes, execution=settings))
 
     assert report.error_rows == {"invalid_row": 2, "prompt_too_long": 1}
     output = read_output(f"{bucket}/out").to_pylist()

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -98,7 +99,7 @@ class EngineDriver:
         try:
             self._wait_for(Started, START_TIMEOUT_SECONDS)
             self._doing = "loading the model"
-            self.link.send(command)
+            self._send(command)
             loaded = self._wait_for(Loaded, self._deadlines.load_s)
         except BaseException:
             self._break()
@@ -118,7 +119,7 @@ class EngineDriver:
         settled = False
         events = self._inboxes.open(command.bundle)
         try:
-            self.link.send(command)
+            self._send(command)
             if not self._has_computed:
                 self._on_status(self._name, Loading(phase=EnginePhase.FIRST_TOKENS))
             while not settled:
@@ -147,7 +148,7 @@ class EngineDriver:
             self._closing.set()
             self._inboxes.end(_End(TerminalError, f"{self._name} was closed"))
             if self._loaded and not self._broken and self.link.death() is None:
-                self.link.send(Shutdown())
+                self._send(Shutdown())
                 self.link.death(self._deadlines.close_grace_s)
             self.link.kill()
             self._receiver.join()
@@ -173,13 +174,18 @@ class EngineDriver:
                 told = type(event).__name__
                 raise TerminalError(f"{self._name}: expected {kind.__name__} while {self._doing}, got {told}")
 
+    def _send(self, command: Load | Run | Shutdown) -> None:
+        # An engine that does not listen is dead, and whoever waits for its events is told so with the exit code.
+        with suppress(OSError):
+            self.link.send(command)
+
     def _receive(self) -> None:
         """Hand events to those who wait for them, until there are no more; runs in a thread of its own."""
         end: _End | None = None
         while end is None:
             try:
                 event = self.link.receive(_POLL_SECONDS)
-            except EOFError:
+            except (EOFError, OSError):
                 end = self._lost(self.link.death(DEATH_SECONDS))
             except ValueError as error:
                 end = _End(TerminalError, f"{self._name} said what is no event: {error}")

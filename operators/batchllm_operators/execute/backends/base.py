@@ -46,6 +46,11 @@ class Death:
     root_cause: str = ""
     """The error in its log that the others follow from; empty where none is found."""
 
+    @classmethod
+    def by_exit_code(cls, code: int, *, log_tail: str = "", root_cause: str = "") -> Death:
+        """The death of a process with this exit code, or minus the signal that killed it."""
+        return cls(f"killed by signal {-code}" if code < 0 else f"exit code {code}", code, log_tail, root_cause)
+
 
 class EngineLink(Protocol):
     """The connection to one started engine. `receive` is called by one thread; the rest may be called by any thread.
@@ -62,13 +67,17 @@ class EngineLink(Protocol):
         """Where the output of the engine can be read, for people; empty: nowhere."""
 
     def send(self, command: Load | Run | Shutdown) -> None:
-        """Give the engine a command, without waiting for it to listen. An engine that is dead takes it silently."""
+        """Give the engine a command, without waiting for it to listen.
+
+        Raises:
+            OSError: nobody listens. Whoever waits for events is told why, so the driver passes over it.
+        """
 
     def receive(self, timeout_s: float) -> Event | None:
         """The next event, or None where none came within so many seconds.
 
         Raises:
-            EOFError: there will be no more events.
+            EOFError, OSError: there will be no more events.
             ValueError: what came is no event.
         """
 

@@ -20,7 +20,7 @@ from batchllm_operators.execute.worker import EngineLoop, EngineMaker
 from batchllm_operators.records import EngineSetting
 from batchllm_operators.store import Store
 
-KILLED = Death("killed by signal 9", -9)
+KILLED = Death.by_exit_code(-9)
 JOIN_SECONDS = 10.0
 
 
@@ -262,7 +262,7 @@ class InlineLink:
         self._events.put(None)
 
     def _serve(self) -> None:
-        death = Death("exit code 0", 0)
+        death = Death.by_exit_code(0)
         try:
             self._loop.serve()
         except EngineKilledError:

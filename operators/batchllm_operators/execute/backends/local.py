@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.backends.base import BackendKind, Death, Place
@@ -21,9 +20,6 @@ from batchllm_operators.store import Store
 
 SEND_SECONDS = 1.0
 """A stopped engine whose socket is full counts as deaf after so long; who waits for its events is told why."""
-
-EXIT_CODE_SECONDS = 2.0
-"""The time between the end of a process's events and its exit code."""
 
 
 class LocalBackend:
@@ -103,7 +99,7 @@ class LocalLink:
 
     def send(self, command: Load | Run | Shutdown) -> None:
         """Write a command to the socket."""
-        with self._sending, suppress(OSError):
+        with self._sending:
             self._channel.sendall(encode(command))
 
     def receive(self, timeout_s: float) -> Event | None:
@@ -123,8 +119,7 @@ class LocalLink:
         code = self._process.exit_code(wait_s)
         if code is None:
             return None
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        return Death(how, code, self._process.last_lines(), self._process.root_cause())
+        return Death.by_exit_code(code, log_tail=self._process.last_lines(), root_cause=self._process.root_cause())
 
     def silence(self) -> str:
         """The state of the process, as Linux tells it."""
