@@ -74,8 +74,9 @@ class Registry:
             return self._registered[name]
         points = self._entry_points().get(name, [])
         if not points:
+            expected = f"{_article(self._kind)} {self._kind}"
             raise ValueError(
-                f"expected {_article(self._kind)} {self._kind} among {', '.join(self.names())}, got {name!r}; others come "
+                f"expected {expected} among {', '.join(self.names())}, got {name!r}; others come "
                 f"with packages that have entry points in the group {self.group}"
             )
         if len(points) > 1:
