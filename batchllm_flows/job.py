@@ -19,6 +19,7 @@ from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import FieldsPrompt, PromptSpec, SourceSpec
 from batchllm_operators.store import Store
+from batchllm_operators.task_names import GENERATE, TaskName
 from batchllm_operators.work.layout import FORMAT_VERSION, WORK_FOLDER
 
 
@@ -33,6 +34,7 @@ class BatchJob(SpecModel):
     """One large LLM job: which rows, which prompt, which model, and where the answers go."""
 
     name: str = Field(default="batch-inference", min_length=1, description="name of the job in reports and artifacts")
+    task: TaskName = Field(default=GENERATE, description="what the model does with each prompt")
     source: SourceSpec
     prompt: PromptSpec
     model: ModelSpec
@@ -81,6 +83,8 @@ class BatchJob(SpecModel):
         del spec["source"]["storage"]
         spec["model_versions"] = model_versions(pinned or self.model)
         spec["format_version"] = FORMAT_VERSION
+        if self.task == GENERATE:
+            del spec["task"]  # its ids are older than the other tasks
         if isinstance(self.prompt, FieldsPrompt):
             spec["field_order"] = self.planning.field_order
         return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])

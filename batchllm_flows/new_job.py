@@ -14,7 +14,8 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import Source, format_named, format_names, open_source
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.specs.source import SourceSpec
-from batchllm_operators.work.results import OUTPUT_FIELDS
+from batchllm_operators.tasks.generate import GENERATION
+from batchllm_operators.work.results import answer_columns
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHOWN_COLUMNS = 40
@@ -71,7 +72,7 @@ def _schema(source: Source) -> pa.Schema:
 
 def _job(source: Source, schema: pa.Schema, model: str) -> dict[str, Any]:
     columns = list(schema.names)
-    taken = {field.name for field in OUTPUT_FIELDS}
+    taken = {field.name for field in answer_columns(GENERATION)}
     spec = source.spec
     section: dict[str, Any] = {"uri": spec.uri, "format": spec.format}
     if (name := _id_column(columns)) is not None:

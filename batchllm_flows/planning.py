@@ -79,6 +79,7 @@ def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
         tokenizer_processes=job.execution.tokenizer_processes,
         fingerprint=run.objects,
         output_prefix=job.sink.prefix,
+        task_name=job.task,
     )
     refuse_too_many_errors(staged.error_rows, staged.rows, job.execution.max_error_fraction, staged.error_examples)
     return staged
@@ -133,7 +134,12 @@ def engine_work(run: JobRun) -> EngineWork:
     job = run.job
     return EngineWork(
         execution=job.execution,
-        load=Load(model=job.model, block_size=planned_block_size(job.planning), gpus=job.execution.gpus_per_engine),
+        load=Load(
+            model=job.model,
+            block_size=planned_block_size(job.planning),
+            gpus=job.execution.gpus_per_engine,
+            task=job.task,
+        ),
         sampling=job.sampling.parameters,
         work_uri=run.work.uri,
         storage=run.work.options,

@@ -18,6 +18,8 @@ from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_
 from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record, StageSummary
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
+from batchllm_operators.task_names import GENERATE
+from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import counted
 from batchllm_operators.work.bundles import is_bundle
 from batchllm_operators.work.damage import quarantined
@@ -152,9 +154,11 @@ def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
     if not names:
         return
     yield partial(_job_file, work, manifest)
+    task = GENERATE
     if any(name.startswith(f"{STAGED_FOLDER}/") for name in names):
         staged, faults = _record(work, STAGED_SUMMARY, StageSummary)
         yield lambda: faults
+        task = task if staged is None else staged.task
         yield from _digest_checks(work, [] if staged is None else [(part.name, part.digest) for part in staged.parts])
     if PLAN_SUMMARY in names:
         plan, plan_faults = _record(work, PLAN_SUMMARY, PlanSummary)
@@ -167,7 +171,7 @@ def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
     for name in sorted(names):
         folder = name.partition("/")[0]
         if folder == RESULTS_FOLDER:
-            yield partial(_readable, work, name, lambda name: checked_result_part(work, name))
+            yield partial(_readable, work, name, lambda name: checked_result_part(work, name, task_named(task)))
         elif folder in (TRACE_FOLDER, ATTENTION_TRACE_FOLDER):
             yield partial(_readable, work, name, lambda name: _scan(work, name))
 

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
-from batchllm_operators.execute.engine import Engine, Request, VllmEngine
+from batchllm_operators.execute.engine import Engine, Request
+from batchllm_operators.execute.vllm_engine import VllmEngine
 from batchllm_operators.machine.processor import cpu_name
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sampling import SamplingParameters

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -143,6 +146,16 @@ def group_is_gone() -> Callable[[int], bool]:
         return False
 
     return gone
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Any:
+    """vLLM with all that its engine imports; the test is skipped where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vLLM's and torch's own, while they are imported
+        vllm = pytest.importorskip("vllm")
+        importlib.import_module("vllm.v1.engine.llm_engine")  # what we use of it imports all the rest
+        return vllm
 
 
 @pytest.fixture(scope="session")

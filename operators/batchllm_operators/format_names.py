@@ -5,13 +5,11 @@ The formats themselves are in `batchllm_operators.formats`, above the parts of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, GetJsonSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator
 
-from batchllm_operators.registry import Registry
+from batchllm_operators.registry import NamesInSchema, Registry
 
 FORMATS = Registry(
     kind="format",
@@ -22,14 +20,6 @@ FORMATS = Registry(
         "jsonl": "batchllm_operators.formats.jsonl:JSONL",
     },
 )
-
-
-@dataclass(frozen=True)
-class _KnownNames:
-    """Lists the names in the JSON Schema of a job: a form shows them as a choice."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), "enum": FORMATS.names()}
 
 
 def _usable(name: str, side: Literal["reader", "writer"]) -> str:
@@ -47,8 +37,8 @@ def _writable(name: str) -> str:
     return _usable(name, "writer")
 
 
-SourceFormat = Annotated[str, AfterValidator(_readable), _KnownNames()]
+SourceFormat = Annotated[str, AfterValidator(_readable), NamesInSchema(FORMATS)]
 """Name of a format that can be read."""
 
-SinkFormat = Annotated[str, AfterValidator(_writable), _KnownNames()]
+SinkFormat = Annotated[str, AfterValidator(_writable), NamesInSchema(FORMATS)]
 """Name of a format that can be written."""

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from batchllm_operators.task_names import GENERATE
+
 REQUEST_KEY_BYTES = 16
 
 
@@ -22,11 +24,13 @@ class RequestKeys:
     Args:
         model_id: id or path of the model.
         revision: its revision, or None.
+        task: what it does with each prompt. Generation is not named in its keys, which are older than the other tasks.
     """
 
-    def __init__(self, model_id: str, revision: str | None) -> None:
+    def __init__(self, model_id: str, revision: str | None, task: str = GENERATE) -> None:
         self._base = hashlib.blake2b(digest_size=REQUEST_KEY_BYTES, person=b"batchllm-request")
-        self._base.update(_framed(canonical_json({"model": model_id, "revision": revision})))
+        made_by = {"model": model_id, "revision": revision} | ({} if task == GENERATE else {"task": task})
+        self._base.update(_framed(canonical_json(made_by)))
 
     def key(
         self, prompt_token_ids: npt.NDArray[np.int32], sampling: Mapping[str, Any], *, row_index: int | None

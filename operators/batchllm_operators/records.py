@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from batchllm_operators.task_names import GENERATE
 from batchllm_operators.wording import counted, first_of
 
 
@@ -75,6 +76,8 @@ class StageSummary(Record):
     """The first of them, each with the reason."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
+    task: str = GENERATE
+    """What the model does with each prompt; the request keys hold for this task alone."""
     seconds: float
 
     def left_out_text(self) -> str:

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 
 class Registry:
@@ -112,6 +116,27 @@ class Registry:
 
     def _entry_points(self) -> dict[str, list[EntryPoint]]:
         return _entry_points(self.group, tuple(sys.path))
+
+
+@dataclass(frozen=True)
+class NamesInSchema:
+    """Lists the names of a registry in the JSON Schema of a job: a form shows them as a choice."""
+
+    registry: Registry
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": self.registry.names()}
+
+
+def known_name(registry: Registry) -> tuple[AfterValidator, NamesInSchema]:
+    """The annotations of a field of a job that names something of a registry, which is not imported for that."""
+
+    def known(name: str) -> str:
+        if name not in registry.names():
+            registry.get(name)  # says which names there are
+        return name
+
+    return AfterValidator(known), NamesInSchema(registry)
 
 
 @lru_cache(maxsize=8)

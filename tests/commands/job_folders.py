@@ -18,9 +18,9 @@ from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import StageSummary
 from batchllm_operators.stage.step import stage_source
 from batchllm_operators.work.layout import REPORT_FILE
-from batchllm_operators.work.results import RESULT_SCHEMA
 from tests.flows.jobs import job_values, questions, write_input
 from tests.flows.reports import STARTED
+from tests.generation import RESULT_SCHEMA
 
 
 def write_job(folder: Path, model: str, /, rows: pa.Table | None = None, **changes: Any) -> Path:

@@ -16,7 +16,8 @@ from typing import Any
 
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.execute.engine import Request, VllmEngine
+from batchllm_operators.execute.engine import Request
+from batchllm_operators.execute.vllm_engine import VllmEngine
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sampling import SamplingParameters
 
@@ -39,7 +40,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     tokens = {}
     while engine.unfinished:
         for done in engine.step():
-            tokens[done.request_key.hex()] = done.output_token_ids
+            tokens[done.request_key.hex()] = done.values[0]
     attention = next(one for one in engine.settings if one.name == "attention")
     engine.close()
     return {

@@ -21,8 +21,8 @@ from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import BUNDLE_SCHEMA
 from batchllm_operators.work.layout import PLAN_FOLDER
-from batchllm_operators.work.results import RESULT_SCHEMA
 from tests.execute.engines import StartedEngine, local_engine
+from tests.generation import RESULT_SCHEMA
 
 BLOCK_SIZE = 32
 PREFIX = list(range(1000, 1000 + 2 * BLOCK_SIZE))
@@ -88,7 +88,7 @@ class WorkFolder:
         """What the engines of a run on this folder are to do."""
         return EngineWork(
             execution=ExecutionSpec(**execution),
-            load=load or Load(model=ModelSpec(id="m"), block_size=BLOCK_SIZE, gpus=1),
+            load=load or Load(model=ModelSpec(id="m"), block_size=BLOCK_SIZE, gpus=1, task="generate"),
             sampling=SamplingParameters(),
             work_uri=self.store.uri,
             storage=self.store.options,
@@ -101,6 +101,7 @@ class WorkFolder:
             digest=bundle.digest,
             work_uri=self.store.uri,
             storage=StorageOptions(),
+            task="generate",
             sampling=SamplingParameters(),
             part_rows=1000,
             part_seconds=60,
@@ -148,7 +149,7 @@ def tiny_model(tiny_llama: str) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def load_command(tiny_model: ModelSpec) -> Load:
-    return Load(model=tiny_model, block_size=BLOCK_SIZE, gpus=1)
+    return Load(model=tiny_model, block_size=BLOCK_SIZE, gpus=1, task="generate")
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from tests.execute.engines import StartedEngine, inline_backend, local_backend, 
 from tests.execute.pipe_backend import PipeBackend
 from tests.execute.told_engine import told_maker
 
-LOAD = Load(model=ModelSpec(id="m"), block_size=32, gpus=1)
+LOAD = Load(model=ModelSpec(id="m"), block_size=32, gpus=1, task="generate")
 
 MakeBackend = Callable[..., EngineBackend]
 

@@ -16,8 +16,9 @@ from batchllm_operators.execute.calibration import (
     measure,
     synthetic_loads,
 )
-from batchllm_operators.execute.engine import Completion, EngineLimits, Request
+from batchllm_operators.execute.engine import EngineLimits, Request
 from batchllm_operators.specs.planning import CostModel
+from batchllm_operators.tasks import Answer
 
 LIMITS = EngineLimits(
     device="2 x Abacus",
@@ -49,14 +50,14 @@ class RatedEngine:
     def unfinished(self) -> int:
         return len(self.held)
 
-    def submit(self, request: Request) -> Completion | None:
+    def submit(self, request: Request) -> Answer | None:
         self.submitted.append(request)
         prompt = request.prompt_token_ids
         cached = (len(prompt) - 1) // BLOCK * BLOCK if tuple(prompt) in self.cache else 0
         self.held.append([request, cached, len(prompt) - cached, 0])
         return None
 
-    def step(self) -> list[Completion]:
+    def step(self) -> list[Answer]:
         left = self.limits.max_step_tokens
         seconds = self.rates.step_seconds
         done = []
@@ -80,15 +81,7 @@ class RatedEngine:
             self.held.remove(one)
             self.cache.add(tuple(one[0].prompt_token_ids))
         return [
-            Completion(
-                request.key,
-                [1] * output,
-                "",
-                "length",
-                prompt_tokens=len(request.prompt_token_ids),
-                cached_tokens=cached,
-                completion_tokens=output,
-            )
+            Answer(request.key, ([1] * output, "", "length"), len(request.prompt_token_ids), cached, output)
             for request, cached, _, output in done
         ]
 
@@ -115,7 +108,7 @@ def test_steps_that_something_else_holds_up_do_not_count() -> None:
 
         decode_steps = prefill_runs = 0
 
-        def step(self) -> list[Completion]:
+        def step(self) -> list[Answer]:
             decoding = all(prefill == 0 for _, _, prefill, _ in self.held)
             alone = all(request.sampling.max_tokens == 1 for request, *_ in self.held)
             finished = super().step()
@@ -150,8 +143,8 @@ def test_a_model_that_never_gives_a_second_token_is_not_calibrated(caplog: pytes
 
 def test_an_engine_that_refuses_random_tokens_is_not_calibrated(caplog: pytest.LogCaptureFixture) -> None:
     class Refusing(RatedEngine):
-        def submit(self, request: Request) -> Completion | None:
-            return Completion(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "not these"))
+        def submit(self, request: Request) -> Answer | None:
+            return Answer(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "not these"))
 
     engine = Refusing()
     with caplog.at_level(logging.WARNING):

@@ -130,7 +130,7 @@ def test_an_engine_core_in_its_own_process_is_killed_with_its_dead_leader(
 
 def test_a_model_folder_that_does_not_exist_is_named_and_not_tried_again(tmp_path: Path, work: Any) -> None:
     missing = str(tmp_path / "no-such-model")
-    pool = WatchedRuns(work.engine_work(Load(model=ModelSpec(id=missing), block_size=32, gpus=1)))
+    pool = WatchedRuns(work.engine_work(Load(model=ModelSpec(id=missing), block_size=32, gpus=1, task="generate")))
     with pool.fleet:
         for _ in range(2):
             with pytest.raises(TerminalError, match="no such folder") as caught:

@@ -19,9 +19,13 @@ from batchllm_operators.specs.execution import ModelSpec
 KNOWN = [*RESERVED, "max_num_seqs", "enforce_eager"]
 
 
+def arguments(model: ModelSpec) -> dict[str, Any]:
+    return engine_arguments(model, block_size=16, gpus=1, runner="generate", known=KNOWN)
+
+
 def test_the_job_decides_what_it_has_fields_for_and_passes_the_rest_through() -> None:
     model = ModelSpec(id="org/name", revision="v1", dtype="float16", max_model_len=99, engine_args={"max_num_seqs": 3})
-    assert engine_arguments(model, block_size=16, gpus=2, known=KNOWN) == {
+    assert engine_arguments(model, block_size=16, gpus=2, runner="generate", known=KNOWN) == {
         "model": "org/name",
         "revision": "v1",
         "tokenizer_revision": "v1",
@@ -38,18 +42,28 @@ def test_the_job_decides_what_it_has_fields_for_and_passes_the_rest_through() ->
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_an_argument_with_its_own_place_is_refused_with_that_place(name: str) -> None:
     with pytest.raises(TerminalError, match=name) as caught:
-        engine_arguments(ModelSpec(id="m", engine_args={name: 1}), block_size=16, gpus=1, known=KNOWN)
+        engine_arguments(
+            ModelSpec(id="m", engine_args={name: 1}), block_size=16, gpus=1, runner="generate", known=KNOWN
+        )
     assert RESERVED[name] in str(caught.value)
 
 
 def test_a_misspelt_argument_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(TerminalError, match="'enforce_eagre'; did you mean 'enforce_eager'"):
-        engine_arguments(ModelSpec(id="m", engine_args={"enforce_eagre": True}), block_size=16, gpus=1, known=KNOWN)
+        engine_arguments(
+            ModelSpec(id="m", engine_args={"enforce_eagre": True}),
+            block_size=16,
+            gpus=1,
+            runner="generate",
+            known=KNOWN,
+        )
 
 
 def test_an_argument_like_no_other_is_refused_without_a_guess() -> None:
     with pytest.raises(TerminalError, match="no engine argument 'zzz'; see vLLM's EngineArgs"):
-        engine_arguments(ModelSpec(id="m", engine_args={"zzz": True}), block_size=16, gpus=1, known=KNOWN)
+        engine_arguments(
+            ModelSpec(id="m", engine_args={"zzz": True}), block_size=16, gpus=1, runner="generate", known=KNOWN
+        )
 
 
 def test_on_gpus_the_number_of_sequences_is_no_limit_below_memory() -> None:

@@ -8,9 +8,10 @@ import pytest
 
 from batchllm_operators.errors import DamagedObjectError, RowError, RowErrorCode, TerminalError
 from batchllm_operators.execute.bundle_run import BundleRun
-from batchllm_operators.execute.engine import Completion, Engine, Request
+from batchllm_operators.execute.engine import Engine, Request
 from batchllm_operators.execute.feeding import BundleFeed, BundleStep, count, read_requests, read_rows
 from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.tasks import Answer
 from batchllm_operators.work.bundles import bundle_keys
 
 SAMPLING = SamplingParameters(temperature=0.5, stop=("end",))
@@ -30,16 +31,16 @@ class StepByStepEngine:
     def unfinished(self) -> int:
         return len(self.held)
 
-    def submit(self, request: Request) -> Completion | None:
+    def submit(self, request: Request) -> Answer | None:
         if not request.prompt_token_ids:
-            return Completion(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "empty"))
+            return Answer(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "empty"))
         self.held.append(request)
         self.most_held = max(self.most_held, len(self.held))
         return None
 
-    def step(self) -> list[Completion]:
+    def step(self) -> list[Answer]:
         done = self.held.pop(0)
-        return [Completion(done.key, [1], "a", "stop", prompt_tokens=3, cached_tokens=2, completion_tokens=1)]
+        return [Answer(done.key, ([1], "a", "stop"), 3, 2, 1)]
 
     def abort(self) -> None:
         self.held.clear()

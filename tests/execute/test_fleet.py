@@ -22,7 +22,7 @@ from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
 from batchllm_operators.specs.sampling import SamplingParameters
 from tests.execute.told_links import CALIBRATION, KILLED, ToldBackend, ToldLink
 
-LOAD = Load(model=ModelSpec(id="m"), block_size=64, gpus=2)
+LOAD = Load(model=ModelSpec(id="m"), block_size=64, gpus=2, task="generate")
 
 
 def does_not_load(message: str, *, transient: bool) -> Failed:
@@ -69,7 +69,9 @@ def attention_forecast(*, pays: bool) -> AttentionForecast:
 def test_engines_get_vllms_own_attention_where_the_plan_was_to_choose_and_expects_no_gain(
     work: Any, asked: Any, forecast: AttentionForecast | None, loaded: str
 ) -> None:
-    told: EngineWork = work.engine_work(Load(model=ModelSpec(id="m", attention=asked), block_size=16, gpus=1))
+    told: EngineWork = work.engine_work(
+        Load(model=ModelSpec(id="m", attention=asked), block_size=16, gpus=1, task="generate")
+    )
     load = told.with_attention(forecast).load
     assert load.model.attention == loaded
     changed = asked == "auto" and loaded == "stock"
@@ -86,7 +88,7 @@ def test_an_engine_gets_what_the_job_says(make_pool: Callable[..., Pool], work: 
     bundle = work.write_bundle()
     with make_pool([link]) as pool:
         pool.run_bundle(bundle)
-    assert link.loads == [Load(model=ModelSpec(id="m"), block_size=64, gpus=2)]
+    assert link.loads == [Load(model=ModelSpec(id="m"), block_size=64, gpus=2, task="generate")]
     (run,) = link.runs
     assert (run.bundle, run.work_uri) == (bundle.name, work.store.uri)
     assert (run.part_rows, run.part_seconds) == (7, 3.5)

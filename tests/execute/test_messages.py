@@ -32,6 +32,7 @@ RUN = Run(
     bundle="plan/bundle-00000.parquet",
     work_uri="s3://bucket/work",
     storage=StorageOptions(endpoint_url="http://127.0.0.1:1"),
+    task="generate",
     sampling=SamplingParameters(stop=("line\nbreak", "ünï")),
     part_rows=10,
     part_seconds=1.5,
@@ -42,7 +43,13 @@ RUN = Run(
 @pytest.mark.parametrize(
     "command",
     [
-        Load(model=ModelSpec(id="m", engine_args={"enforce_eager": True}), block_size=32, gpus=1, calibrate=True),
+        Load(
+            model=ModelSpec(id="m", engine_args={"enforce_eager": True}),
+            block_size=32,
+            gpus=1,
+            task="generate",
+            calibrate=True,
+        ),
         RUN,
         Shutdown(),
     ],

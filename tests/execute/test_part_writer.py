@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError, TransientError
-from batchllm_operators.execute.engine import Completion
-from batchllm_operators.execute.part_writer import QUEUED_PARTS, PartWriter, part_table
+from batchllm_operators.execute.part_writer import QUEUED_PARTS, PartWriter
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA
+from batchllm_operators.tasks import Answer
+from batchllm_operators.tasks.generate import GENERATION
+from batchllm_operators.work.results import answers_table
+from tests.generation import RESULT_SCHEMA
 
 
 class Clock:
@@ -69,12 +71,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def answers(first: int, count: int) -> list[Completion]:
+def answers(first: int, count: int) -> list[Answer]:
     return [
-        Completion(
-            number.to_bytes(16, "big"), [1, 2], "text", "stop", prompt_tokens=9, cached_tokens=4, completion_tokens=2
-        )
-        for number in range(first, first + count)
+        Answer(number.to_bytes(16, "big"), ([1, 2], "text", "stop"), 9, 4, 2) for number in range(first, first + count)
     ]
 
 
@@ -87,7 +86,7 @@ def writer(store: Store, clock: Clock, **changes: Any) -> PartWriter:
         "clock": clock,
         **changes,
     }
-    return PartWriter(store, **settings)
+    return PartWriter(store, GENERATION, **settings)
 
 
 def rows(store: Store) -> dict[int, int]:
@@ -166,8 +165,8 @@ def test_a_terminal_fault_is_not_waited_out(tmp_path: Path, clock: Clock) -> Non
 
 
 def test_an_error_stands_in_its_row_with_null_tokens() -> None:
-    failed = Completion(bytes(16), error=RowError(RowErrorCode.ENGINE_ERROR, "too long"))
-    table = part_table([failed, *answers(1, 1)])
+    failed = Answer(bytes(16), error=RowError(RowErrorCode.ENGINE_ERROR, "too long"))
+    table = answers_table(GENERATION, [failed, *answers(1, 1)])
     assert table.schema == RESULT_SCHEMA
     first, second = table.to_pylist()
     assert first.pop("error") == {"code": "engine_error", "message": "too long"}

@@ -23,6 +23,7 @@ from batchllm_operators.records import Manifest
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.generate import GENERATION
 from batchllm_operators.work.columns import KEY_TYPE
 from batchllm_operators.work.layout import (
     JOB_FILE,
@@ -32,7 +33,7 @@ from batchllm_operators.work.layout import (
     SAMPLES_FILE,
     STAGED_SUMMARY,
 )
-from batchllm_operators.work.results import RESULT_SCHEMA, checked_result_part, read_result_part
+from batchllm_operators.work.results import checked_result_part, read_result_part
 from tests.faults.damage import (
     Damage,
     append,
@@ -48,6 +49,7 @@ from tests.faults.damage import (
 )
 from tests.faults.told_jobs import PART_ROWS, ToldJob, result_table
 from tests.flows.reports import a_report
+from tests.generation import RESULT_SCHEMA
 
 STAGED = "staged/part-00000.parquet"
 BUNDLE = "plan/bundle-00000.parquet"
@@ -171,19 +173,19 @@ def test_a_damaged_bundle_of_the_plan_that_is_executed_is_never_read(unmerged: T
 def test_no_flipped_bit_of_a_result_part_is_ever_read_as_an_answer(unmerged: ToldJob) -> None:
     work = unmerged.work()
     name = first_part(work)
-    whole, table = work.read_bytes(name), checked_result_part(work, name)
-    assert checked_result_part(work, name).equals(table)
+    whole, table = work.read_bytes(name), checked_result_part(work, name, GENERATION)
+    assert checked_result_part(work, name, GENERATION).equals(table)
     for place in range(0, len(whole), 3):
         work.write_bytes(name, whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         with pytest.raises(DamagedObjectError):
-            checked_result_part(work, name)
+            checked_result_part(work, name, GENERATION)
 
 
 def test_a_part_that_could_not_be_read_just_once_is_not_set_aside(
     unmerged: ToldJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = unmerged.work()
-    name, whole = first_part(work), checked_result_part(work, first_part(work))
+    name, whole = first_part(work), checked_result_part(work, first_part(work), GENERATION)
     parquet_of, broken = Store.parquet, [True]
 
     def breaks_off(self: Store, name: str, **how: Any) -> object:
@@ -193,7 +195,7 @@ def test_a_part_that_could_not_be_read_just_once_is_not_set_aside(
         return parquet_of(self, name, **how)
 
     monkeypatch.setattr(Store, "parquet", breaks_off)
-    table = read_result_part(work, name, ["completion"])
+    table = read_result_part(work, name, GENERATION, ["completion"])
     assert table is not None
     assert table.equals(whole.select(["completion"]))
     assert work.exists(name)
@@ -205,13 +207,13 @@ def test_of_a_part_with_a_digest_only_the_wanted_columns_are_decoded(unmerged: T
     told, untold = f"results/part-a-{digest_of_bytes(undecodable)}.parquet", "results/part-a.parquet"
     for name in (told, untold):
         work.write_bytes(name, undecodable)
-    table = read_result_part(work, told, ["prompt_tokens"])
+    table = read_result_part(work, told, GENERATION, ["prompt_tokens"])
     assert table is not None
     assert (table.column_names, table.num_rows) == (["prompt_tokens"], PART_ROWS)
     # The content of a part whose name tells no digest is vouched for by its pages alone, so that all are looked at.
-    assert read_result_part(work, untold, ["prompt_tokens"]) is None
+    assert read_result_part(work, untold, GENERATION, ["prompt_tokens"]) is None
     with pytest.raises(DamagedObjectError):
-        checked_result_part(work, told)
+        checked_result_part(work, told, GENERATION)
 
 
 @pytest.mark.parametrize("how", [truncate, empty, flip_last_bits, replace(b"[]"), replace(b"{}")])

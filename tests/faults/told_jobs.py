@@ -20,7 +20,8 @@ from batchllm_operators.records import Manifest, PlanSummary, StageSummary
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import QUARANTINE_FOLDER
-from batchllm_operators.work.results import RESULT_SCHEMA, encoded_part
+from batchllm_operators.work.results import encoded_part
+from tests.generation import RESULT_SCHEMA
 
 PART_ROWS = 5
 ROWS = 24

@@ -31,6 +31,7 @@ from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import SourceSpec
 from tests.formats import tsv as toy
 from tests.formats.tsv import TSV, TsvReader
+from tests.installed_packages import install_entry_point
 
 JOB = """
 name: from-outside
@@ -58,10 +59,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def install(place: Path, package: str, entry: str, module: str | None = None) -> None:
     """Put a package with one entry point there, as an installer does."""
-    information = place / f"{package}-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text(f"[batchllm_flows.formats]\n{entry}\n")
+    install_entry_point(place, package, "batchllm_flows.formats", entry)
     if module is not None:
         (place / f"{package}.py").write_text(module)
 

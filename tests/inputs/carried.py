@@ -18,9 +18,10 @@ from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import PromptSpec, SourceSpec
-from batchllm_operators.stage.staging import sink_schema, stage_rows
+from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA
+from batchllm_operators.work.staged import carried_schema
+from tests.generation import RESULT_SCHEMA
 
 PROMPT: TypeAdapter[PromptSpec] = TypeAdapter(PromptSpec)
 WITHOUT_COLUMNS = {"kind": "template", "template": "Say yes."}
@@ -51,7 +52,7 @@ class Carried:
     @property
     def schema(self) -> pa.Schema:
         """Of the carried columns."""
-        return sink_schema(self.staged)
+        return carried_schema(self.staged)
 
     @property
     def table(self) -> pa.Table:

@@ -22,8 +22,8 @@ from batchllm_operators.records import InputObject, Manifest, RowErrorExample, S
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA
 from batchllm_operators.work.staged import STAGED_SCHEMA
+from tests.generation import RESULT_SCHEMA
 
 JOB_ID = "0123456789abcdef"
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.records import OutputSamples
 from batchllm_operators.work.layout import MANIFEST_FILE, SAMPLES_FILE
-from batchllm_operators.work.results import OUTPUT_FIELDS
+from tests.generation import OUTPUT_FIELDS
 
 from .conftest import JOB_ID, Job, answer, engine_error, error_counts, plain
 

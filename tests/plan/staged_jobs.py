@@ -9,8 +9,8 @@ import pyarrow as pa
 from batchllm_operators.keys import RequestKeys
 from batchllm_operators.records import PlanSummary, StagedPart, StageSummary
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA
 from batchllm_operators.work.staged import STAGED_SCHEMA
+from tests.generation import RESULT_SCHEMA
 
 KEYS = RequestKeys("test-model", None)
 

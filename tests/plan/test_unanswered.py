@@ -11,7 +11,7 @@ from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA
+from tests.generation import RESULT_SCHEMA
 from tests.plan.staged_jobs import stage_prompts
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5, 6], [7]]

@@ -14,8 +14,8 @@ import pytest
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import BATCH_ROWS, Source, open_source
 from batchllm_operators.specs.source import SourceSpec
-from batchllm_operators.stage.staging import sink_schema
 from batchllm_operators.store import Store
+from batchllm_operators.work.staged import carried_schema
 
 from .conftest import Stage, json_lines
 
@@ -84,7 +84,7 @@ def test_selected_columns_that_do_not_exist_are_refused(stage: Stage) -> None:
 def test_only_selected_columns_go_to_the_sink_but_the_prompt_may_use_others(stage: Stage) -> None:
     for work, rows in (("1", [{"a": 1, "text": "x", "b": 2}]), ("2", json_lines({"a": 1, "text": "x", "b": 2}))):
         staged = stage(rows, columns=["b", "a"], work=work)  # type: ignore[arg-type]
-        assert sink_schema(staged.summary) == pa.schema([("b", pa.int64()), ("a", pa.int64())])
+        assert carried_schema(staged.summary) == pa.schema([("b", pa.int64()), ("a", pa.int64())])
         assert staged.errors == [None]
 
 
@@ -148,7 +148,7 @@ def test_json_types_are_unified_over_all_rows(stage: Stage) -> None:
         {"text": "x", "n": None, "m": True, "e": {}, "null": None, "big": 2**63},
     ]
     staged = stage(json_lines(*rows))
-    schema = sink_schema(staged.summary)
+    schema = carried_schema(staged.summary)
     source = open_source(SourceSpec(uri=str(Path(staged.work.uri).parent / "input.jsonl"), format="jsonl"))
     tables = list(source.tables(schema))
     assert all(table.schema == schema for table in tables)
@@ -174,7 +174,7 @@ def test_large_integers_within_structs_and_lists_keep_their_digits_also_beside_f
     rows += [{"text": "x", "o": {"a": 2**60 + 1, "b": 2**63 - 1}, "l": [2**60 + 1, None], "f": 2**53}]
     staged = stage(json_lines(*rows))
     source = open_source(SourceSpec(uri=str(Path(staged.work.uri).parent / "input.jsonl"), format="jsonl"))
-    last = pa.concat_tables(source.tables(sink_schema(staged.summary))).slice(len(rows) - 1).to_pylist()
+    last = pa.concat_tables(source.tables(carried_schema(staged.summary))).slice(len(rows) - 1).to_pylist()
     objects = '{"a":1152921504606846977,"b":9223372036854775807}'
     assert last == [{"text": "x", "o": objects, "l": "[1152921504606846977,null]", "f": 2.0**53}]
 
@@ -183,7 +183,7 @@ def test_an_empty_dataset_has_no_rows(stage: Stage, tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string()), "n": pa.array([], pa.int64())}), tmp_path / "e.parquet")
     staged = stage(tmp_path / "e.parquet")
     assert (staged.summary.rows, staged.summary.parts) == (0, ())
-    assert sink_schema(staged.summary).names == ["text", "n"]
+    assert carried_schema(staged.summary).names == ["text", "n"]
     staged = stage(b"", {"kind": "chat", "user": "{{ text }}"}, columns=["text"], work="json")
     assert (staged.summary.rows, staged.summary.parts) == (0, ())
 

@@ -17,7 +17,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from batchllm_operators.execute.calibration import measure
-from batchllm_operators.execute.engine import Request, VllmEngine
+from batchllm_operators.execute.engine import Request
+from batchllm_operators.execute.vllm_engine import VllmEngine
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sampling import SamplingParameters
 

@@ -1,4 +1,4 @@
-"""What `execute/engine.py` relies on in vLLM, symbol by symbol; no model is loaded."""
+"""What `execute/vllm_engine.py` relies on in vLLM, symbol by symbol; no model is loaded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_engine_args_has_every_field_we_set_or_reserve() -> None:
 
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     assert set(RESERVED) <= fields
-    assert set(engine_arguments(ModelSpec(id="m"), block_size=32, gpus=1, known=fields)) <= fields
+    assert set(engine_arguments(ModelSpec(id="m"), block_size=32, gpus=1, runner="generate", known=fields)) <= fields
     assert {"kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_seqs", "enforce_eager"} <= fields
     # What a plan checks names against, without importing vLLM, or without having it.
     assert known_engine_arguments() == ENGINE_ARGUMENTS == fields

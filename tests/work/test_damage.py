@@ -14,6 +14,7 @@ from batchllm_operators.plan.requests import read_results
 from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.records import OutputSamples, StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.generate import GENERATION
 from batchllm_operators.work.damage import quarantined
 from batchllm_operators.work.json_objects import checked_record, read_record, write_record
 from batchllm_operators.work.layout import SAMPLES_FILE
@@ -26,16 +27,16 @@ SAMPLES = OutputSamples(truncated_rows=1, answers=(), errors={})
 
 
 def answered_by_plan(work: Store, stage: StageSummary) -> int:
-    return len(read_results([work]).keys)
+    return len(read_results([work], GENERATION).keys)
 
 
 def answered_by_merge(work: Store, stage: StageSummary) -> int:
     index = index_requests(stage, work)
-    return len(index) - len(choose_results(index, part_names(work), work).missing)
+    return len(index) - len(choose_results(index, part_names(work), work, GENERATION).missing)
 
 
 def answered_by_execute(work: Store, stage: StageSummary) -> int:
-    return len(known_results(work, part_names(work))[0])
+    return len(known_results(work, GENERATION, part_names(work))[0])
 
 
 def answered_by_status(work: Store, stage: StageSummary) -> int:

@@ -15,9 +15,9 @@ import batchllm_operators
 import benchmarks.staged
 from batchllm_operators.work import layout
 from batchllm_operators.work.bundles import BUNDLE_SCHEMA, bundle_name
-from batchllm_operators.work.results import RESULT_SCHEMA
 from batchllm_operators.work.staged import ESTIMATE_FIELD, STAGED_SCHEMA
 from batchllm_operators.work.traces import ATTENTION_TRACE_SCHEMA
+from tests.generation import RESULT_SCHEMA
 
 WORK = Path(batchllm_operators.__file__).parent / "work"
 FOLDERS = [Path(package.__file__ or "").parent for package in (batchllm_flows, batchllm_kernels, batchllm_operators)]

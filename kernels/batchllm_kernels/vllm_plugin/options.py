@@ -71,7 +71,10 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """What the plan says about a request; it travels in `SamplingParams.extra_args["batchllm"]`."""
+    """What the plan says about a request.
+
+    It travels in `SamplingParams.extra_args["batchllm"]`, or in `PoolingParams.extra_kwargs["batchllm"]`.
+    """
 
     group: str
     """Name of the request's prefix group, different from the name of every other group that the engine gets."""

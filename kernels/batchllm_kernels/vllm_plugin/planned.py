@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 
 def planned_request(request: Request) -> PlannedRequest | None:
-    """What the plan says about a request; None for a request that no plan knows, as of a pooling model."""
-    sampling = request.sampling_params
-    return PlannedRequest.from_extra_args(sampling.extra_args) if sampling else None
+    """What the plan says about a request; None for a request that no plan knows."""
+    if request.sampling_params is not None:
+        return PlannedRequest.from_extra_args(request.sampling_params.extra_args)
+    pooling = request.pooling_params
+    return None if pooling is None else PlannedRequest.from_extra_args(pooling.extra_kwargs)
 
 
 def group_of(request: Request) -> str:

@@ -11,6 +11,7 @@ from batchllm_operators.execute.feeding import BundleStep, count, known_results,
 from batchllm_operators.execute.messages import AllRead, BundleDone, BundleEvent, Failed, PartWritten, Progress, Run
 from batchllm_operators.execute.part_writer import PartWriter
 from batchllm_operators.store import Store
+from batchllm_operators.tasks import task_named
 from batchllm_operators.work.bundles import check_bundle
 
 
@@ -38,12 +39,14 @@ class BundleRun:
         self.name = command.bundle
         self.work = store = Store(command.work_uri, command.storage)
         check_bundle(store, command.bundle, command.digest)
-        done, self._counts = known_results(store, command.known_parts)
+        task = task_named(command.task)
+        done, self._counts = known_results(store, task, command.known_parts)
         self.requests = read_rows(store, command.bundle, command.sampling, done, command.rows)
         self._known_parts = command.known_parts
         self._send = send
         self._writer = PartWriter(
             store,
+            task,
             part_rows=command.part_rows,
             part_seconds=command.part_seconds,
             on_part=lambda name: send(PartWritten(bundle=self.name, name=name)),

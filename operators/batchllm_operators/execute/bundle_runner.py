@@ -9,17 +9,16 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from batchllm_operators.errors import EngineDiedError, RowError, RowErrorCode, TerminalError
-from batchllm_operators.execute.engine import Completion
 from batchllm_operators.execute.engine_work import EngineWork
 from batchllm_operators.execute.feeding import known_results
 from batchllm_operators.execute.fleet import EngineFleet
 from batchllm_operators.execute.isolation import find_guilty
 from batchllm_operators.execute.messages import AllRead, BundleCounts, BundleDone, PartWritten, Progress
-from batchllm_operators.execute.part_writer import part_table
 from batchllm_operators.records import BundleInfo, BundleResult, EngineLoad
 from batchllm_operators.store import Store
+from batchllm_operators.tasks import Answer, task_named
 from batchllm_operators.work.bundles import bundle_keys, check_bundle
-from batchllm_operators.work.results import encoded_part
+from batchllm_operators.work.results import answers_table, encoded_part
 
 DEATHS_OF_A_BUNDLE = 2
 """Engines that may die on a bundle before one of its requests is taken to be the reason."""
@@ -61,6 +60,7 @@ class BundleRunner:
         self._fleet = fleet
         self._engine_work = work
         self._work = Store(work.work_uri, work.storage)
+        self._task = task_named(work.load.task)
         self._on_progress = on_progress
         self._proven = threading.Event()
         if proven:
@@ -98,7 +98,7 @@ class BundleRunner:
                 if history.deaths < DEATHS_OF_A_BUNDLE:
                     raise
         self._isolate(bundle, history)
-        _, counts = known_results(self._work, history.parts)
+        _, counts = known_results(self._work, self._task, history.parts)
         return _result(bundle, history, counts)
 
     def _compute(self, bundle: BundleInfo, history: _History, rows: tuple[int, int] | None = None) -> BundleDone:
@@ -125,7 +125,7 @@ class BundleRunner:
 
     def _isolate(self, bundle: BundleInfo, history: _History) -> None:
         """Answer all requests of a bundle that can be answered, and say of the others that engines die on them."""
-        done, _ = known_results(self._work, history.parts)
+        done, _ = known_results(self._work, self._task, history.parts)
         check_bundle(self._work, bundle.name, bundle.digest)
         keys = bundle_keys(self._work, bundle.name)
         unfinished = [row for row, key in enumerate(keys) if key not in done]
@@ -136,12 +136,12 @@ class BundleRunner:
         guilty = find_guilty(unfinished, compute)
         if not guilty:
             return
-        _, counts = known_results(self._work, history.parts)
+        _, counts = known_results(self._work, self._task, history.parts)
         if not self._proven.is_set() and counts.requests == counts.errors:
             raise TerminalError(
                 f"no engine of this run has answered anything: {guilty[0].error.message}", bundle=bundle.name
             )
-        name, content = encoded_part(part_table([_verdict(keys[one.row], one.error) for one in guilty]))
+        name, content = encoded_part(answers_table(self._task, [_verdict(keys[one.row], one.error) for one in guilty]))
         self._work.write_bytes(name, content)
         history.parts.append(name)
 
@@ -161,6 +161,6 @@ def _result(bundle: BundleInfo, history: _History, counts: BundleCounts) -> Bund
     )
 
 
-def _verdict(key: bytes, error: EngineDiedError) -> Completion:
+def _verdict(key: bytes, error: EngineDiedError) -> Answer:
     how = error.message.splitlines()[0].partition(";")[0]
-    return Completion(key, error=RowError(RowErrorCode.ENGINE_ERROR, f"the engine died on this request: {how}"))
+    return Answer(key, error=RowError(RowErrorCode.ENGINE_ERROR, f"the engine died on this request: {how}"))

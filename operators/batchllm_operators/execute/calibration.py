@@ -22,9 +22,10 @@ import numpy as np
 
 from batchllm_kernels.vllm_plugin.compat import DISTRIBUTION
 from batchllm_operators.cost import Calibration, MeasuredRuns, default_cost_model, fit_cost_model, unmeasured_rates
-from batchllm_operators.execute.engine import Completion, Engine, EngineLimits, Request
+from batchllm_operators.execute.engine import Engine, EngineLimits, Request
 from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.tasks.base import Answer
 
 OUTPUT_TOKENS = 17
 MOST_SECONDS = 20.0
@@ -217,7 +218,7 @@ class _TimedRuns:
             _OutOfTimeError: the deadline came first.
         """
         sampling = SamplingParameters(max_tokens=output_tokens)
-        finished: list[Completion] = []
+        finished: list[Answer] = []
         times = [self._clock()]
         for prompt in prompts:
             if (refusal := self._engine.submit(Request(uuid4().bytes, prompt, sampling))) is not None:
@@ -232,7 +233,7 @@ class _TimedRuns:
         return _measured(finished, steps, self._engine.limits.max_step_tokens)
 
 
-def _measured(finished: list[Completion], steps: list[float], max_step_tokens: int) -> MeasuredRun:
+def _measured(finished: list[Answer], steps: list[float], max_step_tokens: int) -> MeasuredRun:
     """What requests made of an engine, and the seconds of its steps that count."""
     prefill = decode = kv = longest = 0
     for one in finished:

@@ -27,7 +27,7 @@ RESERVED = {
     "tokenizer_revision": "the tokenizer is the model's, because the rows were tokenised with it",
     "skip_tokenizer_init": "completions are text, so the engine needs the tokenizer",
     "enable_prefix_caching": "always on: the plan is made of shared prefixes",
-    "runner": "always 'generate'",
+    "runner": "set task",
     "data_parallel_size": "set execution.engines",
 }
 
@@ -88,13 +88,16 @@ def _fields(source: str, dataclass: str) -> frozenset[str]:
     )
 
 
-def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Collection[str]) -> dict[str, Any]:
+def engine_arguments(
+    model: ModelSpec, *, block_size: int, gpus: int, runner: str, known: Collection[str]
+) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs`.
 
     Args:
         model: the model part of the job.
         block_size: tokens of a KV-cache block.
         gpus: tensor-parallel size.
+        runner: of vLLM, by the job's task.
         known: the fields of `EngineArgs`.
 
     Raises:
@@ -107,7 +110,7 @@ def engine_arguments(model: ModelSpec, *, block_size: int, gpus: int, known: Col
         "tokenizer_revision": model.revision,
         "dtype": model.dtype,
         "max_model_len": model.max_model_len,
-        "runner": "generate",
+        "runner": runner,
         "block_size": block_size,
         "tensor_parallel_size": gpus,
         "enable_prefix_caching": True,

@@ -46,6 +46,7 @@ class EngineWork(Record):
             digest=bundle.digest,
             work_uri=self.work_uri,
             storage=self.storage,
+            task=self.load.task,
             sampling=self.sampling,
             part_rows=self.execution.part_rows,
             part_seconds=self.execution.part_seconds,

@@ -1,4 +1,4 @@
-"""Bundle in, completions out: requests are read as the engine has room for them."""
+"""Bundle in, answers out: requests are read as the engine has room for them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from itertools import islice
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
 from batchllm_operators.errors import BatchLLMError
-from batchllm_operators.execute.engine import Completion, Engine, Request
+from batchllm_operators.execute.engine import Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
 from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.base import Answer, Task
 from batchllm_operators.work.bundles import scan_bundle
 from batchllm_operators.work.results import COUNT_COLUMNS, read_result_part
 
@@ -60,7 +61,7 @@ def read_rows(
     return (request for request in numbered if request.key not in done)
 
 
-def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], BundleCounts]:
+def known_results(store: Store, task: Task, parts: Iterable[str]) -> tuple[set[bytes], BundleCounts]:
     """Request keys of result parts, and what these parts add up to.
 
     A key counts once, also when two parts hold it. What a damaged part held counts as not done.
@@ -68,7 +69,7 @@ def known_results(store: Store, parts: Iterable[str]) -> tuple[set[bytes], Bundl
     done: set[bytes] = set()
     counts = BundleCounts()
     for name in parts:
-        table = read_result_part(store, name, COUNT_COLUMNS)
+        table = read_result_part(store, name, task, COUNT_COLUMNS)
         for row in [] if table is None else table.to_pylist():
             if row["request_key"] not in done:
                 done.add(row["request_key"])
@@ -81,7 +82,7 @@ class BundleStep:
     """What one step of the engine gave for one bundle."""
 
     bundle: str
-    finished: list[Completion]
+    finished: list[Answer]
     all_read: bool
     """The engine has been given all of its requests."""
     done: bool
@@ -135,9 +136,9 @@ class BundleFeed:
         if self._engine.unfinished:
             self._engine.abort()
 
-    def _fill(self) -> tuple[dict[str, list[Completion]], dict[str, BatchLLMError]]:
+    def _fill(self) -> tuple[dict[str, list[Answer]], dict[str, BatchLLMError]]:
         """Submit requests; returns those that were refused, and faults of reading, by bundle."""
-        refused: dict[str, list[Completion]] = {}
+        refused: dict[str, list[Answer]] = {}
         faults: dict[str, BatchLLMError] = {}
         for name, fed in self._bundles.items():
             while fed.requests is not None and self._engine.unfinished < self._engine.capacity:
@@ -156,7 +157,7 @@ class BundleFeed:
                     fed.held.add(request.key)
         return refused, faults
 
-    def _route(self, one: Completion, finished: dict[str, list[Completion]]) -> None:
+    def _route(self, one: Answer, finished: dict[str, list[Answer]]) -> None:
         for name, fed in self._bundles.items():
             if one.request_key in fed.held:
                 fed.held.remove(one.request_key)
@@ -174,8 +175,8 @@ class _FedBundle:
     """Keys of those that the engine has."""
 
 
-def count(finished: Iterable[Completion]) -> BundleCounts:
-    """What completions add up to."""
+def count(finished: Iterable[Answer]) -> BundleCounts:
+    """What answers add up to."""
     counts = BundleCounts()
     for one in finished:
         counts += _counts(one.error, one.prompt_tokens, one.cached_tokens, one.completion_tokens)

@@ -28,6 +28,7 @@ class BundleCounts(Record):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    """Generated tokens; 0 for tasks that generate none."""
 
     def __add__(self, other: BundleCounts) -> BundleCounts:
         return BundleCounts(
@@ -48,6 +49,8 @@ class Load(Record):
     """Tokens of a KV-cache block."""
     gpus: int
     """GPUs of this engine: its tensor-parallel size."""
+    task: str
+    """The name of what the model does with each prompt."""
     attention_reason: str | None = None
     """Why the model's attention is not as the job says; None: it is."""
     calibrate: bool = False
@@ -68,6 +71,8 @@ class Run(Record):
     """Of that object; empty: the plan tells none."""
     work_uri: str
     storage: StorageOptions
+    task: str
+    """The name of the engine's task."""
     sampling: SamplingParameters
     """The job's own; the bundle's rows hold what single requests override."""
     part_rows: int

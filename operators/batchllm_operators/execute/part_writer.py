@@ -1,4 +1,4 @@
-"""Completions to result parts: one immutable Parquet object every so many rows or seconds."""
+"""Answers to result parts: one immutable Parquet object every so many rows or seconds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
-import pyarrow as pa
-
 from batchllm_operators.errors import TransientError
-from batchllm_operators.execute.engine import Completion
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import RESULT_SCHEMA, encoded_part
+from batchllm_operators.tasks.base import Answer, Task
+from batchllm_operators.work.results import answers_table, encoded_part
 
 RETRY_PAUSES_SECONDS = (0.5, 1.0, 2.0)
 
@@ -21,24 +19,26 @@ QUEUED_PARTS = 2
 
 
 class PartWriter:
-    """Buffers completions and has them written as parts, whole or not at all, while the engine goes on.
+    """Buffers answers and has them written as parts, whole or not at all, while the engine goes on.
 
     Args:
         store: the work folder.
-        part_rows: completions that make a part.
-        part_seconds: age of the oldest buffered completion, in seconds, that makes a smaller part.
+        task: whose answers they are.
+        part_rows: answers that make a part.
+        part_seconds: age of the oldest buffered answer, in seconds, that makes a smaller part.
         on_part: called with the name of each part once it is visible, in the thread that wrote it.
         writing: runs the writes, e.g. a thread.
         clock: seconds, increasing.
         sleep: waits so many seconds between two attempts.
 
     A write that fails transiently is tried again with growing pauses; then, and for anything else, the store's error
-    is raised by the next call, and the completions are buffered again for the `flush` after it.
+    is raised by the next call, and the answers are buffered again for the `flush` after it.
     """
 
     def __init__(
         self,
         store: Store,
+        task: Task,
         *,
         part_rows: int,
         part_seconds: float,
@@ -48,15 +48,16 @@ class PartWriter:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
+        self._task = task
         self._part_rows = part_rows
         self._part_seconds = part_seconds
         self._on_part = on_part
         self._writing = writing
         self._clock = clock
         self._sleep = sleep
-        self._buffer: list[Completion] = []
+        self._buffer: list[Answer] = []
         self._oldest = 0.0
-        self._handed_over: deque[tuple[list[Completion], Future[None]]] = deque()
+        self._handed_over: deque[tuple[list[Answer], Future[None]]] = deque()
         self._parts: list[str] = []
 
     @property
@@ -69,8 +70,8 @@ class PartWriter:
         """Whether no part that was handed over waits for the store."""
         return all(future.done() for _, future in self._handed_over)
 
-    def add(self, finished: list[Completion]) -> None:
-        """Buffer completions, and have a part written when there are enough or the oldest has waited long enough."""
+    def add(self, finished: list[Answer]) -> None:
+        """Buffer answers, and have a part written when there are enough or the oldest has waited long enough."""
         if finished and not self._buffer:
             self._oldest = self._clock()
         self._buffer += finished
@@ -112,8 +113,8 @@ class PartWriter:
             self._buffer = part + self._buffer
             raise
 
-    def _write(self, part: list[Completion]) -> None:
-        name, content = encoded_part(part_table(part))
+    def _write(self, part: list[Answer]) -> None:
+        name, content = encoded_part(answers_table(self._task, part))
         self._write_patiently(name, content)
         self._parts.append(name)
         self._on_part(name)
@@ -127,23 +128,3 @@ class PartWriter:
             else:
                 return
         self._store.write_bytes(name, content)
-
-
-def part_table(finished: list[Completion]) -> pa.Table:
-    """Completions as a table of `RESULT_SCHEMA`, in their order."""
-    errors = [
-        None if one.error is None else {"code": one.error.code.value, "message": one.error.message} for one in finished
-    ]
-    return pa.table(
-        {
-            "request_key": [one.request_key for one in finished],
-            "output_token_ids": [one.output_token_ids for one in finished],
-            "completion": [one.text for one in finished],
-            "finish_reason": [one.finish_reason for one in finished],
-            "prompt_tokens": [one.prompt_tokens for one in finished],
-            "cached_tokens": [one.cached_tokens for one in finished],
-            "completion_tokens": [one.completion_tokens for one in finished],
-            "error": errors,
-        },
-        schema=RESULT_SCHEMA,
-    )

@@ -16,10 +16,10 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.merge.requests import ChosenResults, RequestIndex, as_keys
 from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import OUTPUT_FIELDS, checked_result_part
+from batchllm_operators.tasks.base import Task
+from batchllm_operators.work.results import answer_columns, checked_result_part
 from batchllm_operators.work.staged import read_part
 
-_ANSWER_SCHEMA = pa.schema([pa.field("row_index", pa.int64(), nullable=False), *OUTPUT_FIELDS])
 _MOST_PARTITIONS = 128  # each is an open file
 _LEAST_PARTITION_ROWS = 16_384
 _WAITING_ROWS = 32_768
@@ -35,9 +35,13 @@ class AnswerSpill:
     Args:
         folder: local folder for the spill files.
         rows: input rows; each gets exactly one answer.
+        task: of the job.
     """
 
-    def __init__(self, folder: Path, rows: int) -> None:
+    def __init__(self, folder: Path, rows: int, task: Task) -> None:
+        self.fields = answer_columns(task)
+        """The columns of an answer."""
+        self._schema = pa.schema([pa.field("row_index", pa.int64(), nullable=False), *self.fields])
         self._folder = folder
         self._rows = rows
         self._partition_rows = max(_LEAST_PARTITION_ROWS, -(-rows // _MOST_PARTITIONS))
@@ -60,10 +64,10 @@ class AnswerSpill:
 
         Args:
             rows: the row of each answer.
-            answers: columns of `OUTPUT_FIELDS`; others are left out.
+            answers: the columns of `fields`; others are left out.
         """
-        columns = [pa.array(rows), *(answers[field.name] for field in OUTPUT_FIELDS)]
-        table = pa.table(columns, schema=_ANSWER_SCHEMA)
+        columns = [pa.array(rows), *(answers[field.name] for field in self.fields)]
+        table = pa.table(columns, schema=self._schema)
         self._waiting.append(table)
         self._waiting_rows += len(table)
         self._waiting_bytes += table.nbytes
@@ -71,7 +75,7 @@ class AnswerSpill:
             self._flush()
 
     def in_row_order(self) -> Iterator[pa.Table]:
-        """All answers (`OUTPUT_FIELDS`), in tables that follow each other by row.
+        """All answers (the columns of `fields`), in tables that follow each other by row.
 
         Raises:
             TerminalError: a row has no answer, or more than one.
@@ -103,13 +107,13 @@ class AnswerSpill:
     def _writer(self, partition: int) -> pa.RecordBatchStreamWriter:
         if partition not in self._writers:
             file = self._files.enter_context(pa.OSFile(str(self._path(partition)), "wb"))
-            self._writers[partition] = self._files.enter_context(pa.ipc.new_stream(file, _ANSWER_SCHEMA))
+            self._writers[partition] = self._files.enter_context(pa.ipc.new_stream(file, self._schema))
         return self._writers[partition]
 
     def _load(self, partition: int) -> pa.Table:
         path = self._path(partition)
         if not path.exists():
-            return _ANSWER_SCHEMA.empty_table()
+            return self._schema.empty_table()
         with pa.OSFile(str(path), "rb") as file, pa.ipc.open_stream(file) as reader:
             table = reader.read_all()
         path.unlink()
@@ -127,18 +131,18 @@ def spill_staged_errors(stage: StageSummary, work: Store, spill: AnswerSpill) ->
         if len(faulty):
             columns = [
                 faulty["error"] if field.name == "error" else pa.nulls(len(faulty), field.type)
-                for field in OUTPUT_FIELDS
+                for field in spill.fields
             ]
-            spill.add(faulty["row_index"].to_numpy(), pa.table(columns, schema=pa.schema(OUTPUT_FIELDS)))
+            spill.add(faulty["row_index"].to_numpy(), pa.table(columns, schema=pa.schema(spill.fields)))
 
 
 def spill_results(
-    index: RequestIndex, chosen: ChosenResults, parts: list[str], work: Store, spill: AnswerSpill
+    index: RequestIndex, chosen: ChosenResults, parts: list[str], work: Store, spill: AnswerSpill, task: Task
 ) -> None:
     """Give every other row the chosen copy of its request's result; rows with one request share one."""
-    columns = ["request_key", *(field.name for field in OUTPUT_FIELDS)]
+    columns = ["request_key", *(field.name for field in spill.fields)]
     for part in chosen.parts:
-        table = checked_result_part(work, parts[part], columns)
+        table = checked_result_part(work, parts[part], task, columns)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         taken = chosen.taken_from(part, numbers, known)
         positions, rows = index.rows_of(numbers[taken])

@@ -15,6 +15,7 @@ from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.disk_space import full_disk_told
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import Source
+from batchllm_operators.formats.input_changes import refuse_changed_input
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.merge.requests import (
@@ -29,14 +30,13 @@ from batchllm_operators.merge.writers import carried_rows, write_output
 from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StageSummary
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.specs.sink import SinkSpec
-from batchllm_operators.stage.input_changes import refuse_changed_input
-from batchllm_operators.stage.staging import refuse_output_names, sink_schema
 from batchllm_operators.store import Store
+from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import counted
 from batchllm_operators.work.json_objects import write_record
 from batchllm_operators.work.layout import FORMAT_VERSION, RESULTS_FOLDER, SAMPLES_FILE
-from batchllm_operators.work.results import OUTPUT_FIELDS, part_names
-from batchllm_operators.work.staged import read_part
+from batchllm_operators.work.results import part_names, refuse_output_names
+from batchllm_operators.work.staged import carried_schema, read_part
 
 _EXAMPLES = 5
 
@@ -83,17 +83,18 @@ def merge_results(
     if complete is not None and not rewrite:
         return complete
     refuse_changed_input(source, source.objects, fingerprint)
+    task = task_named(stage.task)
     index = index_requests(stage, work)
     parts = part_names(work)
-    chosen = choose_results(index, parts, work)
+    chosen = choose_results(index, parts, work, task)
     _refuse_missing_results(index, chosen, stage, work)
     error_rows = Counter(stage.error_rows) + chosen.error_rows
     examples = _error_examples(index, chosen, stage, work)
     refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
 
-    schema, seen = sink_schema(stage), SampleCollector()
-    refuse_output_names(schema.names, sink_spec.prefix)
-    carried, output_schema = carried_rows(source, schema, sink_spec)
+    schema, seen = carried_schema(stage), SampleCollector(task)
+    refuse_output_names(task, schema.names, sink_spec.prefix)
+    carried, output_schema = carried_rows(source, schema, sink_spec, task)
     with SinkClaim(sink, job_id, sink_spec.mode) as claim:
         # Again: another run may have completed it just before.
         complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
@@ -103,10 +104,10 @@ def merge_results(
         with (
             full_disk_told("merge"),
             tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
-            AnswerSpill(Path(folder), stage.rows) as spill,
+            AnswerSpill(Path(folder), stage.rows, task) as spill,
         ):
             spill_staged_errors(stage, work, spill)
-            spill_results(index, chosen, parts, work, spill)
+            spill_results(index, chosen, parts, work, spill, task)
             answers = seen.watched(spill.in_row_order())
             rows = _joined(carried, answers, output_schema, source)
             with closing(rows):
@@ -141,10 +142,10 @@ def _joined(
     inputs: Iterator[pa.Table], answers: Iterator[pa.Table], schema: pa.Schema, source: Source
 ) -> Generator[pa.Table]:
     """Input rows beside their answers; both come in row order, in tables of sizes of their own."""
-    carried = len(schema) - len(OUTPUT_FIELDS)
     rest = pa.table({})
     for table in answers:
         answer = table
+        carried = len(schema) - answer.num_columns
         while len(answer):
             if not len(rest):
                 rest = next(inputs, None)

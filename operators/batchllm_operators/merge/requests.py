@@ -18,6 +18,7 @@ from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.records import StageSummary
 from batchllm_operators.row_errors import EXAMPLES_OF_A_KIND
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.base import Task
 from batchllm_operators.work.results import COUNT_COLUMNS, checked_result_part, read_result_part
 from batchllm_operators.work.staged import read_part
 
@@ -115,13 +116,14 @@ class ChosenResults:
         return np.flatnonzero(known & (self.part[numbers] == part) & (self.row[numbers] == rows))
 
 
-def choose_results(index: RequestIndex, parts: list[str], work: Store) -> ChosenResults:
+def choose_results(index: RequestIndex, parts: list[str], work: Store, task: Task) -> ChosenResults:
     """Choose a copy for each request: the first one without an error, else the first one.
 
     Args:
         index: the requests.
         parts: names of the result parts, in the order of preference.
         work: the work folder.
+        task: of the job.
 
     Raises:
         DamagedObjectError: a part that was whole at first is damaged when it is read again.
@@ -130,7 +132,7 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
         np.full(len(index), _NO_PART, np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
     )
     for part, name in enumerate(parts):
-        table = read_result_part(work, name, COUNT_COLUMNS)
+        table = read_result_part(work, name, task, COUNT_COLUMNS)
         if table is None:
             continue  # where no other part has what it held, the merge says so and fails
         numbers, known = index.numbers(as_keys(table["request_key"]))
@@ -146,7 +148,7 @@ def choose_results(index: RequestIndex, parts: list[str], work: Store) -> Chosen
             chosen.row[fresh[better]] = rows[first[better]]
             chosen.failed[fresh[better]] = wanted_failed
     for part in chosen.parts:
-        table = checked_result_part(work, parts[part], COUNT_COLUMNS)
+        table = checked_result_part(work, parts[part], task, COUNT_COLUMNS)
         numbers, known = index.numbers(as_keys(table["request_key"]))
         rows = chosen.taken_from(part, numbers, known)
         _count(chosen, table.take(rows), numbers[rows], index)

@@ -9,23 +9,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchllm_operators.records import OutputSamples, RowErrorExample, SampleAnswer
+from batchllm_operators.tasks.base import Task
+from batchllm_operators.tasks.generate import ENDED_BY_LENGTH, FINISH_REASON
 
 SAMPLE_ANSWERS = 3
 TEXT_CHARACTERS = 600
 
-_ENDED_BY_LENGTH = "length"
-
 
 class SampleCollector:
-    """Looks at answers on their way to the output."""
+    """Looks at answers on their way to the output.
 
-    def __init__(self) -> None:
+    Args:
+        task: of the job; where its answers have no text to read, there are no sample answers.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._text_name = task.text_name
         self._row = 0
         self._truncated = 0
         self._answers: list[tuple[int, str]] = []
 
     def watched(self, answers: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """The same tables, of `OUTPUT_FIELDS` in row order, noted on the way."""
+        """The same tables, in row order, noted on the way."""
         for table in answers:
             self._note(table)
             self._row += len(table)
@@ -51,10 +56,14 @@ class SampleCollector:
         )
 
     def _note(self, table: pa.Table) -> None:
-        self._truncated += pc.sum(pc.equal(table["finish_reason"], _ENDED_BY_LENGTH)).as_py() or 0
-        answered = np.flatnonzero(pc.is_valid(table["completion"]).to_numpy())
+        if FINISH_REASON in table.column_names:
+            self._truncated += pc.sum(pc.equal(table[FINISH_REASON], ENDED_BY_LENGTH)).as_py() or 0
+        if self._text_name is None or len(self._answers) == SAMPLE_ANSWERS:
+            return
+        texts = table[self._text_name]
+        answered = np.flatnonzero(pc.is_valid(texts).to_numpy())
         for row in answered[: SAMPLE_ANSWERS - len(self._answers)].tolist():
-            self._answers.append((self._row + row, _short(table["completion"][row].as_py())))
+            self._answers.append((self._row + row, _short(texts[row].as_py())))
 
 
 def _short(text: str) -> str:

@@ -12,19 +12,21 @@ from batchllm_operators.merge.claim import SinkClaim
 from batchllm_operators.records import OutputFile
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.base import Task
 from batchllm_operators.wording import counted
 from batchllm_operators.work.results import output_fields
 
 
-def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec) -> tuple[Iterator[pa.Table], pa.Schema]:
+def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec, task: Task) -> tuple[Iterator[pa.Table], pa.Schema]:
     """The input rows as the writer of the sink's format takes them, and the schema of its rows with their answers.
 
     Args:
         source: the input.
         schema: of the columns to carry, as staging found it.
         spec: of the sink.
+        task: of the job.
     """
-    answers = output_fields(spec.prefix)
+    answers = output_fields(task, spec.prefix)
     if format_named(spec.format).required_writer().takes == "json":
         return source.json_rows(schema), pa.schema([ROW_JSON, *answers])
     return source.tables(schema), pa.schema([*schema, *answers])

@@ -19,6 +19,7 @@ from batchllm_operators.plan.writing import write_bundles
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
+from batchllm_operators.tasks import task_named
 from batchllm_operators.work.bundles import delete_plan, write_summary
 
 
@@ -63,7 +64,8 @@ def plan_requests(
     with full_disk_told("plan"), TokenSpool() as tokens, DiskArray(np.uint64) as disk:
         hashes = HashSpool(disk, int(planning.memory_gb * GIGABYTE / 2))
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
-        done, known = read_results([work]), read_results(earlier, only_looks=True)
+        task = task_named(stage.task)
+        done, known = read_results([work], task), read_results(earlier, task, only_looks=True)
         plan = make_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)

@@ -15,6 +15,7 @@ from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.base import Task
 from batchllm_operators.work.results import COUNT_COLUMNS, read_result_parts
 from batchllm_operators.work.staged import ESTIMATE_FIELD, scan_part
 
@@ -132,12 +133,13 @@ def read_requests(
     return reading.columns()
 
 
-def read_results(works: Sequence[Store], *, only_looks: bool = False) -> ResultColumns:
-    """Read what is answered in some work folders, see `read_result_parts`."""
+def read_results(works: Sequence[Store], task: Task, *, only_looks: bool = False) -> ResultColumns:
+    """Read what is answered in some work folders of jobs of one task, see `read_result_parts`."""
     keys = [np.zeros((0, 2), dtype=np.uint64)]
     computed = [np.zeros(0, dtype=np.int64)]
     completion = [np.zeros(0, dtype=np.int32)]
-    for table in (table for work in works for table in read_result_parts(work, COUNT_COLUMNS, only_looks=only_looks)):
+    tables = (table for work in works for table in read_result_parts(work, task, COUNT_COLUMNS, only_looks=only_looks))
+    for table in tables:
         answered = table.filter(table["error"].is_null())
         for batch in answered.to_batches():
             keys.append(_key_words(batch.column("request_key")))

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from batchllm_operators.plan.requests import read_results
 from batchllm_operators.records import StageSummary
 from batchllm_operators.store import Store
+from batchllm_operators.tasks import task_named
 from batchllm_operators.work.columns import KEY_TYPE
 from batchllm_operators.work.staged import read_part
 
@@ -22,7 +23,7 @@ def has_requests_left(work: Store, stage: StageSummary) -> bool:
     Raises:
         TerminalError: a staged part is missing or damaged.
     """
-    done = len(read_results([work]).keys)
+    done = len(read_results([work], task_named(stage.task)).keys)
     if done == 0 or stage.requests == 0:
         return stage.requests > 0
     return _distinct_requests(work, stage) > done
@@ -33,7 +34,7 @@ def count_requests(work: Store, stage: StageSummary) -> tuple[int, int]:
 
     Nothing is changed: a damaged result part stays where it is.
     """
-    return _distinct_requests(work, stage), len(read_results([work], only_looks=True).keys)
+    return _distinct_requests(work, stage), len(read_results([work], task_named(stage.task), only_looks=True).keys)
 
 
 def _distinct_requests(work: Store, stage: StageSummary) -> int:

@@ -20,6 +20,7 @@ from batchllm_operators.stage.sampling import RowSampling, SampledRow
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 from batchllm_operators.stage.value_text import NotDataError, value_text
+from batchllm_operators.task_names import GENERATE
 from batchllm_operators.wording import counted
 from batchllm_operators.work.staged import ESTIMATE_FIELD, STAGED_SCHEMA
 
@@ -32,6 +33,9 @@ class StagerSettings(Record):
     model: ModelSpec
     limits: ModelLimits
     id_column: str | None
+    task: str = GENERATE
+    generates: bool = True
+    """Whether the task generates tokens; else a prompt needs no room for them, and sampling changes no answer."""
     source_columns: tuple[str, ...] | None = None
     """Columns of the input; None where they are not known (JSONL without a readable row)."""
     unites_keys: bool = False
@@ -73,7 +77,7 @@ class RowStager:
         self._tokenizer = PromptTokenizer(settings.model, _special_tokens_of(settings.prompt))
         self._renderer = settings.renderer(self._tokenizer.special_tokens)
         self._sampling = RowSampling(settings.sampling)
-        self._keys = RequestKeys(settings.model.id, settings.model.revision)
+        self._keys = RequestKeys(settings.model.id, settings.model.revision, settings.task)
         self._schema = STAGED_SCHEMA
         if settings.sampling.override_column is not None:
             self._schema = STAGED_SCHEMA.append(ESTIMATE_FIELD)
@@ -119,20 +123,22 @@ class RowStager:
 
     def _too_long(self, prompt_tokens: int) -> RowError | None:
         limit = self._settings.limits.max_model_len
-        if prompt_tokens < limit:
+        if prompt_tokens < limit or (prompt_tokens == limit and not self._settings.generates):
             return None
-        tokens = counted(prompt_tokens, "token")
-        message = f"the prompt has {tokens} and max_model_len is {limit}: no room for a completion"
+        room = ": no room for a completion" if self._settings.generates else ""
+        message = f"the prompt has {counted(prompt_tokens, 'token')} and max_model_len is {limit}{room}"
         return RowError(RowErrorCode.PROMPT_TOO_LONG, message)
 
     def _request(self, tokens: Int32s, sampled: SampledRow, row_index: int) -> dict[str, Any]:
         wanted, estimate = sampled.parameters, sampled.expected_output_tokens
+        generates = self._settings.generates
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
-        room = self._settings.limits.max_model_len - len(tokens)
+        room = self._settings.limits.max_model_len - len(tokens) if generates else 1
         effective = wanted if wanted.max_tokens <= room else wanted.model_copy(update={"max_tokens": room})
         sampling = effective.model_dump(mode="json")
+        own_answer = generates and not wanted.deterministic
         return {
-            "request_key": self._keys.key(tokens, sampling, row_index=None if wanted.deterministic else row_index),
+            "request_key": self._keys.key(tokens, sampling, row_index=row_index if own_answer else None),
             "prompt_token_ids": tokens,
             "max_tokens": effective.max_tokens,
             "sampling": None if wanted == self._sampling.base else effective.to_json(),

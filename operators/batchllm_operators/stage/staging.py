@@ -15,6 +15,7 @@ from batchllm_operators.columns.json_schema import unified
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats import RowBatch, Source
+from batchllm_operators.formats.input_changes import refuse_changed_input
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import FieldSharing, InputObject, StagedPart, StageSummary
@@ -24,14 +25,16 @@ from batchllm_operators.specs.planning import FieldOrderChoice
 from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.source import ChatPrompt, FieldsPrompt, PromptSpec, TemplatePrompt
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
-from batchllm_operators.stage.input_changes import refuse_changed_input
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
-from batchllm_operators.work.results import output_fields
-from batchllm_operators.work.staged import finished_staging, write_part, write_summary
+from batchllm_operators.task_names import GENERATE
+from batchllm_operators.tasks.base import Task
+from batchllm_operators.tasks.generate import GENERATION
+from batchllm_operators.work.results import refuse_output_names
+from batchllm_operators.work.staged import carried_schema, finished_staging, write_part, write_summary
 
 LEFT_OUT_EXAMPLES = 10
 PART_ROWS = 20_000
@@ -49,6 +52,7 @@ def stage_rows(
     field_order: FieldOrderChoice = "optimise",
     tokenizer_processes: int = 1,
     output_prefix: str = "",
+    task: Task = GENERATION,
     progress: Callable[[StageStep, int], None] = lambda _step, _rows: None,
 ) -> StageSummary:
     """Render, tokenise and validate all rows, and write them to `staged/` of the work folder.
@@ -65,6 +69,7 @@ def stage_rows(
         field_order: of a prompt of kind `fields`; to optimise it, the input is read once more before.
         tokenizer_processes: processes that render and tokenise; the result is the same for any number.
         output_prefix: of the names of the output columns (`sink.prefix`), which no input column may have.
+        task: what the model will do with each prompt.
         progress: called with the number of rows that a step has done so far.
 
     Raises:
@@ -78,7 +83,8 @@ def stage_rows(
     input_digest = digest_of_bytes(canonical_json([one.model_dump() for one in fingerprint]))
     settings_digest = digest_of_bytes(
         canonical_json(
-            {
+            ({} if task.name == GENERATE else {"task": task.name})
+            | {
                 "source": source.spec.model_dump(mode="json", exclude={"uri", "storage"}),
                 "prompt": prompt.model_dump(mode="json"),
                 "sampling": sampling.model_dump(mode="json"),
@@ -90,19 +96,21 @@ def stage_rows(
     )
     done = finished_staging(work, input_digest, settings_digest)
     if done is not None:
-        refuse_output_names(sink_schema(done).names, output_prefix)
+        refuse_output_names(task, carried_schema(done).names, output_prefix)
         return done
     started = time.monotonic()
     if source.spec.columns is None or isinstance(prompt, ChatPrompt | TemplatePrompt):
         # A name that a late row brings may be an output column's, or what an expression of a template could mean.
         source.find_all_columns(partial(progress, StageStep.FIND_COLUMNS))
-    refuse_output_names(source.carried(), output_prefix)
+    refuse_output_names(task, source.carried(), output_prefix)
     settings = StagerSettings(
         prompt=prompt,
         sampling=sampling,
         model=model,
         limits=model_limits(model),
         id_column=source.spec.id_column,
+        task=task.name,
+        generates=task.generates,
         source_columns=tuple(source.columns) if source.has_columns else None,
         unites_keys=source.unites_keys,
     )
@@ -139,29 +147,11 @@ def stage_rows(
         left_out_objects=len(source.left_out),
         left_out_examples=source.left_out[:LEFT_OUT_EXAMPLES],
         field_sharing=sharing,
+        task=task.name,
         seconds=round(time.monotonic() - started, 3),
     )
     write_summary(work, summary)
     return summary
-
-
-def sink_schema(summary: StageSummary) -> pa.Schema:
-    """Schema of the input columns that go to the sink."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(summary.source_schema)))
-
-
-def refuse_output_names(names: Sequence[str], prefix: str) -> None:
-    """Refuse input columns that have names of output columns.
-
-    Raises:
-        TerminalError: names them, and the ways out.
-    """
-    taken = [field.name for field in output_fields(prefix) if field.name in names]
-    if taken:
-        raise TerminalError(
-            f"source.columns: input columns have names of output columns: {', '.join(taken)};"
-            " select the columns to carry to the sink without them, or set sink.prefix, for example to 'llm_'"
-        )
 
 
 def _encoded(schema: pa.Schema, source: Source) -> str:

@@ -15,6 +15,8 @@ from batchllm_operators.specs.source import PromptSpec, SourceSpec
 from batchllm_operators.stage.progress import StageProgress
 from batchllm_operators.stage.staging import stage_rows
 from batchllm_operators.store import Store
+from batchllm_operators.task_names import GENERATE
+from batchllm_operators.tasks import task_named
 from batchllm_operators.terminal import terminal
 from batchllm_operators.wording import counted
 
@@ -32,6 +34,7 @@ def stage_source(
     tokenizer_processes: int = 1,
     fingerprint: Sequence[InputObject] | None = None,
     output_prefix: str = "",
+    task_name: str = GENERATE,
     *,
     log: Callable[[str], None] = _LOGGER.info,
 ) -> StageSummary:
@@ -48,6 +51,7 @@ def stage_source(
         tokenizer_processes: processes that render and tokenise.
         fingerprint: the input objects as they were when the job began; default: as they are now.
         output_prefix: of the names of the output columns.
+        task_name: what the model will do with each prompt.
         log: takes a line at the start and at the end, and where there is no terminal some on how far it is.
 
     Raises:
@@ -66,6 +70,7 @@ def stage_source(
             Store(work_uri, storage),
             fingerprint=fingerprint,
             output_prefix=output_prefix,
+            task=task_named(task_name),
             field_order=field_order,
             tokenizer_processes=tokenizer_processes,
             progress=progress.update,

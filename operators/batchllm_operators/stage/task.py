@@ -15,6 +15,7 @@ from batchllm_operators.specs.planning import FieldOrderChoice
 from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.source import PromptSpec, SourceSpec
 from batchllm_operators.stage.step import stage_source
+from batchllm_operators.task_names import GENERATE
 
 
 @task(
@@ -34,6 +35,7 @@ def stage(
     tokenizer_processes: int = 1,
     fingerprint: Sequence[InputObject] | None = None,
     output_prefix: str = "",
+    task_name: str = GENERATE,
 ) -> StageSummary:
     """Turn every input row into a request, or an error that says why not; written to `staged/` of the work folder.
 
@@ -48,6 +50,7 @@ def stage(
         tokenizer_processes: processes that render and tokenise.
         fingerprint: the input objects as they were when the job began; default: as they are now.
         output_prefix: of the names of the output columns.
+        task_name: what the model will do with each prompt.
 
     Raises:
         TerminalError: see `stage_rows`.
@@ -64,5 +67,6 @@ def stage(
         tokenizer_processes=tokenizer_processes,
         fingerprint=fingerprint,
         output_prefix=output_prefix,
+        task_name=task_name,
         log=get_run_logger().info,
     )

@@ -6,6 +6,7 @@ that it tells. Whoever reads parts afterwards relies on that.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,3 +110,8 @@ def _changed_parts(work: Store, parts: Sequence[StagedPart]) -> dict[str, str]:
     with ThreadPoolExecutor(READERS, thread_name_prefix="staged-check") as readers:
         faults = zip(parts, readers.map(fault, parts), strict=True)
         return {part.name: found for part, found in faults if found is not None}
+
+
+def carried_schema(summary: StageSummary) -> pa.Schema:
+    """The schema of the input columns that go to the sink, as staging found it."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(summary.source_schema)))

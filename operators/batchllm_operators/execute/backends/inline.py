@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from batchllm_operators.execute.backends.base import Death, Place
-from batchllm_operators.execute.engine import Completion, Engine, EngineLimits, Request
+from batchllm_operators.execute.engine import Engine, EngineLimits, Request
 from batchllm_operators.execute.messages import Event, Load, Run, Shutdown
 from batchllm_operators.execute.worker import EngineLoop, EngineMaker
 from batchllm_operators.records import EngineSetting
 from batchllm_operators.store import Store
+from batchllm_operators.tasks.base import Answer
+from batchllm_operators.tasks.generate import ENDED_BY_LENGTH
 
 KILLED = Death.by_exit_code(-9)
 JOIN_SECONDS = 10.0
@@ -78,13 +80,13 @@ class ScriptedEngine:
         """Requests it holds."""
         return len(self._held)
 
-    def submit(self, request: Request) -> Completion | None:
+    def submit(self, request: Request) -> Answer | None:
         """Take a request; none is refused."""
         self._script.on_submit(request)
         self._held.append(request)
         return None
 
-    def step(self) -> list[Completion]:
+    def step(self) -> list[Answer]:
         """Generate one token for each request, unless the script says otherwise."""
         time.sleep(self._script.step_seconds)
         if self._holds(self._script.poison):
@@ -98,7 +100,7 @@ class ScriptedEngine:
             if tokens >= request.sampling.max_tokens:
                 self._held.remove(request)
                 del self._generated[request.key]
-                finished.append(self._completion(request, tokens))
+                finished.append(self._answer(request, tokens))
         return finished
 
     def abort(self) -> None:
@@ -112,12 +114,10 @@ class ScriptedEngine:
     def _holds(self, token: int | None) -> bool:
         return token is not None and any(token in request.prompt_token_ids for request in self._held)
 
-    def _completion(self, request: Request, tokens: int) -> Completion:
-        return Completion(
+    def _answer(self, request: Request, tokens: int) -> Answer:
+        return Answer(
             request.key,
-            output_token_ids=[1] * tokens,
-            text=self._script.answer(request),
-            finish_reason="length",
+            ([1] * tokens, self._script.answer(request), ENDED_BY_LENGTH),
             prompt_tokens=len(request.prompt_token_ids),
             cached_tokens=0,
             completion_tokens=tokens,
@@ -317,10 +317,10 @@ class _Mortal:
     def computed_tokens(self) -> int:
         return self.engine.computed_tokens
 
-    def submit(self, request: Request) -> Completion | None:
+    def submit(self, request: Request) -> Answer | None:
         return self.engine.submit(request)
 
-    def step(self) -> list[Completion]:
+    def step(self) -> list[Answer]:
         self.life.require()
         finished = self.engine.step()
         self.life.require()

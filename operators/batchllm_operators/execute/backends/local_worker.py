@@ -22,9 +22,9 @@ from types import FrameType
 
 from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
 from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
-from batchllm_operators.execute.engine import VllmMaker
 from batchllm_operators.execute.messages import Event, Shutdown, decode_command, encode
 from batchllm_operators.execute.step_traces import StepTraces
+from batchllm_operators.execute.vllm_engine import VllmMaker
 from batchllm_operators.execute.worker import EngineLoop, EngineMaker, LoopFiles
 
 PARENT_CHECK_SECONDS = 0.5
