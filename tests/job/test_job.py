@@ -107,7 +107,7 @@ def test_the_order_of_the_fields_counts_where_the_prompt_has_fields_and_no_other
 def test_the_schema_describes_every_section() -> None:
     schema = BatchJob.model_json_schema()
     assert set(schema["properties"]) == {
-        "name", "source", "prompt", "model", "sampling", "planning", "execution", "sink",
+        "name", "task", "source", "prompt", "model", "sampling", "planning", "execution", "sink",
     }  # fmt: skip
     assert schema["additionalProperties"] is False
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -80,12 +80,14 @@ def known_engine_arguments() -> frozenset[str]:
 
 
 def _fields(source: str, dataclass: str) -> frozenset[str]:
-    """The annotated names in the body of a class."""
-    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == dataclass)
-    body = next(classes).body
-    return frozenset(
-        node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    )
+    """The annotated names in the body of a class at the top of a module.
+
+    By its text: to parse it in one thread while another one parses something makes CPython 3.11 fail now and then
+    ("AST constructor recursion depth mismatch"), and a run imports packages in threads.
+    """
+    body = re.split(rf"^class {dataclass}\b.*:$", source, maxsplit=1, flags=re.MULTILINE)[1]
+    body = re.split(r"^\S", body, maxsplit=1, flags=re.MULTILINE)[0]
+    return frozenset(re.findall(r"^    (\w+):", body, flags=re.MULTILINE))
 
 
 def engine_arguments(
