@@ -3,11 +3,9 @@
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
 from collections.abc import Sequence
 from functools import partial
-from threading import Thread
 from typing import TypeVar, cast
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed
 
 from batchllm_flows.engine_status import EngineStatus
@@ -19,14 +17,13 @@ from batchllm_flows.planning import (
     PlanCall,
     engine_work,
     kept_calibrations,
-    only_shown,
     plan_job,
     plan_run,
     stage_run,
     usd_per_engine_hour,
 )
+from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish_run
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
-from batchllm_flows.report_text import report_markdown
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
@@ -41,11 +38,10 @@ from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import BundleResult, PlanSummary, StageSummary
 from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.stage.task import stage
-from batchllm_operators.svg import markdown_image
 from batchllm_operators.wording import artifact_slug, counted
 from batchllm_operators.work.damage import quarantined
 from batchllm_operators.work.json_objects import write_record
-from batchllm_operators.work.layout import REPORT_FILE, REPORT_PAGE
+from batchllm_operators.work.layout import REPORT_FILE
 
 Result = TypeVar("Result", JobReport, PlanSummary)
 
@@ -70,8 +66,7 @@ def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
     run = open_run(job, retry_errors=retry_errors)
     if run.complete is not None:
         logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
-        with only_shown(logger.warning):
-            _show_report(run.complete)
+        publish_earlier_run(run.complete, logger.warning)
         return _completed(run.complete, report_line(run.complete))
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
     with remembered_failure(run.work, logger.warning):
@@ -103,31 +98,31 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         open_engines(job.execution, run.work, on_status=status.tell, log_error=logger.error) as fleet,
     ):
         fleet.start()
-        with clock.step("stage"):
+        with clock.stage:
             staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
-        with clock.step("plan"):
+        with clock.plan:
             ahead = _plan_ahead(run, staged)
         attention = None if ahead is None else ahead.attention
         work = engine_work(run).with_attention(attention)
         kept = _kept_rates(run)
-        with clock.step("execute"):
+        with clock.execute:
             calibrated = _rates(run, staged, fleet, work)
         pilot = job.planning.pilot_fraction > 0
         plan_now = partial(plan_run, run, staged, calibrated, _plan_task(job), attention=attention)
-        with clock.step("plan"):
+        with clock.plan:
             planned = ahead if ahead is not None and not pilot and calibrated == kept else plan_now(pilot=pilot)
-        with clock.step("execute"):
+        with clock.execute:
             executed = [ExecutedPlan(planned, _execute(run, planned, fleet, work, status))]
         if planned.pilot:
-            with clock.step("plan"):
+            with clock.plan:
                 planned = plan_now()
-            with clock.step("execute"):
+            with clock.execute:
                 results = _execute(run, planned, fleet, work, status, before=executed[0].results)
                 executed.append(ExecutedPlan(planned, results))
         fleet.release()
         if calibrated is not None:
             kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
-        with clock.step("merge"):
+        with clock.merge:
             manifest = merge(
                 job.source,
                 staged,
@@ -153,8 +148,7 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
             set_aside=quarantined(run.work),
         )
         write_record(run.work, REPORT_FILE, report)
-        with only_shown(logger.warning):
-            _show_report(report, _write_page(run, report, executed))
+        publish_run(run.work, report, executed, logger.warning)
     return report
 
 
@@ -230,8 +224,7 @@ def _execute(
 ) -> tuple[BundleResult, ...]:
     """The bundles of a plan on the engines, shown as they go; `before`: what an earlier plan of this run gave."""
     if planned.bundles:
-        # Drawing the page loads matplotlib, which there is time for while engines work.
-        Thread(target=_load_page, name="report-page", daemon=True).start()
+        load_page_ahead()
     artifact = f"{artifact_slug(run.job.name)}-progress"
     return run_bundles(
         planned.bundles,
@@ -239,37 +232,4 @@ def _execute(
         work,
         live=lambda board: LiveProgress(board, artifact, status=status),
         proven=any(result.requests > result.errors for result in before),
-    )
-
-
-def _write_page(run: JobRun, report: JobReport, executed: list[ExecutedPlan]) -> list[str]:
-    """Write the page of a run; returns the plots of its facts, as lines of Markdown."""
-    # Imported here: drawing loads matplotlib, which a run needs only at its end.
-    from batchllm_flows.html_report.attention_trace import read_attention_trace
-    from batchllm_flows.html_report.page import report_page
-    from batchllm_flows.html_report.plots import report_plots
-    from batchllm_flows.html_report.step_trace import read_step_trace
-
-    since = report.started.timestamp()
-    trace, notes = read_step_trace(run.work, since=since)
-    attention, attention_notes = read_attention_trace(run.work, since=since)
-    plots = report_plots(report, executed, trace)
-    page = report_page(report, executed[-1].plan, plots, trace, attention, [*notes, *attention_notes])
-    run.work.write_bytes(REPORT_PAGE, page.encode())
-    return [
-        *markdown_image("Savings", plots.saving),
-        *markdown_image("Each bundle against its forecast", plots.bundles),
-        *markdown_image("Steps of the engines", plots.engine_steps),
-    ]
-
-
-def _load_page() -> None:
-    import batchllm_flows.html_report.page  # noqa: F401
-
-
-def _show_report(report: JobReport, images: Sequence[str] = ()) -> None:
-    create_markdown_artifact(
-        "\n".join([report_markdown(report), *images]),
-        key=f"{artifact_slug(report.job_name)}-report",
-        description="Report of the run",
     )

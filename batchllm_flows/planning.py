@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from batchllm_flows.job import BatchJob
+from batchllm_flows.publish import Warn, publish_plan
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.calibration_cache import CalibrationCache
@@ -19,7 +19,7 @@ from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.row_errors import refuse_too_many_errors
 from batchllm_operators.stage.step import stage_source
-from batchllm_operators.work.layout import CALIBRATIONS_FOLDER, PLAN_PAGE
+from batchllm_operators.work.layout import CALIBRATIONS_FOLDER
 
 StageCall = Callable[..., StageSummary]
 """`stage_source`, or the Prefect task around it."""
@@ -34,7 +34,7 @@ def plan_job(
     *,
     stage: StageCall = stage_source,
     plan: PlanCall = plan_staged,
-    warn: Callable[..., None] = _LOGGER.warning,
+    warn: Warn = _LOGGER.warning,
 ) -> PlanSummary:
     """Stage and plan a job; no engine is loaded. What is staged is found by a later run of the job.
 
@@ -51,14 +51,7 @@ def plan_job(
     run = open_run(job)
     staged, calibrated = stage_run(run, stage), kept_calibrations(run).latest()
     planned = plan_run(run, staged, calibrated, plan, attention=engine_attention(job.model, job.execution))
-    page_uri = None
-    with only_shown(warn):
-        # Imported here: drawing loads matplotlib.
-        from batchllm_flows.html_report.page import plan_page
-
-        run.work.write_bytes(PLAN_PAGE, plan_page(planned, job.name).encode())
-        page_uri = run.work.uri_of(PLAN_PAGE)
-    return planned.model_copy(update={"page_uri": page_uri})
+    return publish_plan(run.work, planned, job.name, warn)
 
 
 def stage_run(run: JobRun, stage: StageCall) -> StageSummary:
@@ -150,16 +143,3 @@ def usd_per_engine_hour(job: BatchJob) -> float | None:
     """Price of one engine; None: not known."""
     price = job.execution.usd_per_gpu_hour
     return None if price is None else price * job.execution.gpus_per_engine
-
-
-@contextmanager
-def only_shown(warn: Callable[..., None]) -> Iterator[None]:
-    """For what a person looks at: a fault there is told, and does not fail a job whose work is done.
-
-    Args:
-        warn: takes a warning, as `logging.Logger.warning`.
-    """
-    try:
-        yield
-    except Exception as error:
-        warn("a report could not be shown, the job itself is done: %s: %s", type(error).__name__, error, exc_info=True)

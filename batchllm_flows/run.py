@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import TracebackType
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
@@ -96,21 +95,36 @@ def _refuse_work_of_another(work: Store, identity: str) -> None:
         )
 
 
-@dataclass
+class StepTimer:
+    """Adds up the seconds of the blocks that one step is made of; `with timer:` around each."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds += time.monotonic() - self._began
+
+
 class StepClock:
-    """Measures the steps of a run."""
+    """Measures the steps of a run; it starts when it is made."""
 
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    started: float = field(default_factory=time.monotonic)
-    steps: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Measure a block as a part of the step of this name."""
-        start = time.monotonic()
-        yield
-        self.steps[name] = round(self.steps.get(name, 0.0) + time.monotonic() - start, 3)
+    def __init__(self) -> None:
+        self.started_at = datetime.now(UTC)
+        self._started = time.monotonic()
+        self.stage, self.plan, self.execute, self.merge = StepTimer(), StepTimer(), StepTimer(), StepTimer()
 
     def seconds(self) -> StepSeconds:
-        """The steps measured so far, and the total."""
-        return StepSeconds(**self.steps, total=round(time.monotonic() - self.started, 3))
+        """The seconds of each step so far, and of the whole run."""
+        return StepSeconds(
+            stage=round(self.stage.seconds, 3),
+            plan=round(self.plan.seconds, 3),
+            execute=round(self.execute.seconds, 3),
+            merge=round(self.merge.seconds, 3),
+            total=round(time.monotonic() - self._started, 3),
+        )
