@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from batchllm_flows.work_folders import OwnedFolder, find_work_folders, owned_folder
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.spec_base import StorageOptions
-from batchllm_operators.store import Store, StoredObject
+from batchllm_operators.store import Store
+from batchllm_operators.store_entries import StoredObject
 from batchllm_operators.wording import counted, size_text
 from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE
 

@@ -11,13 +11,14 @@ from functools import partial
 from typing import TypeVar
 
 from batchllm_flows.report import JobReport
+from batchllm_operators.batch_sizes import NUMBERS_AT_A_TIME
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.formats import format_named
 from batchllm_operators.merge.claim import data_files
 from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
 from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record, StageSummary
 from batchllm_operators.specs.sink import SinkSpec
-from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
+from batchllm_operators.store import Store
 from batchllm_operators.task_names import GENERATE
 from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import counted

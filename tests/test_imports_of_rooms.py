@@ -31,10 +31,13 @@ FLOORS = (
 
 SINGLE_MODULES = {
     "cost": ("cost",),
-    "store": ("store", "store_errors", "filesystems", "disk_space"),
+    "store": (
+        *("store", "store_entries", "store_errors", "conditional_write", "parquet_objects"),
+        *("filesystems", "disk_space"),
+    ),
     "ground": (
-        *("backend_names", "digests", "errors", "format_names", "keys", "records", "registry", "retry", "row_errors"),
-        *("schemes", "spec_base", "svg", "task_names", "terminal", "wording"),
+        *("backend_names", "batch_sizes", "digests", "errors", "format_names", "keys", "records", "registry"),
+        *("retry", "row_errors", "schemes", "spec_base", "svg", "task_names", "terminal", "wording"),
     ),
 }
 """Rooms that are modules directly in `batchllm_operators`; every other room is a folder there of the same name."""

@@ -1,5 +1,5 @@
-"""Objects in a folder, on an object store or on a local disk. With `filesystems` and
-`store_errors` the only module that knows fsspec.
+"""Objects in a folder, on an object store or on a local disk. With `filesystems` and `store_errors` it is the only
+module that knows fsspec.
 
 An object becomes visible whole or not at all: it is written to a local temporary file first and then uploaded by one
 PUT or a completed multipart upload, or renamed into place. Leaving a writer by an exception commits nothing.
@@ -12,54 +12,33 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.fs
 import pyarrow.parquet as pq
 from botocore import exceptions as boto
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from batchllm_operators.conditional_write import put_if
 from batchllm_operators.digests import DigestedFile, digest_of, digest_of_bytes
 from batchllm_operators.errors import BatchLLMError, DamagedObjectError, TerminalError
 from batchllm_operators.filesystems import S3_SCHEMES, locked_folder, remote_filesystem, sync_folder
+from batchllm_operators.parquet_objects import parquet_writer, row_group_batches
 from batchllm_operators.records import InputObject
 from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
 from batchllm_operators.spec_base import StorageOptions
-from batchllm_operators.store_errors import Place, has_no_conditions, is_conflict, translated
+from batchllm_operators.store_entries import StoredObject, input_object, modified, version_of
+from batchllm_operators.store_errors import Place, store_text, translated
 
-ROWS_AT_A_TIME = 1024
-"""Rows with texts or token ids that are read at a time: with tens of kB a row some tens of MB, and enough rows that a
-batch costs little beside them."""
-
-NUMBERS_AT_A_TIME = 65_536
-"""Rows of which only keys and numbers are read at a time: some MB as well, with tens of bytes a row."""
-
-PARQUET_COMPRESSION = "zstd"
 _PARQUET = "Parquet object"
-_CHECKED = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 PARTIAL_PREFIX = ".partial-"
 _LOCAL_SCHEMES = ("", "file", "local")
 _SEQUENTIAL_BYTES = 4 << 20
 _WHOLE_OBJECT_BYTES = 16 << 20
-_PIECE_BYTES = 32 << 20
-_READAHEAD_BATCHES = 2  # more hides no further latency of a store, and each holds its rows in memory
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """An object as its store lists it; `modified` is in seconds since the epoch."""
-
-    path: str
-    size: int
-    modified: float
 
 
 class Store:
@@ -126,7 +105,7 @@ class Store:
 
     def objects(self, pattern: str = "") -> list[InputObject]:
         """The objects below this folder that match a glob pattern (default: all), sorted by path."""
-        return [_input_object(name, info) for name, info in sorted(self._matching(pattern).items())]
+        return [input_object(name, info) for name, info in sorted(self._matching(pattern).items())]
 
     def newest(self, pattern: str) -> list[str]:
         """Names of the objects below this folder that match a glob pattern, the last written first.
@@ -134,12 +113,12 @@ class Store:
         A store may round its times to seconds; objects of one time stand by name.
         """
         found = self._matching(pattern)
-        return sorted(sorted(found), key=lambda name: _modified(found[name]), reverse=True)
+        return sorted(sorted(found), key=lambda name: modified(found[name]), reverse=True)
 
     def stored_objects(self) -> list[StoredObject]:
         """All objects at and below this folder, with their sizes and the times of their last writing."""
         return [
-            StoredObject(name, int(info["size"]), _modified(info)) for name, info in sorted(self._matching("").items())
+            StoredObject(name, int(info["size"]), modified(info)) for name, info in sorted(self._matching("").items())
         ]
 
     def object(self, name: str) -> InputObject | None:
@@ -151,7 +130,7 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 self._refuse_missing_bucket()
                 return None
-        return _input_object(name, info) if info["type"] == "file" else None
+        return input_object(name, info) if info["type"] == "file" else None
 
     def exists(self, name: str) -> bool:
         """Whether an object of this name is there."""
@@ -207,25 +186,15 @@ class Store:
         Returns:
             Whether the object is now this content.
         """
-        if _version(self.object(name)) != _version(expected):
+        if version_of(self.object(name)) != version_of(expected):
             return False
         if self._local:
             self._replace_if(name, content, expected)
         else:
-            self._put_if(name, content, expected)
+            with self._errors(name):
+                put_if(self._fs, self._path(name), content, version_of(expected), conditions=self._is_s3)
         # After a conflict too: a request that was sent twice, because its answer was lost, conflicts with itself.
         return self.content(name) == content
-
-    def _put_if(self, name: str, content: bytes, expected: InputObject | None) -> None:
-        condition = {"mode": "create"} if expected is None else {"IfMatch": f'"{expected.version}"'}
-        with self._errors(name):
-            try:
-                self._fs.pipe_file(self._path(name), content, **(condition if self._is_s3 else {}))
-            except OSError as error:
-                if has_no_conditions(error):
-                    self._fs.pipe_file(self._path(name), content)
-                elif not is_conflict(error):
-                    raise
 
     def _replace_if(self, name: str, content: bytes, expected: InputObject | None) -> None:
         with self._temporary(name) as (file, temporary):
@@ -233,7 +202,7 @@ class Store:
             with self._errors(name):
                 file.finish()
                 with locked_folder(temporary.parent):
-                    if _version(self.object(name)) == _version(expected):
+                    if version_of(self.object(name)) == version_of(expected):
                         temporary.replace(self._path(name))
                 sync_folder(temporary.parent)
 
@@ -307,7 +276,7 @@ class Store:
         Memory is bounded by the largest row group (small ones are read together). Timestamps of 96 bits are read in
         the given unit; those that it does not reach come out wrong.
         """
-        batches = self._row_group_batches(name, list(columns), batch_rows, int96_unit)
+        batches = row_group_batches(self._fs, self._path(name), list(columns), batch_rows, int96_unit=int96_unit)
         while True:
             # Not around the yield: a fault of the consumer is none of this object.
             with self._errors(name, _PARQUET):
@@ -315,20 +284,6 @@ class Store:
             if batch is None:
                 return
             yield batch
-
-    def _row_group_batches(
-        self, name: str, columns: list[str], batch_rows: int, int96_unit: str
-    ) -> Iterator[pa.RecordBatch]:
-        filesystem = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(self._fs))
-        reading = ds.ParquetReadOptions(coerce_int96_timestamp_unit=int96_unit)
-        form = ds.ParquetFileFormat(read_options=reading, default_fragment_scan_options=_CHECKED)
-        fragment = form.make_fragment(self._path(name), filesystem=filesystem)
-        # A scan keeps all bytes it has read until its end (measured: 490 MB for 320 MB of text): scan by pieces.
-        for row_groups in _pieces(fragment.row_groups):
-            piece = fragment.subset(row_group_ids=row_groups)
-            yield from piece.to_batches(
-                columns=columns, batch_size=batch_rows, batch_readahead=_READAHEAD_BATCHES, fragment_readahead=1
-            )
 
     @contextmanager
     def reader(self, name: str) -> Iterator[IO[bytes]]:
@@ -442,59 +397,4 @@ class Store:
         return False
 
     def _where(self) -> str:
-        if self._local:
-            return "the local disk"
-        if is_foreign(self.uri):
-            return f"the store of {self.uri}"
-        endpoint = (
-            self._options.endpoint_url
-            or os.environ.get("AWS_ENDPOINT_URL_S3")
-            or os.environ.get("AWS_ENDPOINT_URL")
-            or "AWS"
-        )
-        return f"endpoint {endpoint.rpartition('@')[2]}, bucket {self._root.split('/')[0]!r}"
-
-
-def parquet_writer(file: IO[bytes], schema: pa.Schema, **encodings: Any) -> pq.ParquetWriter:
-    """A writer of Parquet objects as all of ours are: compressed, and with a checksum on every page.
-
-    Args:
-        file: takes the bytes.
-        schema: of the tables.
-        encodings: further options of pyarrow's writer.
-    """
-    return pq.ParquetWriter(file, schema, compression=PARQUET_COMPRESSION, write_page_checksum=True, **encodings)
-
-
-def _pieces(row_groups: list[Any]) -> Iterator[list[int]]:
-    """Ids of consecutive row groups that are read together: large ones alone, small ones with their neighbours."""
-    piece: list[int] = []
-    size = 0
-    for row_group in row_groups:
-        if piece and size + row_group.total_byte_size > _PIECE_BYTES:
-            yield piece
-            piece, size = [], 0
-        piece.append(row_group.id)
-        size += row_group.total_byte_size
-    if piece:
-        yield piece
-
-
-def _version(one: InputObject | None) -> str | None:
-    return None if one is None else one.version
-
-
-def _input_object(name: str, info: dict[str, Any]) -> InputObject:
-    told = (info.get(name) for name in ("ETag", "mtime", "LastModified"))
-    version = next((one for one in told if one not in (None, "")), None)  # a time may be 0
-    if version is None:
-        raise TerminalError(f"this store tells neither ETag nor modification time of its objects: {info['name']}")
-    return InputObject(path=name, size=int(info["size"]), version=str(version).strip('"'))
-
-
-def _modified(info: dict[str, Any]) -> float:
-    """Seconds since the epoch at which an object was last written."""
-    time = info.get("mtime", info.get("LastModified"))
-    if time is None:
-        raise TerminalError(f"this store tells no modification time of its objects: {info['name']}")
-    return time.timestamp() if isinstance(time, datetime) else float(time)
+        return "the local disk" if self._local else store_text(self.uri, self._root, self._options)

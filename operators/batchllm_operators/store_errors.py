@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import pyarrow as pa
 from botocore import exceptions as boto
 
 from batchllm_operators.errors import BatchLLMError, DamagedObjectError, TerminalError, TransientError
+from batchllm_operators.schemes import is_foreign
+from batchllm_operators.spec_base import StorageOptions
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -55,6 +58,21 @@ def translated(error: Exception, place: Place) -> BatchLLMError | None:
         kind = TerminalError if _is_refusal(error) else TransientError
         return kind(f"{where} failed: {error}", uri=uri)
     return None
+
+
+def store_text(uri: str, root: str, options: StorageOptions) -> str:
+    """A remote store as messages name it, without credentials.
+
+    Args:
+        uri: of a folder there.
+        root: its path on the filesystem, which begins with the bucket.
+        options: how it is reached.
+    """
+    if is_foreign(uri):
+        return f"the store of {uri}"
+    variables = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    endpoint = options.endpoint_url or next(filter(None, variables), "AWS")
+    return f"endpoint {endpoint.rpartition('@')[2]}, bucket {root.split('/', maxsplit=1)[0]!r}"
 
 
 def disk_is_full(error: OSError) -> bool:

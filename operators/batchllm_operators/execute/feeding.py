@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import islice
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
+from batchllm_operators.batch_sizes import REQUESTS_AT_A_TIME
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.engine import Engine, Request
 from batchllm_operators.execute.messages import BundleCounts
@@ -16,9 +17,6 @@ from batchllm_operators.store import Store
 from batchllm_operators.tasks.base import Answer, Task
 from batchllm_operators.work.bundles import scan_bundle
 from batchllm_operators.work.results import COUNT_COLUMNS, read_result_part
-
-READ_ROWS = 256
-"""Requests in memory ahead of the engine."""
 
 
 def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes]) -> Iterator[Request]:
@@ -38,7 +36,7 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
     def parameters(overrides: str | None, max_tokens: int) -> SamplingParameters:
         return sampling.of_request(overrides, max_tokens)
 
-    for batch in scan_bundle(store, bundle, READ_ROWS):
+    for batch in scan_bundle(store, bundle, REQUESTS_AT_A_TIME):
         for row in batch.to_pylist():
             if row["request_key"] not in done:
                 yield Request(
@@ -142,7 +140,7 @@ class BundleFeed:
         faults: dict[str, BatchLLMError] = {}
         for name, fed in self._bundles.items():
             while fed.requests is not None and self._engine.unfinished < self._engine.capacity:
-                if len(refused.get(name, [])) >= READ_ROWS:
+                if len(refused.get(name, [])) >= REQUESTS_AT_A_TIME:
                     return refused, faults
                 try:
                     request = next(fed.requests, None)

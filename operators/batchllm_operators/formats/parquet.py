@@ -14,8 +14,9 @@ from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.formats.parquet_source import Footer, ParquetSource
 from batchllm_operators.formats.source import Source
 from batchllm_operators.formats.tables import ReadRows, TableReader
+from batchllm_operators.parquet_objects import parquet_writer
 from batchllm_operators.specs.source import SourceSpec
-from batchllm_operators.store import Store, parquet_writer
+from batchllm_operators.store import Store
 
 _MAGIC = b"PAR1"
 _HEAD_BYTES = 16

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from batchllm_operators.batch_sizes import ROWS_AT_A_TIME
 from batchllm_operators.columns.arrow_values import python_rows
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.records import InputObject
 from batchllm_operators.specs.source import SourceSpec
-from batchllm_operators.store import ROWS_AT_A_TIME
 
 BATCH_ROWS = ROWS_AT_A_TIME
 """Most rows of a batch."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.batch_sizes import ROWS_AT_A_TIME
 from batchllm_operators.columns.arrays import Int32s, Int64s, UInt64s
 from batchllm_operators.keys import REQUEST_KEY_BYTES
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
@@ -19,8 +20,6 @@ from batchllm_operators.tasks.base import Task
 from batchllm_operators.work.results import COUNT_COLUMNS, read_result_parts
 from batchllm_operators.work.staged import ESTIMATE_FIELD, scan_part
 
-READ_ROWS = 1024
-"""Rows of a batch: small enough for its buffers to be used again, instead of mapped anew (half the time of reading)."""
 QUEUED_BATCHES = 2
 
 _COLUMNS = ("row_index", "request_key", "prompt_token_ids", "max_tokens", "sampling")
@@ -124,7 +123,7 @@ def read_requests(
     with ThreadPoolExecutor(1, thread_name_prefix="plan-hash") as hashing:
         queued: list[Future[None]] = []
         for part in stage.parts:
-            for batch in scan_part(work, part, [*_COLUMNS, ESTIMATE_FIELD.name], READ_ROWS):
+            for batch in scan_part(work, part, [*_COLUMNS, ESTIMATE_FIELD.name], ROWS_AT_A_TIME):
                 queued.append(hashing.submit(reading.absorb, batch))
                 if len(queued) > QUEUED_BATCHES:
                     queued.pop(0).result()

@@ -11,9 +11,11 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
+from batchllm_operators.batch_sizes import NUMBERS_AT_A_TIME
 from batchllm_operators.errors import DamagedObjectError
+from batchllm_operators.parquet_objects import parquet_writer
 from batchllm_operators.records import PlanSummary
-from batchllm_operators.store import NUMBERS_AT_A_TIME, Store, parquet_writer
+from batchllm_operators.store import Store
 from batchllm_operators.work.columns import KEY_TYPE, TOKENS_TYPE
 from batchllm_operators.work.json_objects import write_record
 from batchllm_operators.work.layout import PLAN_FOLDER, PLAN_SUMMARY

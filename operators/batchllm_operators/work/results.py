@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import DamagedObjectError, TerminalError
-from batchllm_operators.store import Store, parquet_writer
+from batchllm_operators.parquet_objects import parquet_writer
+from batchllm_operators.store import Store
 from batchllm_operators.tasks.base import Answer, Task
 from batchllm_operators.work.columns import ERROR_TYPE, KEY_TYPE
 from batchllm_operators.work.damage import leave_out

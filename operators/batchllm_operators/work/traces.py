@@ -10,8 +10,9 @@ from uuid import uuid4
 
 import pyarrow as pa
 
+from batchllm_operators.batch_sizes import NUMBERS_AT_A_TIME
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.store import NUMBERS_AT_A_TIME, Store
+from batchllm_operators.store import Store
 from batchllm_operators.work.bundles import short_name
 from batchllm_operators.work.layout import ATTENTION_TRACE_FOLDER, TRACE_FOLDER
 
