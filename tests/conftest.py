@@ -6,13 +6,16 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from filelock import FileLock
 
 from batchllm_flows.demo.model import smollm2_folder, tiny_llama_folder
 from batchllm_flows.demo.s3_server import S3Server, serve_s3
@@ -25,24 +28,35 @@ PLACES = ("disk", "rclone", "moto")
 REPOSITORY = Path(__file__).parent.parent
 MODELS = Path(os.environ.get("BATCHLLM_MODELS", REPOSITORY / ".models"))
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Temporary servers of Prefect keep their database in its home, where two of them would wait for each other.
+    os.environ["PREFECT_HOME"] = str(Path(tempfile.gettempdir()) / f"batchllm-prefect-{os.getppid()}-{worker}")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@contextmanager
+def models() -> Iterator[Path]:
+    """The folder of the models, for one process at a time: what makes a model does not expect another at it."""
+    MODELS.mkdir(exist_ok=True)
+    with FileLock(MODELS / ".lock"):
+        yield MODELS
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct."""
-    MODELS.mkdir(exist_ok=True)
-    return str(smollm2_folder(MODELS))
+    with models() as folder:
+        return str(smollm2_folder(folder))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> str:
     """Folder of a random two-layer model with SmolLM2's tokenizer."""
-    MODELS.mkdir(exist_ok=True)
-    return str(tiny_llama_folder(MODELS))
+    with models() as folder:
+        return str(tiny_llama_folder(folder))
 
 
 @pytest.fixture(scope="session")

@@ -97,8 +97,10 @@ def test_a_bundle_that_fails_does_not_end_the_others_and_alone_is_left_to_comput
     assert (report.rows_out, output["completion"].null_count) == (80, 0)
 
 
+# A shell that starts the tests in the background lets them ignore SIGINT, and all that they start.
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from batchllm_flows.flows import batch_inference
 from batchllm_flows.job import BatchJob
 
