@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from batchllm_flows.job_yaml import load_yaml
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.keys import job_id
 from batchllm_operators.models.model_files import model_versions
@@ -20,6 +21,7 @@ from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import FieldsPrompt, PromptSpec, SourceSpec
 from batchllm_operators.store import Store
 from batchllm_operators.task_names import GENERATE, TaskName
+from batchllm_operators.wording import fault_text
 from batchllm_operators.work.layout import FORMAT_VERSION, WORK_FOLDER
 
 
@@ -55,7 +57,7 @@ class BatchJob(SpecModel):
             InvalidJobError: no such file, not YAML, or not a valid job; names each field, what was expected and got.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidJobError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,7 +116,7 @@ def explain(error: ValidationError) -> str:
     for fault in error.errors(include_url=False):
         field = ".".join(str(piece) for piece in fault["loc"]) or "job"
         got = "" if isinstance(fault["input"], dict) or fault["type"] == "missing" else f" (got {fault['input']!r})"
-        lines.append(f"{field}: {fault['msg'].removeprefix('Value error, ')}{got}")
+        lines.append(f"{field}: {fault_text(fault['msg'])}{got}")
     return "invalid job: " + "; ".join(lines)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from batchllm_operators.wording import did_you_mean
 
 
 class SpecModel(BaseModel):
@@ -21,8 +22,7 @@ class SpecModel(BaseModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in values:
             if key not in known and key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
+                hint = did_you_mean(str(key), known, f"valid keys: {', '.join(known)}")
                 raise ValueError(f"unknown key {key!r}; {hint}")
         return values
 

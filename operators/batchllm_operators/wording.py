@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # What Markdown would take for marks; an underscore between letters or digits is none.
 _MARKS = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![^\W_])_|_(?![^\W_])")
@@ -62,3 +63,14 @@ def markdown_code(text: str) -> str:
 def artifact_slug(name: str) -> str:
     """The name in the characters Prefect allows in artifact keys: lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "batch-inference"
+
+
+def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
+    """A hint for a name that nobody knows: the nearest one that is known, else another hint."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
+def fault_text(message: str) -> str:
+    """The message of a fault that pydantic has found, without what it puts before the messages of our own checks."""
+    return message.removeprefix("Value error, ")

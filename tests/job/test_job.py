@@ -56,6 +56,16 @@ def test_a_missing_file_and_a_file_that_is_not_yaml_are_named(tmp_path: Path) ->
         BatchJob.from_file(write(tmp_path, "[]"))
 
 
+@pytest.mark.parametrize("indent", ["", "  "])
+def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path, indent: str) -> None:
+    text = f"name: one\nmodel:\n  id: m\n{indent}{'id: n' if indent else 'name: two'}\n"
+    key, first = ("id", 3) if indent else ("name", 1)
+    with pytest.raises(
+        InvalidJobError, match=f"expected each key once, got '{key}' in line {first} and again in line 4"
+    ):
+        BatchJob.from_file(write(tmp_path, text))
+
+
 def test_settings_replace_values_by_dotted_path(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps(values()))
     job = BatchJob.from_file(path, {"sampling.max_tokens": 7, "model.engine_args.enforce_eager": True})

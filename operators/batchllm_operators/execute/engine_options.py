@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.engine_argument_names import ENGINE_ARGUMENTS
 from batchllm_operators.specs.execution import ModelSpec
+from batchllm_operators.wording import did_you_mean
 
 # Arguments that have one right place in the job, or one right value.
 RESERVED = {
@@ -60,8 +60,7 @@ def check_engine_arguments(model: ModelSpec, known: Collection[str] | None = Non
             raise TerminalError(f"model.engine_args: {name!r} cannot be set here: {RESERVED[name]}")
         names = known_engine_arguments() if known is None else known
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's EngineArgs for the valid names"
+            hint = did_you_mean(name, names, "see vLLM's EngineArgs for the valid names")
             raise TerminalError(f"model.engine_args: vLLM has no engine argument {name!r}; {hint}")
 
 

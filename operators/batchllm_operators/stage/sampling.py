@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from batchllm_operators.specs.sampling import SamplingParameters, SamplingSpec
 from batchllm_operators.stage.faults import invalid_row
+from batchllm_operators.wording import fault_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,6 @@ def _explained(error: ValidationError) -> str:
     faults = []
     for fault in error.errors(include_url=False):
         name = ".".join(str(piece) for piece in fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
+        message = fault_text(fault["msg"])
         faults.append(f"{name}: {message}, got {fault['input']!r}" if name else message)
     return "; ".join(faults)

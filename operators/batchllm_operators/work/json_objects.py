@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchllm_operators.errors import DamagedObjectError
 from batchllm_operators.store import Store
+from batchllm_operators.wording import fault_text
 from batchllm_operators.work.damage import leave_out
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -53,4 +54,5 @@ def first_fault(error: ValidationError) -> str:
     """Where a record is not valid, and why, without its content."""
     fault = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(piece) for piece in fault["loc"])
-    return f"{where}: {fault['msg']}" if where else fault["msg"]
+    message = fault_text(fault["msg"])
+    return f"{where}: {message}" if where else message
