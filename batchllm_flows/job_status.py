@@ -27,19 +27,19 @@ class JobStatus(Record):
     rows: int | None = None
     """Staged, or in the complete output."""
     error_rows: dict[str, int] = Field(default_factory=dict)
-    """Of a complete job all rows without an answer, else those that staging found; by kind."""
+    """Rows without an answer by kind of error: all of a complete job, else those that staging found."""
     requests: int | None = None
     """Distinct requests staged."""
     answered: int = 0
-    """Of these, those with a result; one with an error does not count."""
+    """The requests that have a result; one with an error does not count."""
     left: int | None = None
     """Requests that a run would compute; of a complete job none."""
     bundles: int | None = None
-    """Of the last plan."""
+    """The bundles of the last plan."""
     parts: int
     """Result parts."""
     bytes: int
-    """Of the work folder."""
+    """The bytes of the work folder."""
     last_write: datetime
     last_error: LastError | None = None
     output_uri: str

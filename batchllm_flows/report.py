@@ -67,7 +67,7 @@ class ForecastAgainstFact(Record):
     computed_prompt_tokens: ExpectedActual
     output_tokens: ExpectedActual
     execute_seconds: ExpectedActual
-    """Of the execute step, without the wait for engines to load."""
+    """The seconds of the execute step, without the wait for engines to load."""
     usd: ExpectedActual | None
     """The fact is the time of all engines from the begin of the execute step to its end, loading included."""
 
@@ -120,7 +120,7 @@ class JobReport(Record):
     job_id: str
     job_name: str
     version: str
-    """Of batchllm-flows."""
+    """The version of batchllm-flows that wrote the report."""
     started: datetime
     already_complete: bool
     """This run found the complete output and computed nothing; the figures are of the run that completed it."""
@@ -145,9 +145,9 @@ class JobReport(Record):
     bundles: int
     engines: int
     engine_load_seconds: float
-    """Of importing vLLM and of loading the model, summed over the engines of this run; other work may go on beside."""
+    """The seconds of importing vLLM and of loading the model, summed over engines; other work may go on meanwhile."""
     engine_wait_seconds: float = 0.0
-    """That bundles waited for engines to load, summed over them: a part of the execute step."""
+    """The seconds that bundles waited for engines to load, summed over them: a part of the execute step."""
     engine_settings: tuple[EngineSetting, ...] = ()
     set_aside: tuple[str, ...] = ()
     """Objects of the work folder that were damaged and stand in its `quarantine/`; what they held was made again."""

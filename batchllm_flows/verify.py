@@ -58,9 +58,9 @@ class Verification(Record):
     output_uri: str
     work_uri: str
     objects: int
-    """That were read and compared."""
+    """The objects that were read and compared."""
     rows: int
-    """Of the output."""
+    """The rows of the output."""
     faults: tuple[Fault, ...]
     set_aside: tuple[str, ...]
     """Damaged objects that earlier runs had found, moved to `quarantine/` and made again; no faults now."""

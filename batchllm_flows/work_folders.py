@@ -27,7 +27,7 @@ class OwnedFolder:
     sink: SinkSpec
 
     def manifest(self) -> Manifest | None:
-        """Of the job's complete output; None where that is not complete, or another job's.
+        """The manifest of the job's complete output; None where that is not complete, or another job's.
 
         The folder around the work folder is looked at first: a sink may have been moved or copied with all it holds.
         """

@@ -32,7 +32,7 @@ class StagedPart(Record):
     first_row: int
     rows: int
     digest: str = ""
-    """Of the file; a part without one is never taken up by a later run."""
+    """The digest of the file; a part without one is never taken up by a later run."""
 
 
 class FieldSharing(Record):
@@ -106,7 +106,7 @@ class BundleInfo(Record):
     expected_output_tokens: int
     expected_seconds: float
     digest: str = ""
-    """Of the file."""
+    """The digest of the file."""
 
 
 class GroupInfo(Record):
@@ -120,7 +120,7 @@ class GroupInfo(Record):
 
 
 class SharingDegree(Record):
-    """The groups of up to so many requests, a power of two, and of more than half as many."""
+    """The groups with a size in (up_to / 2, up_to]; `up_to` is a power of two."""
 
     up_to: int
     groups: int
@@ -136,7 +136,7 @@ class SharedPrefix(Record):
     prefix_tokens: int
     requests: int
     saved_tokens: int
-    """By the tokens of this prefix that its parent does not have."""
+    """The prompt tokens that this prefix saves beyond those that its parent saves."""
 
 
 class AttentionForecast(Record):
@@ -149,7 +149,7 @@ class AttentionForecast(Record):
     engine_saving: float
     """Share of the engines' whole time."""
     needed_saving: float
-    """Of the engines' whole time, for `pays`."""
+    """The share of the engines' whole time that must be saved for `pays`."""
     rates: str
     """Where the rates of the kernels come from: measured on a device, or assumed."""
 
@@ -168,18 +168,18 @@ class PlanCounts(Record):
     done_requests: int
     """Distinct requests that readable results already answer."""
     prompt_tokens: int
-    """Of all rows that make a request, duplicates and done ones included."""
+    """The prompt tokens of all rows that make a request, duplicates and done ones included."""
     planned_prompt_tokens: int
-    """Of the distinct requests to compute now."""
+    """The prompt tokens of the distinct requests to compute now."""
 
 
 class PlanSaving(Record):
     """Shares of the prompt tokens of all rows that make a request."""
 
     planned: float
-    """Of the planned order, deeper sharing included; of a pilot's plan: the optimum."""
+    """The saving of the planned order, deeper sharing included; for a pilot's plan, the optimum."""
     optimum: float
-    """Of an ideal cache that never evicts."""
+    """The saving of an ideal cache that never evicts."""
     single_level: float
     """When each request shares one prefix at the most."""
     stock: float | None = None
@@ -260,7 +260,7 @@ class EngineLoad(Record):
     """What loading an engine took, and the settings it came to."""
 
     seconds: float
-    """Of importing vLLM and of loading, whether anybody waited or not."""
+    """The seconds of importing vLLM and of loading, whether anybody waited or not."""
     settings: tuple[EngineSetting, ...] = ()
     """What decides the throughput of the engine, and who chose it."""
 
@@ -278,7 +278,7 @@ class BundleResult(Record):
     load_seconds: float
     """Seconds this bundle waited for engines to load; 0 on a warm engine."""
     loads: tuple[EngineLoad, ...] = ()
-    """Of the engines that were lent to this bundle first."""
+    """What loading gave, for the engines that were lent to this bundle first."""
     seconds: float
 
 

@@ -10,7 +10,7 @@ from batchllm_operators.wording import counted
 
 EXAMPLES_OF_A_KIND = 3
 MESSAGE_CHARACTERS = 300
-"""Of an example: a message may quote the row."""
+"""Most characters of an example: a message may quote the row."""
 
 Examples = Mapping[str, Iterable[RowErrorExample]]
 

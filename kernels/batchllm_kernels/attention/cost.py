@@ -19,7 +19,7 @@ ASSUMED = "assumed"
 
 PARTIAL_BYTES = 4  # partial results and their log-sum-exp are fp32
 CAPTURED_LAUNCHES = 3
-"""Of the shared path in a captured step: shared, own and merge, whether there is work for them or not."""
+"""The launches of the shared path in a captured step: shared, own and merge, whether there is work for them or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,11 @@ class Calibration:
     minimum_gain: float
 
     def stock_seconds(self, traffic: Traffic) -> float:
-        """Of vLLM's own attention, without the launch."""
+        """The time of vLLM's own attention, without the launch."""
         return self._seconds(traffic, self.stock_bytes_per_second)
 
     def shared_seconds(self, traffic: Traffic) -> float:
-        """Of the shared launch, without its fixed cost."""
+        """The time of the shared launch, without its fixed cost."""
         return self._seconds(traffic, self.shared_bytes_per_second)
 
     def own_seconds(self, traffic: Traffic) -> float:

@@ -266,7 +266,7 @@ class FlashShared:
 
     @property
     def metadata(self) -> torch.Tensor:
-        """Of FlashAttention's scheduler, for the last plan; its address and, for equal bounds, its length stay."""
+        """The metadata of FlashAttention's scheduler: it keeps its address, and its length for equal bounds."""
         return self._metadata[: self._metadata_length]
 
     @property

@@ -24,7 +24,7 @@ plan without sharing where nothing is shared, 0.9 ms where it is and does not pa
 pace, and a job that begins to share is seen after 8 of its hundreds of steps."""
 
 EXPOSED_PLAN_SECONDS = 1e-3
-"""Of a step that shares, 1,024 rows on a busy core, where the device waits for the host."""
+"""The host's time for a step that shares, with 1,024 rows on a busy core, where the device waits for the host."""
 
 
 class StepPlanner:

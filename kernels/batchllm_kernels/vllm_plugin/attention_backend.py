@@ -199,7 +199,7 @@ class SharedMetadataBuilder:
 
     @staticmethod
     def calibration(shared_impl: SharedImplementation) -> Calibration:
-        """Of the device that runs the engine, with what runs the shared parts there."""
+        """The rates of the device that runs the engine, with what runs the shared parts there."""
         return calibration_for(current_platform.get_device_name(), shared_impl)
 
     @staticmethod

@@ -30,7 +30,8 @@ from batchllm_operators.tasks.base import Answer
 OUTPUT_TOKENS = 17
 MOST_SECONDS = 20.0
 MOST_SHARE = 0.05
-"""Of the job's seconds, as the hardware's default forecasts them, and never more than `MOST_SECONDS`."""
+"""The share of the job's seconds, as the hardware's default forecasts them, that a calibration may take; at most
+`MOST_SECONDS`."""
 
 SHORTEST_JOB_SECONDS = 120.0
 """A job that is forecast to be shorter is not worth a calibration."""
@@ -261,7 +262,7 @@ def _columns(runs: list[MeasuredRun]) -> MeasuredRuns:
 
 
 def _versions() -> dict[str, str]:
-    """Of what decides an engine's speed, as far as it is installed."""
+    """The versions of what decides an engine's speed, as far as it is installed."""
     found = {}
     for name, distributions in _DISTRIBUTIONS.items():
         for distribution in distributions:

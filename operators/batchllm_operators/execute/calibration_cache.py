@@ -16,7 +16,7 @@ from batchllm_operators.work.layout import FORMAT_VERSION
 
 WRONG_BY = 2.0
 TELLING_SECONDS = 10.0
-"""Of engine time: shorter work is mostly what every run costs, whatever it computes."""
+"""The least engine time that says something: shorter work is mostly what every run costs, whatever it computes."""
 
 _LOGGER = logging.getLogger(__name__)
 

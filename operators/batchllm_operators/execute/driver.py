@@ -42,7 +42,7 @@ StatusCallback = Callable[[str, Loading | None], None]
 
 
 def no_status(_engine: str, _loading: Loading | None) -> None:
-    """Where nobody watches the engines."""
+    """Pass over the status, because nobody watches the engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class Deadlines:
     """How long an engine may be silent, in seconds."""
 
     load_s: float
-    """To load the model."""
+    """The time to load the model."""
     stall_s: float
-    """Without a token computed, with bundles to compute; then it counts as lost."""
+    """The time without a token computed, with bundles to compute, after which it counts as lost."""
     close_grace_s: float = CLOSE_GRACE_SECONDS
-    """To write what is finished when it is closed."""
+    """The time to write what is finished when it is closed."""
 
 
 class EngineDriver:

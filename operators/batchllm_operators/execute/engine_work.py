@@ -23,7 +23,7 @@ class EngineWork(Record):
     """How to reach it."""
 
     def with_attention(self, forecast: AttentionForecast | None) -> EngineWork:
-        """With vLLM's own attention, where the job leaves the choice to its plan and sharing does not pay.
+        """The same work, with vLLM's own attention where the job leaves it to its plan and sharing does not pay.
 
         Args:
             forecast: of the plan; None: there is none, and the engines are loaded as the job says.

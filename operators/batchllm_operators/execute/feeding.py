@@ -84,7 +84,7 @@ class BundleStep:
     all_read: bool
     """The engine has been given all of its requests."""
     done: bool
-    """And has answered them."""
+    """The engine has answered all of them too."""
     fault: BatchLLMError | None = None
     """Why its requests cannot be read any further; the bundle is out of the feed."""
 

@@ -56,9 +56,9 @@ class Load(Record):
     calibrate: bool = False
     """Whether the engine is to measure its rates before it takes its first bundle."""
     calibration_seconds: float = Field(default=20.0, gt=0)
-    """What that may take."""
+    """The seconds that the measurement may take."""
     default_rates: CostModel | None = None
-    """For what there is no time to measure; None: the hardware's."""
+    """The rates for what there is no time to measure; None: the hardware's."""
 
 
 class Run(Record):
@@ -68,7 +68,7 @@ class Run(Record):
     bundle: str
     """Name of the bundle's object in the work folder."""
     digest: str = ""
-    """Of that object; empty: the plan tells none."""
+    """The digest of that object; empty: the plan tells none."""
     work_uri: str
     storage: StorageOptions
     task: str
@@ -121,7 +121,7 @@ class Loaded(Record):
 
     kind: Literal["loaded"] = "loaded"
     seconds: float
-    """Of importing vLLM and of loading, without what lay between, and without calibration."""
+    """The seconds of importing vLLM and of loading, without what lay between, and without calibration."""
     calibration: Calibration | None = None
     """Its rates, where it was to measure them and could."""
     settings: tuple[EngineSetting, ...] = ()
@@ -160,7 +160,8 @@ class BundleDone(Record):
     counts: BundleCounts
     parts: tuple[str, ...]
     seconds: float
-    """Since it began or the bundle before it was done, whichever was later: together they are the busy time."""
+    """Seconds since this bundle began or the one before it was done, whichever was later. Their sum over all bundles is
+    the time in which the engine was busy."""
 
 
 class Failed(Record):

@@ -57,7 +57,7 @@ class ParquetReader(TableReader):
         return map(ReadRows, store.scan_parquet(name, columns, batch_rows))
 
     def recognises(self, head: bytes) -> bool:
-        """By its magic number."""
+        """Whether an object is Parquet, by its magic number."""
         return head.startswith(_MAGIC)
 
 

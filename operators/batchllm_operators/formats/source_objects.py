@@ -38,7 +38,7 @@ def source_objects(spec: SourceSpec, form: FileFormat, known: Verdicts | None = 
 
 
 def _verdicts(found: FoundInput, form: FileFormat, known: Verdicts) -> Verdicts:
-    """On the objects whose names leave open what they hold, such as settings in a `.json` object."""
+    """Verdicts on the objects whose names leave open what they hold, such as settings in a `.json` object."""
     doubtful = [one for one in found.objects if one.path.lower().endswith(form.doubtful_suffixes)]
     unseen = [one for one in doubtful if one not in known]
     look = partial(form.required_reader().refusal, found.store)

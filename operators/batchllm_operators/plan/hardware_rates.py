@@ -24,10 +24,10 @@ from batchllm_operators.specs.planning import CostModel
 
 CPU_REFERENCE = ModelShape(parameters=134_479_872, active_parameters=134_479_872, kv_values=11_520)
 CPU_REFERENCE_CORES = 2
-"""Of `CPU_DEFAULT`: SmolLM2-135M in bfloat16 on two cores with AVX512-BF16."""
+"""The model of `CPU_DEFAULT`: SmolLM2-135M in bfloat16 on two cores with AVX512-BF16."""
 
 GPU_REFERENCE = ModelShape(parameters=8_030_000_000, active_parameters=7_500_000_000, kv_values=65_536)
-"""Of `GPU_DEFAULT`: Llama 3 8B in bfloat16."""
+"""The model of `GPU_DEFAULT`: Llama 3 8B in bfloat16."""
 
 GPU_USABLE_BYTES = 68_500_000_000
 """What a GPU of 80 GB has for weights and KV cache."""

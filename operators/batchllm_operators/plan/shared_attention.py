@@ -30,7 +30,8 @@ from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
 from batchllm_operators.specs.planning import CostModel
 
 NEEDED_SAVING = 0.01
-"""Of the engines' time: the rates are good to a few per cent, and a job that gains less need not run new kernels."""
+"""The least share of the engines' time that must be saved: rates are good to a few per cent, and a job that gains less
+need not run new kernels."""
 
 SHARED_TILE_ROWS = 128
 """Query rows that read a shared prefix at once, of FlashAttention 3 and of the Triton kernel on an H100."""
@@ -88,12 +89,12 @@ class _Shape:
     size: float
     prefix_tokens: float
     context_tokens: float
-    """Of one request behind the prefix, half of its output included."""
+    """The mean context of one request behind the prefix, in tokens, half of its output included."""
     output_tokens: float
 
 
 def engine_attention(model: ModelSpec, execution: ExecutionSpec) -> EngineAttention | None:
-    """For jobs that leave the choice to their plan on a machine with GPUs; None for others.
+    """The engine whose attention the plan chooses: on a machine with GPUs, where the job leaves that to it. Else None.
 
     None also for a model whose configuration does not tell its heads: then the engine decides alone.
 

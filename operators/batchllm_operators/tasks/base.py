@@ -23,7 +23,7 @@ class TaskRequest:
     """The options of one request, as a task hands them to vLLM."""
 
     sampling: SamplingParameters
-    """Of the job, with what its row overrides; a task that generates nothing passes over them."""
+    """The sampling of the job with what its row overrides; a task that generates nothing passes over it."""
     plan: Mapping[str, Any] | None
     """What our scheduler is told of the request, as an entry of vLLM's parameters that no other code reads."""
 

@@ -25,7 +25,7 @@ class JobFile(BaseModel):
 
     @property
     def job_name(self) -> str | None:
-        """Of the job; None where the spec tells none."""
+        """The name of the job; None where the spec tells none."""
         name = self.job.get("name")
         return None if name is None else str(name)
 

@@ -27,8 +27,8 @@ A summary is written behind the objects it lists: without it they do not count. 
 from __future__ import annotations
 
 FORMAT_VERSION = 3
-"""Of all objects of a work folder and of the manifest; it counts in the id of every job, so that no job finds objects
-of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
+"""The version of all objects of a work folder and of the manifest. It counts in the id of every job, so that no job
+finds objects of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
 
 JOB_FILE = "job.json"
 STAGED_FOLDER = "staged"
@@ -48,11 +48,11 @@ LAST_ERROR_FILE = "last_error.json"
 
 
 WORK_FOLDER = "_batchllm"
-"""Of the sink: holds the work folders of its jobs, each under its id."""
+"""The folder of the sink that holds the work folders of its jobs, each under its id."""
 CALIBRATIONS_FOLDER = "_batchllm/calibrations"
-"""Of the sink: for every job that writes there."""
+"""The folder of the sink that holds calibrations for every job that writes there."""
 MANIFEST_FILE = "_manifest.json"
-"""Of the sink."""
+"""The object of the sink whose presence says that the output is complete."""
 
 
 def engine_log(index: int) -> str:

@@ -11,7 +11,7 @@ from batchllm_operators.store import Store
 from batchllm_operators.work.layout import engine_log
 
 KEPT_BYTES = 1024 * 1024
-"""Of the end of each log."""
+"""The bytes that are kept of the end of each log."""
 
 _LOGGER = logging.getLogger(__name__)
 

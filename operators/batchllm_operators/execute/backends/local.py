@@ -115,7 +115,7 @@ class LocalLink:
         return decode_event(line)
 
     def death(self, wait_s: float = 0.0) -> Death | None:
-        """By the exit code of the process; its group may go on until it is killed."""
+        """How the process has ended, by its exit code; its group may go on until it is killed."""
         code = self._process.exit_code(wait_s)
         if code is None:
             return None
