@@ -32,7 +32,7 @@ from batchllm_operators.records import InputObject
 from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store_entries import StoredObject, input_object, modified, version_of
-from batchllm_operators.store_errors import Place, store_text, translated
+from batchllm_operators.store_errors import FaultPlace, store_text, translated
 
 _PARQUET = "Parquet object"
 PARTIAL_PREFIX = ".partial-"
@@ -382,7 +382,7 @@ class Store:
 
     def _translated(self, error: Exception, name: str, content: str = "object") -> BatchLLMError | None:
         uri = self.uri_of(name) if name else self.uri
-        place = Place(uri, self._where(), self._local, self._bucket_is_missing, content)
+        place = FaultPlace(uri, self._where(), self._local, self._bucket_is_missing, content)
         return translated(error, place)
 
     def _bucket_is_missing(self) -> bool:

@@ -19,7 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FaultPlace:
     """Where a fault was met."""
 
     uri: str
@@ -31,7 +31,7 @@ class Place:
     """What the object was read as."""
 
 
-def translated(error: Exception, place: Place) -> BatchLLMError | None:
+def translated(error: Exception, place: FaultPlace) -> BatchLLMError | None:
     """The error in the words of a user; None for a fault of our own."""
     uri, where = place.uri, place.where
     # A flipped bit in a footer can make the name of a column one that does not decode.

@@ -10,7 +10,7 @@ import torch
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.reference import paged_attention, planned_attention
-from batchllm_kernels.attention.work_plan import PlanShape, WorkPlan, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlan, WorkPlanShape, plan_work
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Step:
     def query_tokens(self) -> int:
         return int(self.query_start_loc[-1])
 
-    def plan(self, shape: PlanShape, *, share: bool = True) -> WorkPlan:
+    def plan(self, shape: WorkPlanShape, *, share: bool = True) -> WorkPlan:
         assert all(request.query_tokens == 1 for request in self.requests)
         return plan_work(self.block_table, self.seq_lens, shape, share=share)
 
@@ -106,7 +106,7 @@ class Tensors:
     def expected(self) -> torch.Tensor:
         return paged_attention(*self.inputs, self.scale)
 
-    def shape(self, **changes: int) -> PlanShape:
+    def shape(self, **changes: int) -> WorkPlanShape:
         return plan_shape(
             block_size=self.key_cache.shape[1],
             heads=self.query.shape[1],

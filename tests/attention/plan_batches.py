@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from batchllm_kernels.attention.work_plan import PlanShape
+from batchllm_kernels.attention.work_plan import WorkPlanShape
 
 from .batches import Request
 
@@ -28,7 +28,7 @@ padding = st.just(Request(own_tokens=0))
 batches = st.lists(st.one_of(rows, rows, rows, padding), min_size=1, max_size=16)
 
 shapes = st.builds(
-    PlanShape,
+    WorkPlanShape,
     block_size=st.sampled_from([16, 32]),
     queries_per_kv_head=st.sampled_from([1, 3, 4, 8]),
     element_bytes=st.sampled_from([1, 2, 4]),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from batchllm_kernels.attention.cost import (
-    Calibration,
     Decision,
+    KernelCalibration,
     Launching,
     ModelHeads,
     StepSetting,
@@ -21,10 +21,10 @@ from batchllm_kernels.attention.cost import (
     unshared_seconds,
 )
 from batchllm_kernels.attention.step_traffic import step_work
-from batchllm_kernels.attention.work_plan import PlanShape, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlanShape, plan_work
 from batchllm_kernels.bench.workloads import DecodeStep, SharingRequest, decode_step, groups
 
-SHAPE = PlanShape(block_size=16, queries_per_kv_head=4)
+SHAPE = WorkPlanShape(block_size=16, queries_per_kv_head=4)
 HEADS = ModelHeads(heads=32, kv_heads=8, head_size=128)
 ASSUMED = calibration_for("a device nobody measured")
 LAYERS = 32
@@ -34,7 +34,7 @@ def step(count: int, *, degree: int = 16, prefix: int = 2000, own: int = 200) ->
     return decode_step("step", groups(count, prefix=prefix, own=own, degree=degree), 16)
 
 
-def work_of(made: DecodeStep, device: Calibration = ASSUMED, *, order: list[int] | None = None) -> StepWork:
+def work_of(made: DecodeStep, device: KernelCalibration = ASSUMED, *, order: list[int] | None = None) -> StepWork:
     rows = np.arange(len(made.seq_lens)) if order is None else np.array(order)
     table, lengths = made.block_table[rows], made.seq_lens[rows]
     return step_work(plan_work(table, lengths, SHAPE), lengths, HEADS, device)

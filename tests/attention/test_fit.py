@@ -9,13 +9,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from batchllm_kernels.attention.cost import Calibration, Launching, ModelHeads, shared_path_seconds
+from batchllm_kernels.attention.cost import KernelCalibration, Launching, ModelHeads, shared_path_seconds
 from batchllm_kernels.attention.step_traffic import step_work
-from batchllm_kernels.attention.work_plan import PlanShape, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlanShape, plan_work
 from batchllm_kernels.bench.fit import MeasuredStep, device_for_fit, fit_calibration, prediction_errors
 from batchllm_kernels.bench.workloads import decode_step, groups
 
-SHAPE = PlanShape(block_size=16, queries_per_kv_head=4)
+SHAPE = WorkPlanShape(block_size=16, queries_per_kv_head=4)
 HEADS = ModelHeads(heads=32, kv_heads=8, head_size=128)
 DEVICE = device_for_fit(l2_bytes=50e6, processors=132)
 KNOWN = replace(
@@ -45,7 +45,7 @@ def steps(*, prefixes: tuple[int, ...] = (256, 2000, 16_000)) -> Iterator[Measur
         yield MeasuredStep(step_work(plan_work(made.block_table[order], lengths, SHAPE), lengths, HEADS, DEVICE))
 
 
-def timed(one: MeasuredStep, device: Calibration, noise: float = 0.0, seed: int = 0) -> MeasuredStep:
+def timed(one: MeasuredStep, device: KernelCalibration, noise: float = 0.0, seed: int = 0) -> MeasuredStep:
     """With the times that a device would take, off by some per cent."""
     random = np.random.default_rng(seed)
     launch, work = device.captured_launch_seconds, one.work
@@ -59,7 +59,7 @@ def timed(one: MeasuredStep, device: Calibration, noise: float = 0.0, seed: int 
     return MeasuredStep(work, *(seconds * random.uniform(1 - noise, 1 + noise) for seconds in exact))
 
 
-def fitted(measured: list[MeasuredStep]) -> Calibration:
+def fitted(measured: list[MeasuredStep]) -> KernelCalibration:
     return fit_calibration("told", measured, DEVICE, uncaptured_launch_seconds=5e-6)
 
 

@@ -21,7 +21,7 @@ from batchllm_kernels.attention.flash_shared import (
 )
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
-from batchllm_kernels.attention.work_plan import OwnItem, PlanShape, WorkPlan
+from batchllm_kernels.attention.work_plan import OwnItem, WorkPlan, WorkPlanShape
 from batchllm_kernels.bench.check import check, check_cases, poisoned_step
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.ours import FLASH_IDLE, FLASH_LAUNCH, FLASH_OF_PLAN, FLASH_SHARED, flash_calls
@@ -37,7 +37,7 @@ FLOAT16, BFLOAT16 = (torch.float16, 2e-3), (torch.bfloat16, 1e-2)
 FLASH = "flash_attention_3"
 
 
-def shape_of(numbers: Tensors, target_items: int | None = None) -> PlanShape:
+def shape_of(numbers: Tensors, target_items: int | None = None) -> WorkPlanShape:
     return plan_shape(
         block_size=numbers.key_cache.shape[1],
         heads=numbers.query.shape[1],
@@ -50,7 +50,7 @@ def shape_of(numbers: Tensors, target_items: int | None = None) -> PlanShape:
     )
 
 
-def settings_of(numbers: Tensors, shape: PlanShape, capacity: SequenceBounds) -> FlashSettings:
+def settings_of(numbers: Tensors, shape: WorkPlanShape, capacity: SequenceBounds) -> FlashSettings:
     return FlashSettings(
         ReferenceVarlenAttention(),
         shape,
@@ -61,7 +61,7 @@ def settings_of(numbers: Tensors, shape: PlanShape, capacity: SequenceBounds) ->
     )
 
 
-def buffers_of(numbers: Tensors, shape: PlanShape, requests: int) -> PlanBuffers:
+def buffers_of(numbers: Tensors, shape: WorkPlanShape, requests: int) -> PlanBuffers:
     """Of the capacity that an engine of so many requests gives them, poisoned."""
     _, heads, head_size = numbers.query.shape
     flash = settings_of(numbers, shape, SequenceBounds.of_steps(requests, shape))
@@ -90,7 +90,7 @@ def attend(numbers: Tensors, buffers: PlanBuffers, *, every_launch: bool = False
     return output.float()
 
 
-def attend_alone(numbers: Tensors, shape: PlanShape, plan: WorkPlan) -> torch.Tensor:
+def attend_alone(numbers: Tensors, shape: WorkPlanShape, plan: WorkPlan) -> torch.Tensor:
     """With buffers that have room for just this plan."""
     _, heads, head_size = numbers.query.shape
     buffers = PlanBuffers.of_plan(
@@ -116,7 +116,7 @@ def four_levels() -> list[Request]:
 @settings(max_examples=100, deadline=None)
 @given(batches, shapes)
 def test_every_slot_of_a_shared_part_is_the_result_of_one_row_over_its_keys(
-    batch: list[Request], shape: PlanShape
+    batch: list[Request], shape: WorkPlanShape
 ) -> None:
     step = Step(batch, block_size=shape.block_size)
     plan = step.plan(shape)
@@ -137,7 +137,7 @@ def test_every_slot_of_a_shared_part_is_the_result_of_one_row_over_its_keys(
 
 @settings(max_examples=200, deadline=None)
 @given(batches, shapes)
-def test_no_plan_exceeds_the_bounds_of_its_number_of_rows(batch: list[Request], shape: PlanShape) -> None:
+def test_no_plan_exceeds_the_bounds_of_its_number_of_rows(batch: list[Request], shape: WorkPlanShape) -> None:
     plan = Step(batch, block_size=shape.block_size).plan(shape)
     exact = SequenceBounds.of_plan(plan)
     made = shared_sequences(plan)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
-from batchllm_kernels.attention.work_plan import PlanShape
+from batchllm_kernels.attention.work_plan import WorkPlanShape
 
 from .batches import Request, Step, mixed_requests
 from .plan_batches import batches, shapes
 
-SHAPE = PlanShape(block_size=16, queries_per_kv_head=4, minimum_split_tokens=16)
+SHAPE = WorkPlanShape(block_size=16, queries_per_kv_head=4, minimum_split_tokens=16)
 TABLES = ("own_items", "merges", "shared_items", "shared_rows")
 
 
@@ -25,7 +25,7 @@ def buffers(capacity: PlanCapacity) -> PlanBuffers:
 
 @settings(max_examples=200, deadline=None)
 @given(batches, shapes, st.booleans())
-def test_every_plan_of_so_many_rows_fits_the_capacity(batch: list[Request], shape: PlanShape, share: bool) -> None:
+def test_every_plan_of_so_many_rows_fits_the_capacity(batch: list[Request], shape: WorkPlanShape, share: bool) -> None:
     plan = Step(batch, block_size=shape.block_size).plan(shape, share=share)
     assert PlanCapacity.of_steps(len(batch), shape).holds(plan)
 
@@ -41,7 +41,7 @@ def test_plans_that_share_on_every_level_and_split_everything_fit_the_capacity(d
             for row in range(rows)
         ]
     )
-    shape = PlanShape(
+    shape = WorkPlanShape(
         16, 4, shared_tile_rows=512, target_items=target_items, own_target_items=target_items, minimum_split_tokens=16
     )
     plan = step.plan(shape)

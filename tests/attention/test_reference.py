@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchllm_kernels.attention.reference import merge_partials, paged_attention
-from batchllm_kernels.attention.work_plan import PlanShape
+from batchllm_kernels.attention.work_plan import WorkPlanShape
 
 from .batches import Request, Step, Tensors, mixed_requests, prompt_requests, relative_error, tensors
 
@@ -48,7 +48,7 @@ def test_reference_equals_dense_attention(requests: list[Request], heads: int, k
 def test_a_plan_gives_dense_attention(heads: int, kv_heads: int, target_items: int, share: bool) -> None:
     step = Step(mixed_requests())
     numbers = tensors(step, heads=heads, kv_heads=kv_heads, head_size=24)
-    shape = PlanShape(
+    shape = WorkPlanShape(
         16, heads // kv_heads, target_items=target_items, own_target_items=target_items, minimum_split_tokens=16
     )
     assert relative_error(numbers.planned(step.plan(shape, share=share)), dense_attention(numbers)) < 1e-5

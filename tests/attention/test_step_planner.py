@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchllm_kernels.attention import launch
-from batchllm_kernels.attention.cost import Calibration, Launching, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import KernelCalibration, Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.step_planner import LONGEST_PAUSE, StepPlanner
 
@@ -22,7 +22,7 @@ ASSUMED = calibration_for("a device nobody measured")
 MODEL = ModelHeads(heads=32, kv_heads=8, head_size=128)
 
 
-def planner(calibration: Calibration = ASSUMED, *, layers: int = 32, host_hidden: bool = True) -> StepPlanner:
+def planner(calibration: KernelCalibration = ASSUMED, *, layers: int = 32, host_hidden: bool = True) -> StepPlanner:
     cpu = torch.device("cpu")
     return StepPlanner(MODEL, layers, 16, torch.bfloat16, 32, calibration, cpu, host_hidden=host_hidden)
 

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm_kernels.attention.work_plan import DIRECT, Merge, OwnItem, PlanShape, SharedItem, WorkPlan, plan_work
+from batchllm_kernels.attention.work_plan import DIRECT, Merge, OwnItem, SharedItem, WorkPlan, WorkPlanShape, plan_work
 
 from .batches import Request, Step, Tensors, mixed_requests, relative_error, tensors
 from .plan_batches import batches, shapes
 
-SHAPE = PlanShape(block_size=16, queries_per_kv_head=4, minimum_split_tokens=256)
+SHAPE = WorkPlanShape(block_size=16, queries_per_kv_head=4, minimum_split_tokens=256)
 
 KeyRange = tuple[int, int]
 
@@ -44,7 +44,7 @@ def key_ranges(plan: WorkPlan) -> dict[int, list[KeyRange]]:
 
 @settings(max_examples=100, deadline=None)
 @given(batches, shapes, st.booleans())
-def test_every_row_reads_each_of_its_keys_once(batch: list[Request], shape: PlanShape, share: bool) -> None:
+def test_every_row_reads_each_of_its_keys_once(batch: list[Request], shape: WorkPlanShape, share: bool) -> None:
     step = Step(batch, block_size=shape.block_size)
     plan = step.plan(shape, share=share)
     read = key_ranges(plan)
@@ -62,7 +62,7 @@ def test_every_row_reads_each_of_its_keys_once(batch: list[Request], shape: Plan
 @settings(max_examples=100, deadline=None)
 @given(batches, shapes)
 def test_every_partial_result_is_written_once_and_taken_in_once_in_the_order_of_keys(
-    batch: list[Request], shape: PlanShape
+    batch: list[Request], shape: WorkPlanShape
 ) -> None:
     plan = Step(batch, block_size=shape.block_size).plan(shape)
     written = {slot: (token, keys) for token, slot, _, keys in shared_parts(plan)}
@@ -95,7 +95,7 @@ def test_every_partial_result_is_written_once_and_taken_in_once_in_the_order_of_
 
 @settings(max_examples=100, deadline=None)
 @given(batches, shapes)
-def test_items_of_a_node_cover_its_rows_and_its_keys(batch: list[Request], shape: PlanShape) -> None:
+def test_items_of_a_node_cover_its_rows_and_its_keys(batch: list[Request], shape: WorkPlanShape) -> None:
     plan = Step(batch, block_size=shape.block_size).plan(shape)
     starts = plan.node_row_start.tolist()
     assert (starts[0], starts[-1], len(starts)) == (0, len(plan.shared_rows), len(plan.nodes) + 1)
@@ -117,7 +117,7 @@ def test_items_of_a_node_cover_its_rows_and_its_keys(batch: list[Request], shape
 
 @settings(max_examples=60, deadline=None)
 @given(batches, shapes, st.randoms(use_true_random=False))
-def test_rows_in_another_order_get_the_same_items(batch: list[Request], shape: PlanShape, random: Random) -> None:
+def test_rows_in_another_order_get_the_same_items(batch: list[Request], shape: WorkPlanShape, random: Random) -> None:
     step = Step(batch, block_size=shape.block_size)
     order = list(range(len(batch)))
     random.shuffle(order)
@@ -128,7 +128,7 @@ def test_rows_in_another_order_get_the_same_items(batch: list[Request], shape: P
 @settings(max_examples=60, deadline=None)
 @given(batches, shapes, st.randoms(use_true_random=False))
 def test_sharing_splitting_and_order_of_rows_do_not_change_the_result(
-    batch: list[Request], shape: PlanShape, random: Random
+    batch: list[Request], shape: WorkPlanShape, random: Random
 ) -> None:
     step = Step(batch, block_size=shape.block_size)
     numbers = tensors(step, heads=shape.queries_per_kv_head, head_size=8)
@@ -142,7 +142,7 @@ def test_sharing_splitting_and_order_of_rows_do_not_change_the_result(
     assert relative_error(_in_order(step, numbers, shape, order), expected) < 1e-5
 
 
-def _in_order(step: Step, numbers: Tensors, shape: PlanShape, order: list[int]) -> torch.Tensor:
+def _in_order(step: Step, numbers: Tensors, shape: WorkPlanShape, order: list[int]) -> torch.Tensor:
     """The result of the same rows in another order, back in the first."""
     table, lengths = step.block_table[order], step.seq_lens[order]
     moved = replace(
@@ -295,6 +295,6 @@ def test_arrays_that_do_not_fit_are_refused(table: list[list[int]], lengths: lis
 
 def test_tiles_without_room_for_the_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="shared_tile_rows: expected at least the 96 heads of a KV head, got 64"):
-        PlanShape(block_size=16, queries_per_kv_head=96)
+        WorkPlanShape(block_size=16, queries_per_kv_head=96)
     with pytest.raises(ValueError, match="block_size: expected a positive number, got 0"):
-        PlanShape(block_size=0, queries_per_kv_head=1)
+        WorkPlanShape(block_size=0, queries_per_kv_head=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.cost import KernelCalibration
 
 
-def free_launches(source: str, *, minimum_gain: float) -> Calibration:
+def free_launches(source: str, *, minimum_gain: float) -> KernelCalibration:
     """Of a device whose launches cost nothing and whose paths read at one rate, from memory."""
-    return Calibration(
+    return KernelCalibration(
         source=source,
         stock_bytes_per_second=1e12,
         l2_bytes_per_second=1e15,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.cost import KernelCalibration
 from batchllm_kernels.vllm_plugin.block_table_mirror import rows_of_step
 from tests.vllm_plugin.calibrations import free_launches
 from tests.vllm_plugin.plain_cpu_backend import SharedBuilder, SharedImpl
@@ -21,7 +21,7 @@ class ComparingBuilder(SharedBuilder):
     """For each step its requests, the blocks in use, how many of them differ, and 1 where the table was made up."""
 
     @staticmethod
-    def calibration(_shared_impl: str) -> Calibration:
+    def calibration(_shared_impl: str) -> KernelCalibration:
         return NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.cost import KernelCalibration
 from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.vllm_plugin.attention_backend import (
     SharedAttentionBackend,
@@ -66,7 +66,7 @@ class SharedImpl(SharedAttentionImpl, PlainImpl):
 
 class SharedBuilder(SharedMetadataBuilder, CPUAttentionMetadataBuilder):
     @staticmethod
-    def calibration(_shared_impl: str) -> Calibration:
+    def calibration(_shared_impl: str) -> KernelCalibration:
         return free_launches("test: any gain, and any loss", minimum_gain=-1e9)
 
 

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker import workspace
 from vllm.v1.worker.gpu_worker import Worker
 
-from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.cost import KernelCalibration
 from batchllm_kernels.attention.reference import paged_attention
 from batchllm_kernels.vllm_plugin import attention_backend
 from batchllm_kernels.vllm_plugin.attention_backend import SharedAttentionImpl, SharedMetadataBuilder
@@ -66,7 +66,7 @@ class Builder(SharedMetadataBuilder, StockBuilder):
     gain = 0.0
 
     @classmethod
-    def calibration(cls, _shared_impl: str) -> Calibration:
+    def calibration(cls, _shared_impl: str) -> KernelCalibration:
         return free_launches("test", minimum_gain=cls.gain)
 
 

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchllm_kernels.vllm_plugin.output_estimates import FEWEST, WINDOW, OutputEstimates
+from batchllm_kernels.vllm_plugin.output_estimates import FEWEST, WINDOW, LearntEstimates
 
 
-def expected(learned: OutputEstimates, estimate: int, generated: int = 0, most: int = 10_000) -> int:
+def expected(learned: LearntEstimates, estimate: int, generated: int = 0, most: int = 10_000) -> int:
     columns = [np.array([value], dtype=np.int64) for value in (estimate, generated, most)]
     return int(learned.expected(*columns)[0])
 
 
-def taught(pairs: list[tuple[int, int]]) -> OutputEstimates:
-    learned = OutputEstimates()
+def taught(pairs: list[tuple[int, int]]) -> LearntEstimates:
+    learned = LearntEstimates()
     for estimate, actual in pairs:
         learned.observe(estimate, actual)
     return learned

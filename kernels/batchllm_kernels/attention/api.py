@@ -10,7 +10,7 @@ from batchllm_kernels.attention.flash_shared import TILE_ROWS, SharedImplementat
 from batchllm_kernels.attention.plan_buffers import PlanBuffers
 from batchllm_kernels.attention.reference import planned_attention
 from batchllm_kernels.attention.tuning import Tuning, device_architecture, multiprocessors, tuning_for
-from batchllm_kernels.attention.work_plan import OwnItem, PlanShape
+from batchllm_kernels.attention.work_plan import OwnItem, WorkPlanShape
 
 if TYPE_CHECKING:
     from batchllm_kernels.attention.launch import PreparedLaunches
@@ -140,7 +140,7 @@ def plan_shape(
     device: torch.device,
     target_items: int | None = None,
     shared_impl: SharedImplementation = "triton",
-) -> PlanShape:
+) -> WorkPlanShape:
     """The shape that plans for these kernels on this device must have.
 
     Args:
@@ -165,7 +165,7 @@ def plan_shape(
         tile_rows, programs = max(TILE_ROWS, heads // kv_heads), 1
     processors = multiprocessors(device)
     own_programs = tuning.own.programs_per_multiprocessor
-    return PlanShape(
+    return WorkPlanShape(
         block_size=block_size,
         queries_per_kv_head=heads // kv_heads,
         element_bytes=dtype.itemsize,

@@ -90,7 +90,7 @@ class StepWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class KernelCalibration:
     """What a device reaches in these kernels and in the stock ones.
 
     Attributes:
@@ -179,7 +179,7 @@ class Decision:
     shared_seconds: float
 
 
-def decide(work: StepWork, setting: StepSetting, calibration: Calibration) -> Decision:
+def decide(work: StepWork, setting: StepSetting, calibration: KernelCalibration) -> Decision:
     """Whether the step is expected to be faster with sharing by at least the calibrated minimum gain.
 
     Args:
@@ -197,7 +197,7 @@ def decide(work: StepWork, setting: StepSetting, calibration: Calibration) -> De
     return Decision(gain >= calibration.minimum_gain, reason, other, shared)
 
 
-def unshared_seconds(work: StepWork, launching: Launching, calibration: Calibration) -> float:
+def unshared_seconds(work: StepWork, launching: Launching, calibration: KernelCalibration) -> float:
     """Seconds of a layer without sharing: of our own launch in captured steps, else of vLLM's own attention."""
     if launching is Launching.CAPTURED:
         return CAPTURED_LAUNCHES * calibration.captured_launch_seconds + calibration.own_seconds(work.stock)
@@ -207,7 +207,7 @@ def unshared_seconds(work: StepWork, launching: Launching, calibration: Calibrat
 
 
 def shared_path_seconds(
-    work: StepWork, launching: Launching, calibration: Calibration, *, prefill_rows: bool = False
+    work: StepWork, launching: Launching, calibration: KernelCalibration, *, prefill_rows: bool = False
 ) -> float:
     """Seconds of a layer on the shared path: the launches and their fixed costs, one after the other.
 
@@ -232,7 +232,7 @@ def shared_path_seconds(
     return seconds
 
 
-def calibration_for(device_name: str, shared_impl: str = "triton") -> Calibration:
+def calibration_for(device_name: str, shared_impl: str = "triton") -> KernelCalibration:
     """The measured entry of a device, else the assumed one, which says so in its source.
 
     Args:
@@ -245,6 +245,6 @@ def calibration_for(device_name: str, shared_impl: str = "triton") -> Calibratio
 
 
 @cache
-def _table() -> dict[str, Calibration]:
+def _table() -> dict[str, KernelCalibration]:
     text = resources.files(__package__).joinpath(TABLE).read_text(encoding="utf-8")
-    return {name: Calibration(**entry) for name, entry in json.loads(text)["devices"].items()}
+    return {name: KernelCalibration(**entry) for name, entry in json.loads(text)["devices"].items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
-from batchllm_kernels.attention.work_plan import PlanShape, SharedItem, WorkPlan
+from batchllm_kernels.attention.work_plan import SharedItem, WorkPlan, WorkPlanShape
 
 SharedImplementation = Literal["triton", "flash_attention_3"]
 
@@ -76,7 +76,7 @@ class FlashSettings:
     """
 
     attention: VarlenAttention
-    shape: PlanShape
+    shape: WorkPlanShape
     kv_heads: int
     dtype: torch.dtype
     max_blocks: int
@@ -110,7 +110,7 @@ class SequenceBounds:
         )
 
     @staticmethod
-    def of_steps(max_requests: int, shape: PlanShape) -> SequenceBounds:
+    def of_steps(max_requests: int, shape: WorkPlanShape) -> SequenceBounds:
         """Room for every plan of so many rows, none of which can exceed it.
 
         Runs with two members or more that hold each other or have no member in common are fewer than the members.

@@ -15,7 +15,7 @@ import torch
 from batchllm_kernels.attention.flash_shared import FlashSettings, FlashShared, table_shapes
 from batchllm_kernels.attention.pinned_uploads import PinnedUploads
 from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
-from batchllm_kernels.attention.work_plan import Merge, OwnItem, PlanShape, SharedItem, WorkPlan
+from batchllm_kernels.attention.work_plan import Merge, OwnItem, SharedItem, WorkPlan, WorkPlanShape
 
 COUNTS = 4  # shared items, own items, merges, and query tokens gathered for FlashAttention
 ALIGNMENT = 32  # int32s of 128 bytes: where a part of the buffer may start
@@ -44,7 +44,7 @@ class PlanCapacity:
     partials: int
 
     @staticmethod
-    def of_steps(max_requests: int, shape: PlanShape) -> PlanCapacity:
+    def of_steps(max_requests: int, shape: WorkPlanShape) -> PlanCapacity:
         """Room for every plan of so many rows and this shape: none of them can exceed it.
 
         A level of the trie names a row at most once, and a node has two rows or more: at most half as many nodes as

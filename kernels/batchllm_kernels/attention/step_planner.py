@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, StepSetting, decide
+from batchllm_kernels.attention.cost import Decision, KernelCalibration, Launching, ModelHeads, StepSetting, decide
 from batchllm_kernels.attention.flash_shared import (
     FlashSettings,
     SequenceBounds,
@@ -16,7 +16,7 @@ from batchllm_kernels.attention.flash_shared import (
 from batchllm_kernels.attention.plan_buffers import UPLOAD_DEPTH, Allocate, PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.step_traffic import step_work
-from batchllm_kernels.attention.work_plan import PlanShape, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlanShape, plan_work
 
 LONGEST_PAUSE = 8
 """Steps from one look at batches that do not pay to the next. A look at 1,024 rows takes the host 0.2 ms longer than a
@@ -62,7 +62,7 @@ class StepPlanner:
         block_size: int,
         dtype: torch.dtype,
         max_requests: int,
-        calibration: Calibration,
+        calibration: KernelCalibration,
         device: torch.device,
         *,
         host_hidden: bool = True,
@@ -186,7 +186,7 @@ def step_capacity(
 
 def _shape(
     model: ModelHeads, block_size: int, dtype: torch.dtype, device: torch.device, shared_impl: SharedImplementation
-) -> PlanShape:
+) -> WorkPlanShape:
     return plan_shape(
         block_size=block_size,
         heads=model.heads,

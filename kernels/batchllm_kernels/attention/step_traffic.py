@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from batchllm_kernels.attention.cost import Calibration, ModelHeads, StepWork, Traffic
+from batchllm_kernels.attention.cost import KernelCalibration, ModelHeads, StepWork, Traffic
 from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.work_plan import DIRECT, Merge, Node, OwnItem, SharedItem, WorkPlan
 
 
-def step_work(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: Calibration) -> StepWork:
+def step_work(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: KernelCalibration) -> StepWork:
     """Traffic of one layer on both paths.
 
     What the plan leaves unshared although rows have it in common counts as read from memory, on both paths.
@@ -38,7 +38,7 @@ def step_work(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: Calib
     return StepWork(stock, _shared_launch(plan, heads), own, merge)
 
 
-def first_read_tokens(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: Calibration) -> int:
+def first_read_tokens(plan: WorkPlan, seq_lens: Int32s, heads: ModelHeads, device: KernelCalibration) -> int:
     """KV tokens that come from memory when every row reads its own context, in the order of the batch.
 
     A row finds a run of blocks in the second-level cache when its programs run beside those of the member before it,

@@ -58,7 +58,7 @@ class Node(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PlanShape:
+class WorkPlanShape:
     """What a plan needs to know about the model and the kernels.
 
     Attributes:
@@ -166,7 +166,7 @@ class WorkPlan:
         return int(self.shared_items[:, SharedItem.ROW_COUNT].sum(dtype=np.int64))
 
 
-def plan_work(block_table: Int32s, seq_lens: Int32s, shape: PlanShape, *, share: bool = True) -> WorkPlan:
+def plan_work(block_table: Int32s, seq_lens: Int32s, shape: WorkPlanShape, *, share: bool = True) -> WorkPlan:
     """The work items of the decode rows of a step.
 
     Args:
@@ -206,7 +206,7 @@ def plan_work(block_table: Int32s, seq_lens: Int32s, shape: PlanShape, *, share:
     )
 
 
-def _check(block_table: Int32s, seq_lens: Int32s, shape: PlanShape) -> None:
+def _check(block_table: Int32s, seq_lens: Int32s, shape: WorkPlanShape) -> None:
     if seq_lens.ndim != 1:
         raise ValueError(f"seq_lens: expected [rows], got {list(seq_lens.shape)}")
     if block_table.ndim != 2 or len(block_table) != len(seq_lens):
@@ -228,7 +228,7 @@ class _Splits:
     tokens: Int64s
 
 
-def _split(kv_tokens: Int64s, longest: Int64s, shape: PlanShape) -> _Splits:
+def _split(kv_tokens: Int64s, longest: Int64s, shape: WorkPlanShape) -> _Splits:
     """Ranges that are longer than `longest` in splits of like size, of whole blocks, about so long.
 
     The number of splits is rounded, not raised: one more than fit the device at once would wait for all the others.
@@ -243,7 +243,7 @@ def _split(kv_tokens: Int64s, longest: Int64s, shape: PlanShape) -> _Splits:
     return _Splits(count, split_tokens)
 
 
-def _longest(reading: int, rows: Int64s, shape: PlanShape, target_items: int) -> Int64s:
+def _longest(reading: int, rows: Int64s, shape: WorkPlanShape, target_items: int) -> Int64s:
     """KV tokens of the longest item: a program's share of what is read, and at least as much traffic as the partial
     results of its rows.
 
@@ -254,7 +254,7 @@ def _longest(reading: int, rows: Int64s, shape: PlanShape, target_items: int) ->
     return np.maximum(shortest, int(shape.partial_cost_tokens) * rows)
 
 
-def _node_splits(nodes: SharedRuns, shape: PlanShape) -> _Splits:
+def _node_splits(nodes: SharedRuns, shape: WorkPlanShape) -> _Splits:
     """All tiles of a node are split alike, so that a token's splits do not depend on who shares its tile."""
     kv_tokens = nodes.kv_end - nodes.kv_start
     tiles = -(-nodes.row_count // shape.shared_tile_tokens)
@@ -272,7 +272,7 @@ class _OwnRanges:
     splits: _Splits
 
 
-def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: PlanShape) -> _OwnRanges:
+def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: WorkPlanShape) -> _OwnRanges:
     """From the end of what a row shares to its query token."""
     start = np.zeros(len(lengths), dtype=np.int64)
     start[nodes.row_token] = np.repeat(nodes.kv_end, nodes.row_count)  # of the deepest node, which stands last
@@ -324,7 +324,7 @@ def _number_slots(nodes: SharedRuns, node_splits: Int64s, own: _OwnRanges) -> _S
     )
 
 
-def _shared_items(nodes: SharedRuns, splits: _Splits, shape: PlanShape) -> Int32s:
+def _shared_items(nodes: SharedRuns, splits: _Splits, shape: WorkPlanShape) -> Int32s:
     """Nodes cut into tiles of rows and splits of KV tokens; the tiles that read the same keys stand together."""
     tiles = -(-nodes.row_count // shape.shared_tile_tokens)
     node, number = _ragged(tiles * splits.count)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchllm_kernels.attention.cost import (
-    Calibration,
+    KernelCalibration,
     Launching,
     ModelHeads,
     StepSetting,
@@ -18,7 +18,7 @@ from batchllm_kernels.attention.cost import (
     unshared_seconds,
 )
 from batchllm_kernels.attention.step_traffic import step_work
-from batchllm_kernels.attention.work_plan import PlanShape, WorkPlan, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlan, WorkPlanShape, plan_work
 from batchllm_kernels.bench.workloads import DecodeStep, decode_step, groups, workload_steps
 
 PROGRAMS_PER_PROCESSOR = 4  # of a persistent grid
@@ -38,7 +38,7 @@ class Device:
 
 H100 = Device("NVIDIA H100 80GB HBM3", 3.35e12, 9.89e14)
 
-EXPECTED = Calibration(
+EXPECTED = KernelCalibration(
     source="inferred for an H100: what its stock attention is known to reach, and what our kernels are to reach",
     stock_bytes_per_second=2.6e12,
     l2_bytes_per_second=5.5e12,
@@ -160,9 +160,9 @@ def model_step(step: DecodeStep, heads: ModelHeads, device: Device = H100) -> Mo
     )
 
 
-def planned_work(step: DecodeStep, heads: ModelHeads, device: Calibration) -> tuple[WorkPlan, StepWork]:
+def planned_work(step: DecodeStep, heads: ModelHeads, device: KernelCalibration) -> tuple[WorkPlan, StepWork]:
     """The plan of a step in bf16, and what it moves."""
-    shape = PlanShape(
+    shape = WorkPlanShape(
         block_size=step.block_size,
         queries_per_kv_head=heads.heads // heads.kv_heads,
         element_bytes=heads.element_bytes,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from batchllm_kernels.attention.cost import Calibration
+from batchllm_kernels.attention.cost import KernelCalibration
 from batchllm_kernels.attention.step_traffic import step_work
 from batchllm_kernels.attention.tuning import multiprocessors
 from batchllm_kernels.attention.work_plan import plan_work
@@ -23,7 +23,7 @@ LAUNCHES_OF_A_LAYER = 2  # of the call whose host time is measured: shared and o
 
 def calibrated(
     source: str, points: Sequence[MeasuredPoint], host: Sequence[Row], device: torch.device, dtype: torch.dtype
-) -> Calibration:
+) -> KernelCalibration:
     """What the device reaches.
 
     Args:
@@ -40,7 +40,9 @@ def calibrated(
     return fit_calibration(source, measured, bare, uncaptured_launch_seconds=launch_seconds(host))
 
 
-def measured_step(point: MeasuredPoint, bare: Calibration, device: torch.device, dtype: torch.dtype) -> MeasuredStep:
+def measured_step(
+    point: MeasuredPoint, bare: KernelCalibration, device: torch.device, dtype: torch.dtype
+) -> MeasuredStep:
     """A point as the fit takes it: seconds of vLLM's own attention, where there was one, and of ours.
 
     Args:

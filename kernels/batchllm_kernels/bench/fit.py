@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm_kernels.attention.cost import (
-    Calibration,
+    KernelCalibration,
     Launching,
     StepWork,
     Traffic,
@@ -47,7 +47,7 @@ class MeasuredStep:
     whole: float | None = None
 
 
-def device_for_fit(*, l2_bytes: float, processors: int) -> Calibration:
+def device_for_fit(*, l2_bytes: float, processors: int) -> KernelCalibration:
     """A device of which only its size is known, for `step_work` of the steps that are to be measured.
 
     Args:
@@ -58,8 +58,8 @@ def device_for_fit(*, l2_bytes: float, processors: int) -> Calibration:
 
 
 def fit_calibration(
-    source: str, measured: Sequence[MeasuredStep], device: Calibration, *, uncaptured_launch_seconds: float
-) -> Calibration:
+    source: str, measured: Sequence[MeasuredStep], device: KernelCalibration, *, uncaptured_launch_seconds: float
+) -> KernelCalibration:
     """What a device reaches: the rates and fixed costs that explain measured steps with the least relative error.
 
     A rate that bounds none of the steps is the slowest that all of them allow. The minimum gain is what nine of ten
@@ -87,7 +87,7 @@ def fit_calibration(
         *_columns(shared, ("first_bytes", "total_bytes", "flops")), known={1: through_l2}
     )
     own_fixed, (own_memory, _) = _fit_launch(*_columns(own, ("first_bytes", "total_bytes")), known={1: through_l2})
-    fitted = Calibration(
+    fitted = KernelCalibration(
         source=source,
         stock_bytes_per_second=_rate(from_memory),
         l2_bytes_per_second=_rate(through_l2),
@@ -106,7 +106,7 @@ def fit_calibration(
     return replace(fitted, minimum_gain=round(max(gain, SMALLEST_MINIMUM_GAIN), 3))
 
 
-def prediction_errors(measured: Sequence[MeasuredStep], calibration: Calibration) -> Floats:
+def prediction_errors(measured: Sequence[MeasuredStep], calibration: KernelCalibration) -> Floats:
     """float64 [N]: predicted over measured seconds, less one, of the stock attention and of the whole of ours."""
     errors = []
     for one in measured:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchllm_kernels.attention.cost import CAPTURED_LAUNCHES, Calibration, ModelHeads, Traffic
+from batchllm_kernels.attention.cost import CAPTURED_LAUNCHES, KernelCalibration, ModelHeads, Traffic
 from batchllm_kernels.bench.byte_model import EXPECTED
 
 MOST_IDLE_SHARE = 0.03
@@ -36,7 +36,7 @@ STEPS = ((16, 1000), (64, 1000), (256, 1000), (1024, 400))
 
 
 @dataclass(frozen=True, slots=True)
-class CapturedStep:
+class PredictedStep:
     """One decode step in which nothing is shared, captured with vLLM's own attention and with ours.
 
     Attributes:
@@ -68,7 +68,7 @@ class CapturedStep:
     graphs_ms: float
 
 
-def graph_report(rates: Calibration = EXPECTED) -> dict[str, Any]:
+def graph_report(rates: KernelCalibration = EXPECTED) -> dict[str, Any]:
     """Every model with every step; a captured step launches the same, whether it shares or not."""
     return {
         "kind": "launches and bytes of captured decode steps in which nothing is shared, nothing measured",
@@ -78,14 +78,14 @@ def graph_report(rates: Calibration = EXPECTED) -> dict[str, Any]:
     }
 
 
-def captured_steps(rates: Calibration = EXPECTED) -> Iterator[CapturedStep]:
+def captured_steps(rates: KernelCalibration = EXPECTED) -> Iterator[PredictedStep]:
     """Every model with every step."""
     for model in MODELS:
         for requests, context in STEPS:
             yield _captured_step(model, requests, context, rates)
 
 
-def _captured_step(model: GraphModel, requests: int, context: int, rates: Calibration) -> CapturedStep:
+def _captured_step(model: GraphModel, requests: int, context: int, rates: KernelCalibration) -> PredictedStep:
     heads = model.heads
     attention = Traffic(requests * (context * heads.kv_token_bytes + 2 * heads.query_token_bytes))
     launch = rates.captured_launch_seconds
@@ -95,7 +95,7 @@ def _captured_step(model: GraphModel, requests: int, context: int, rates: Calibr
     idle = (CAPTURED_LAUNCHES - STOCK_LAUNCHES) * launch + rates.own_seconds(items)
     slower = rates.own_seconds(attention) - rates.stock_seconds(attention)
     idle_share = model.layers * idle / step
-    return CapturedStep(
+    return PredictedStep(
         model=model.name,
         layers=model.layers,
         requests=requests,

@@ -14,7 +14,7 @@ from batchllm_kernels.attention.flash_kernels import gather_queries_kernel
 from batchllm_kernels.attention.flash_shared import FlashSettings, SequenceBounds, VarlenAttention
 from batchllm_kernels.attention.plan_buffers import PlanBuffers, PlanCapacity
 from batchllm_kernels.attention.tuning import Tuning, device_architecture, multiprocessors, tuning_for
-from batchllm_kernels.attention.work_plan import DIRECT, OwnItem, PlanShape, WorkPlan, plan_work
+from batchllm_kernels.attention.work_plan import DIRECT, OwnItem, WorkPlan, WorkPlanShape, plan_work
 from batchllm_kernels.bench.grid import GridPoint
 from batchllm_kernels.bench.layered_step import LayeredStep
 from batchllm_kernels.bench.timers import LayerCall
@@ -52,7 +52,7 @@ def tuning_of(point: GridPoint, device: torch.device, dtype: torch.dtype) -> Tun
     return entry.with_room_for(point.heads // point.kv_heads)
 
 
-def shape_of(point: GridPoint, device: torch.device, dtype: torch.dtype, tuning: Tuning | None = None) -> PlanShape:
+def shape_of(point: GridPoint, device: torch.device, dtype: torch.dtype, tuning: Tuning | None = None) -> WorkPlanShape:
     """What plans for a point must look like on a device, with other launch parameters than the table's if given."""
     shape = plan_shape(
         block_size=point.block_size,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from batchllm_kernels.attention.work_plan import PlanShape, plan_work
+from batchllm_kernels.attention.work_plan import WorkPlanShape, plan_work
 from batchllm_kernels.bench.workloads import DecodeStep, SharingRequest, decode_step
 
 REQUESTS = 1024
@@ -30,7 +30,7 @@ class PlanTime:
 
 def plan_times() -> Iterator[PlanTime]:
     """Times for steps of 1,024 decoding requests of 256 blocks that share in several ways."""
-    shape = PlanShape(block_size=BLOCK_SIZE, queries_per_kv_head=4)
+    shape = WorkPlanShape(block_size=BLOCK_SIZE, queries_per_kv_head=4)
     for step in _steps():
         seconds = []
         for _ in range(REPETITIONS):

@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 from batchllm_kernels.vllm_plugin.admitted_requests import AdmittedRequests
 from batchllm_kernels.vllm_plugin.kv_forecast import peak_blocks
 from batchllm_kernels.vllm_plugin.options import SchedulerOptions
-from batchllm_kernels.vllm_plugin.output_estimates import OutputEstimates
+from batchllm_kernels.vllm_plugin.output_estimates import LearntEstimates
 from batchllm_kernels.vllm_plugin.planned import expected_output_tokens, prefix_tokens
 from batchllm_kernels.vllm_plugin.resident_blocks import ResidentBlocks
 from batchllm_kernels.vllm_plugin.spread_ends import ends_apart
@@ -34,7 +34,7 @@ _PIN_TO_COME = "prefix to pin"
 
 
 @dataclass(frozen=True, slots=True)
-class EngineLimits:
+class AdmissionLimits:
     """What an engine can hold, and compute in a step."""
 
     block_size: int
@@ -59,7 +59,7 @@ class Admission:
         limits: what the engine can hold and compute.
     """
 
-    def __init__(self, options: SchedulerOptions, limits: EngineLimits) -> None:
+    def __init__(self, options: SchedulerOptions, limits: AdmissionLimits) -> None:
         self._options = options
         self._limits = limits
         self._usable = limits.capacity_blocks - int(options.watermark * limits.capacity_blocks)
@@ -70,7 +70,7 @@ class Admission:
         self.ends = 0
         """Requests that have ended or were preempted so far."""
         self._residents = ResidentBlocks()
-        self._estimates = OutputEstimates()
+        self._estimates = LearntEstimates()
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._admitted

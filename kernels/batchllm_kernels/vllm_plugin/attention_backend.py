@@ -29,7 +29,7 @@ from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from batchllm_kernels.attention.api import DTYPES, MAX_HEAD_SIZE, Implementation, prefix_shared_attention
-from batchllm_kernels.attention.cost import Calibration, Decision, Launching, ModelHeads, calibration_for
+from batchllm_kernels.attention.cost import Decision, KernelCalibration, Launching, ModelHeads, calibration_for
 from batchllm_kernels.attention.flash_shared import SharedImplementation, VarlenAttention
 from batchllm_kernels.attention.plan_buffers import Allocate, PlanBuffers
 from batchllm_kernels.attention.step_planner import StepPlanner, step_capacity
@@ -198,7 +198,7 @@ class SharedMetadataBuilder:
         return cls._cudagraph_support
 
     @staticmethod
-    def calibration(shared_impl: SharedImplementation) -> Calibration:
+    def calibration(shared_impl: SharedImplementation) -> KernelCalibration:
         """The rates of the device that runs the engine, with what runs the shared parts there."""
         return calibration_for(current_platform.get_device_name(), shared_impl)
 

@@ -19,7 +19,7 @@ STEADY = 1.25
 """Lengths count as known where the errors of the tenth and the ninetieth percentile are within this factor."""
 
 
-class OutputEstimates:
+class LearntEstimates:
     """Learns the ratio of actual to estimated lengths, and corrects the estimates of requests that still run by it."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue, SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from batchllm_kernels.vllm_plugin.admission import Admission, EngineLimits
+from batchllm_kernels.vllm_plugin.admission import Admission, AdmissionLimits
 from batchllm_kernels.vllm_plugin.compat import check_vllm_version
 from batchllm_kernels.vllm_plugin.head_gate import HeadGate
 from batchllm_kernels.vllm_plugin.options import STEP_TRACE_VARIABLE, SchedulerOptions
@@ -73,7 +73,7 @@ class GroupScheduling(Scheduler):  # type: ignore[misc]  # mypy does not follow 
         trace_file = os.environ.get(STEP_TRACE_VARIABLE)
         self._step_trace = StepTraceWriter(Path(trace_file)) if trace_file else None
         pool = self.kv_cache_manager.block_pool
-        limits = EngineLimits(
+        limits = AdmissionLimits(
             block_size=self.block_size,
             capacity_blocks=pool.num_gpu_blocks - 1,  # one is vLLM's null block
             step_tokens=self.max_num_scheduled_tokens,

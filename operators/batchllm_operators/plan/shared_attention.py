@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchllm_kernels.attention.cost import (
-    Calibration,
+    KernelCalibration,
     Launching,
     ModelHeads,
     StepWork,
@@ -123,7 +123,7 @@ def attention_forecast(
     cost: CostModel,
     *,
     engine_seconds: float,
-    calibration: Calibration | None = None,
+    calibration: KernelCalibration | None = None,
 ) -> AttentionForecast:
     """What prefix-shared attention saves of a job, and whether the engines are to get it.
 
