@@ -43,9 +43,10 @@ SINGLE_MODULES = {
 """Rooms that are modules directly in `batchllm_operators`; every other room is a folder there of the same name."""
 
 KERNEL_ROOMS = {
-    "kernels.attention": (),
-    "kernels.vllm_plugin": ("kernels.attention",),
-    "kernels.bench": ("kernels.attention", "kernels.vllm_plugin"),
+    "kernels.arrays": (),
+    "kernels.attention": ("kernels.arrays",),
+    "kernels.vllm_plugin": ("kernels.arrays", "kernels.attention"),
+    "kernels.bench": ("kernels.arrays", "kernels.attention", "kernels.vllm_plugin"),
 }
 """Rooms of `batchllm_kernels`, each with what it imports; none of them imports a room of `FLOORS`."""
 

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
+from batchllm_kernels.arrays import Int32s
+from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS
 from batchllm_kernels.attention.work_plan import SharedItem, WorkPlan, WorkPlanShape
 
 SharedImplementation = Literal["triton", "flash_attention_3"]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from batchllm_kernels.attention.prefix_sharing import Int32s
+from batchllm_kernels.arrays import Int32s
 
 
 class Fence(Protocol):

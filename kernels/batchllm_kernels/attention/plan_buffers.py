@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchllm_kernels.arrays import Int32s
 from batchllm_kernels.attention.flash_shared import FlashSettings, FlashShared, table_shapes
 from batchllm_kernels.attention.pinned_uploads import PinnedUploads
-from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS, Int32s
+from batchllm_kernels.attention.prefix_sharing import MAX_LEVELS
 from batchllm_kernels.attention.work_plan import Merge, OwnItem, SharedItem, WorkPlan, WorkPlanShape
 
 COUNTS = 4  # shared items, own items, merges, and query tokens gathered for FlashAttention

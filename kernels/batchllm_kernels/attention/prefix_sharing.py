@@ -9,11 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+from batchllm_kernels.arrays import Int32s, Int64s
 
 MAX_LEVELS = 4  # of the trie that are looked at: a system prompt, a template, a document, and one to spare
 

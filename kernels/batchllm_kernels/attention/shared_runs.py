@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from batchllm_kernels.attention.prefix_sharing import Bools, Int64s, SharedPrefixes
+from batchllm_kernels.arrays import Bools, Int64s
+from batchllm_kernels.attention.prefix_sharing import SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from batchllm_kernels.arrays import Int32s
 from batchllm_kernels.attention.api import plan_shape, prefix_shared_attention
 from batchllm_kernels.attention.cost import Decision, KernelCalibration, Launching, ModelHeads, StepSetting, decide
 from batchllm_kernels.attention.flash_shared import (
@@ -14,7 +15,6 @@ from batchllm_kernels.attention.flash_shared import (
     VarlenAttention,
 )
 from batchllm_kernels.attention.plan_buffers import UPLOAD_DEPTH, Allocate, PlanBuffers, PlanCapacity
-from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.step_traffic import step_work
 from batchllm_kernels.attention.work_plan import WorkPlanShape, plan_work
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from batchllm_kernels.arrays import Int32s
 from batchllm_kernels.attention.cost import KernelCalibration, ModelHeads, StepWork, Traffic
-from batchllm_kernels.attention.prefix_sharing import Int32s
 from batchllm_kernels.attention.work_plan import DIRECT, Merge, Node, OwnItem, SharedItem, WorkPlan
 
 

@@ -11,7 +11,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from batchllm_kernels.attention.prefix_sharing import Int32s, Int64s, find_shared_prefixes
+from batchllm_kernels.arrays import Int32s, Int64s
+from batchllm_kernels.attention.prefix_sharing import find_shared_prefixes
 from batchllm_kernels.attention.shared_runs import SharedRuns, no_runs, worthwhile_runs
 
 DIRECT = -1  # OUT_SLOT of an own item that writes the output

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from batchllm_kernels.arrays import Floats
 from batchllm_kernels.attention.cost import (
     KernelCalibration,
     Launching,
@@ -23,8 +23,6 @@ SMALLEST_MINIMUM_GAIN = 0.05
 ERRORS_BELOW_MINIMUM_GAIN = 0.9  # share of the measured steps
 MOST_ROUNDS = 50
 FASTEST = 1e18  # bytes or operations a second of what takes no time that can be measured
-
-Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

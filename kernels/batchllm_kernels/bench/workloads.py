@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchllm_kernels.attention.prefix_sharing import Int32s
+from batchllm_kernels.arrays import Int32s
 
 RUNNING_REQUESTS = 256
 SEED = 0

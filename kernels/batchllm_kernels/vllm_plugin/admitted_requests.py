@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from batchllm_kernels.arrays import Int64s
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-Int64s = npt.NDArray[np.int64]
 
 _ESTIMATE, _MOST, _SHARED, _PROMPT_TAIL, _RUN, _TAIL, _TO_COME, _WORK = range(8)
 

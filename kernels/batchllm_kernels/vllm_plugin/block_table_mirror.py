@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchllm_kernels.attention.prefix_sharing import Int32s
+from batchllm_kernels.arrays import Int32s
 
 _NOTE = "_batchllm_host_table"
 

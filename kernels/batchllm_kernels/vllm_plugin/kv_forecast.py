@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from batchllm_kernels.arrays import Int64s
 
 MOMENTS = 64
 """Most intervals that the future is divided into; where requests end in more steps than that, neighbouring ends are

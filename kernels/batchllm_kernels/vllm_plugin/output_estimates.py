@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from batchllm_kernels.arrays import Int64s
 
 WINDOW = 512
 """The correction is made from so many of the last finished requests."""

@@ -8,9 +8,8 @@ ends makes room for the others to grow.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Int64s = npt.NDArray[np.int64]
+from batchllm_kernels.arrays import Int64s
 
 GROWTH = 2
 """Where a request grows by less than this factor while it runs, it does not matter when it ends."""
