@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # PyTorch's index of CPU wheels, where pip does not find torch==2.13.0+cpu by itself.
 EXTRA_INDEX ?=
+# Processes of the tests; 0: all in one.
+JOBS ?= 2
 DEMO_FLAGS = $(if $(FRESH),--fresh)
 
 PIP = $(VENV)/bin/pip install --disable-pip-version-check --no-cache-dir --quiet $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
@@ -12,7 +14,7 @@ INSTALLED = $(VENV)/.installed
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=python3  VENV=.venv  EXTRA_INDEX=URL (PyTorch's CPU wheels)  FRESH=1 (demo: start over)"
+	@echo "  variables: PYTHON=python3  VENV=.venv  EXTRA_INDEX=URL (PyTorch's CPU wheels)  FRESH=1 (demo: start over)  JOBS=2 (processes of the tests)"
 
 install: $(INSTALLED)  ## make the virtual environment with everything (about 4 GB)
 
@@ -40,8 +42,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(VENV)/bin/mypy
 
+# A file's tests share engines and servers, so they stay in one process.
 tests: $(INSTALLED)
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 format: $(INSTALLED)  ## format the code and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .

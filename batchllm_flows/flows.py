@@ -35,7 +35,7 @@ from batchllm_operators.plan.markdown import explain_attention
 from batchllm_operators.plan.shared_attention import engine_attention
 from batchllm_operators.plan.task import plan
 from batchllm_operators.plan.unanswered import has_requests_left
-from batchllm_operators.records import BundleResult, PlanSummary, StageSummary
+from batchllm_operators.records import BundleResult, Manifest, PlanSummary, StageSummary
 from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.stage.task import stage
 from batchllm_operators.wording import artifact_slug, counted
@@ -100,40 +100,10 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         fleet.start()
         with clock.stage:
             staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
-        with clock.plan:
-            ahead = _plan_ahead(run, staged)
-        attention = None if ahead is None else ahead.attention
-        work = engine_work(run).with_attention(attention)
-        kept = _kept_rates(run)
-        with clock.execute:
-            calibrated = _rates(run, staged, fleet, work)
-        pilot = job.planning.pilot_fraction > 0
-        plan_now = partial(plan_run, run, staged, calibrated, _plan_task(job), attention=attention)
-        with clock.plan:
-            planned = ahead if ahead is not None and not pilot and calibrated == kept else plan_now(pilot=pilot)
-        with clock.execute:
-            executed = [ExecutedPlan(planned, _execute(run, planned, fleet, work, status))]
-        if planned.pilot:
-            with clock.plan:
-                planned = plan_now()
-            with clock.execute:
-                results = _execute(run, planned, fleet, work, status, before=executed[0].results)
-                executed.append(ExecutedPlan(planned, results))
+        executed = _plan_and_execute(run, staged, fleet, status, clock)
         fleet.release()
-        if calibrated is not None:
-            kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
         with clock.merge:
-            manifest = merge(
-                job.source,
-                staged,
-                job.sink,
-                run.work.uri,
-                job_id=run.job_id,
-                job_name=job.name,
-                fingerprint=run.objects,
-                max_error_fraction=job.execution.max_error_fraction,
-                rewrite=run.reopened,
-            )
+            manifest = _merge(run, staged)
         report = build_report(
             manifest,
             executed,
@@ -150,6 +120,49 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         write_record(run.work, REPORT_FILE, report)
         publish_run(run.work, report, executed, logger.warning)
     return report
+
+
+def _plan_and_execute(
+    run: JobRun, staged: StageSummary, fleet: EngineFleet, status: EngineStatus, clock: StepClock
+) -> list[ExecutedPlan]:
+    """The plans of a run with what executing them gave: that of a pilot sample first, where the job wants one."""
+    with clock.plan:
+        ahead = _plan_ahead(run, staged)
+    attention = None if ahead is None else ahead.attention
+    work = engine_work(run).with_attention(attention)
+    kept = _kept_rates(run)
+    with clock.execute:
+        calibrated = _rates(run, staged, fleet, work)
+    plan_now = partial(plan_run, run, staged, calibrated, _plan_task(run.job), attention=attention)
+    pilot = run.job.planning.pilot_fraction > 0
+    with clock.plan:
+        planned = ahead if ahead is not None and not pilot and calibrated == kept else plan_now(pilot=pilot)
+    with clock.execute:
+        executed = [ExecutedPlan(planned, _execute(run, planned, fleet, work, status))]
+    if planned.pilot:
+        with clock.plan:
+            planned = plan_now()
+        with clock.execute:
+            results = _execute(run, planned, fleet, work, status, before=executed[0].results)
+        executed.append(ExecutedPlan(planned, results))
+    if calibrated is not None:
+        kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
+    return executed
+
+
+def _merge(run: JobRun, staged: StageSummary) -> Manifest:
+    job = run.job
+    return merge(
+        job.source,
+        staged,
+        job.sink,
+        run.work.uri,
+        job_id=run.job_id,
+        job_name=job.name,
+        fingerprint=run.objects,
+        max_error_fraction=job.execution.max_error_fraction,
+        rewrite=run.reopened,
+    )
 
 
 def _plan_task(job: BatchJob) -> PlanCall:

@@ -11,7 +11,8 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -139,42 +140,50 @@ class EngineLoop:
     def _prepare(self) -> None:
         """Prepare for loading. A failure is told when a model is to be loaded: before, nobody needs the engine."""
         started = time.monotonic()
-        self._loading = True
         try:
-            with LoadWatch(self._tell, None) as watch:
+            with self._abandonable(), LoadWatch(self._tell, None) as watch:
                 watch.enter(EnginePhase.ENVIRONMENT)
                 self._maker.prepare()
         except Exception as error:
             traceback.print_exc()
             self._prepare_failure = error
-        finally:
-            self._loading = False
-            self._prepare_seconds = time.monotonic() - started
+        self._prepare_seconds = time.monotonic() - started
 
     def _load(self, command: Load) -> None:
         if self._prepare_failure is not None:
             self._refuse_to_load(self._prepare_failure)
             return
-        started = time.monotonic()
-        phases, traces = (None, None) if self._files is None else (self._files.phases, self._files.traces)
-        self._loading = True
         try:
-            with LoadWatch(self._tell, phases, download_folder(command.model)) as watch:
-                watch.enter(EnginePhase.WEIGHTS)
-                engine = self._engine = self._maker.load(command)
-                seconds = self._prepare_seconds + time.monotonic() - started
-                calibration = None
-                if command.calibrate:
-                    watch.enter(EnginePhase.CALIBRATION)
-                    calibration = _calibrate(engine, command)
-            if traces is not None:
-                traces.skip()
-            self._bundles = RunningBundles(engine, self._tell, traces)
+            with self._abandonable():
+                loaded = self._loaded(command)
         except Exception as error:
             traceback.print_exc()
             self._refuse_to_load(error)
         else:
-            self._tell(Loaded(seconds=seconds, calibration=calibration, settings=engine.settings))
+            self._tell(loaded)
+
+    def _loaded(self, command: Load) -> Loaded:
+        started = time.monotonic()
+        phases, traces = (None, None) if self._files is None else (self._files.phases, self._files.traces)
+        with LoadWatch(self._tell, phases, download_folder(command.model)) as watch:
+            watch.enter(EnginePhase.WEIGHTS)
+            engine = self._engine = self._maker.load(command)
+            seconds = self._prepare_seconds + time.monotonic() - started
+            calibration = None
+            if command.calibrate:
+                watch.enter(EnginePhase.CALIBRATION)
+                calibration = _calibrate(engine, command)
+        if traces is not None:
+            traces.skip()
+        self._bundles = RunningBundles(engine, self._tell, traces)
+        return Loaded(seconds=seconds, calibration=calibration, settings=engine.settings)
+
+    @contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        """What runs in the block cannot be interrupted, and has written nothing that would be lost."""
+        self._loading = True
+        try:
+            yield
         finally:
             self._loading = False
 
