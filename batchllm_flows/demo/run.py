@@ -134,6 +134,8 @@ def show(console: Console, report: JobReport, samples: list[dict[str, Any]], buc
     """Print the summary a person reads."""
     seconds = report.seconds
     table = Table(show_header=False, box=None, padding=(0, 2))
+    if report.already_complete:
+        table.add_row("computed", "nothing: the output was complete already (FRESH=1 starts over)")
     table.add_row("rows", f"{report.rows_out} of {report.rows_in}, in input order")
     errors = ", ".join(f"{count} {code}" for code, count in report.error_rows.items()) or "none"
     table.add_row("row errors", errors)
@@ -154,10 +156,7 @@ def show(console: Console, report: JobReport, samples: list[dict[str, Any]], buc
     table.add_row("forecast", f"{forecast.expected:.0f} s on the engine, {forecast.actual:.0f} s it took")
     page = buckets / BUCKET / "output" / WORK_FOLDER / report.job_id / REPORT_PAGE
     table.add_row("report", f"{page}, and {REPORT_FILE} beside it")
-    title = f"{report.job_name}, job {report.job_id}"
-    if report.already_complete:
-        title += ": complete already, nothing computed (FRESH=1 starts over)"
-    console.print(Panel(table, title=title, expand=False))
+    console.print(Panel(table, title=f"{report.job_name}, job {report.job_id}", expand=False))
     for sample in samples:
         console.print(f"[bold]{sample['name']}[/]", highlight=False)
         console.print(f"  {' '.join(sample['completion'].split())}", markup=False, highlight=False)
