@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 from contextlib import suppress
-from threading import Thread
+from multiprocessing.connection import wait
+from threading import Lock, Thread
 
 from batchllm_operators.execute.backends import Death, Place
 from batchllm_operators.execute.worker import EngineLoop
@@ -28,7 +29,7 @@ class PipeLink:
     log = ""
 
     def __init__(self, place, make_maker) -> None:
-        self.place = place
+        self.place, self._reaping = place, Lock()  # two threads that wait for one process can both miss its exit code
         self._pipe, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=serve, args=(theirs, make_maker), daemon=True)
         self._process.start()
@@ -39,12 +40,15 @@ class PipeLink:
         return self._pipe.recv() if self._pipe.poll(timeout_s) else None
 
     def death(self, wait_s=0.0):
-        self._process.join(wait_s)
-        return None if self._process.exitcode is None else Death.by_exit_code(self._process.exitcode)
+        if not wait([self._process.sentinel], wait_s):
+            return None
+        with self._reaping:
+            self._process.join()
+            return Death.by_exit_code(self._process.exitcode)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join()
+        self.death(None)
 
 
 class PipeBackend:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 GROUP_END_SECONDS = 10.0
-LOG_LINES = 12
+LOG_LINES = 16
 _LOG_BYTES = 65_536
 _SILENT_STATES = {
     "T": "its process is stopped",
@@ -101,7 +101,8 @@ class EngineSubprocess:
             return []
         with self.log_file.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
-            return [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+        return [line for line in lines if line.strip("^~ ")]  # without those that only mark a place in a traceback
 
 
 def _wait_until_gone(group: int) -> None:
