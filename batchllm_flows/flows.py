@@ -17,6 +17,7 @@ from batchllm_flows.planning import (
     PlanCall,
     engine_work,
     kept_calibrations,
+    longest_forecast,
     plan_job,
     plan_run,
     stage_run,
@@ -25,7 +26,7 @@ from batchllm_flows.planning import (
 from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish_run
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.run import JobRun, StepClock, open_run
-from batchllm_operators.cost import Calibration, engine_seconds
+from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
 from batchllm_operators.execute.engine_work import EngineWork
 from batchllm_operators.execute.fleet import EngineFleet
@@ -36,8 +37,8 @@ from batchllm_operators.plan.shared_attention import engine_attention
 from batchllm_operators.plan.task import plan
 from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import BundleResult, Manifest, PlanSummary, StageSummary
-from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.stage.task import stage
+from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import artifact_slug, counted
 from batchllm_operators.work.damage import quarantined
 from batchllm_operators.work.json_objects import write_record
@@ -126,13 +127,13 @@ def _plan_and_execute(
     run: JobRun, staged: StageSummary, fleet: EngineFleet, status: EngineStatus, clock: StepClock
 ) -> list[ExecutedPlan]:
     """The plans of a run with what executing them gave: that of a pilot sample first, where the job wants one."""
+    kept = _kept_rates(run)
     with clock.plan:
-        ahead = _plan_ahead(run, staged)
+        ahead = _plan_ahead(run, staged, kept)
     attention = None if ahead is None else ahead.attention
     work = engine_work(run).with_attention(attention)
-    kept = _kept_rates(run)
     with clock.execute:
-        calibrated = _rates(run, staged, fleet, work)
+        calibrated = _rates(run, staged, fleet, work, kept)
     plan_now = partial(plan_run, run, staged, calibrated, _plan_task(run.job), attention=attention)
     pilot = run.job.planning.pilot_fraction > 0
     with clock.plan:
@@ -145,7 +146,7 @@ def _plan_and_execute(
         with clock.execute:
             results = _execute(run, planned, fleet, work, status, before=executed[0].results)
         executed.append(ExecutedPlan(planned, results))
-    if calibrated is not None:
+    if calibrated is not None and task_named(run.job.task).generates:
         kept_calibrations(run).hold_against(calibrated, [result for one in executed for result in one.results])
     return executed
 
@@ -170,7 +171,7 @@ def _plan_task(job: BatchJob) -> PlanCall:
     return partial(plan, job_name=job.name)
 
 
-def _plan_ahead(run: JobRun, staged: StageSummary) -> PlanSummary | None:
+def _plan_ahead(run: JobRun, staged: StageSummary, kept: Calibration | None) -> PlanSummary | None:
     """The plan by the rates that are known before engines load, where the job leaves the choice of attention to it.
 
     For other jobs None: their engines load beside the planning.
@@ -178,7 +179,7 @@ def _plan_ahead(run: JobRun, staged: StageSummary) -> PlanSummary | None:
     engine = engine_attention(run.job.model, run.job.execution)
     if engine is None or not has_requests_left(run.work, staged):
         return None
-    planned = plan_run(run, staged, _kept_rates(run), _plan_task(run.job), attention=engine)
+    planned = plan_run(run, staged, kept, _plan_task(run.job), attention=engine)
     if planned.attention is not None:
         get_run_logger().info("%s", explain_attention(planned.attention))
     return planned
@@ -189,41 +190,29 @@ def _kept_rates(run: JobRun) -> Calibration | None:
     return None if run.job.planning.cost is not None else kept_calibrations(run).latest()
 
 
-def _rates(run: JobRun, staged: StageSummary, fleet: EngineFleet, work: EngineWork) -> Calibration | None:
+def _rates(
+    run: JobRun, staged: StageSummary, fleet: EngineFleet, work: EngineWork, kept: Calibration | None
+) -> Calibration | None:
     """The engines' rates as kept; else as an engine measures them now, where the job is long enough to be worth it.
 
     Where the run has something to compute and need not measure, its model begins to load beside the planning.
     """
-    job, kept = run.job, _kept_rates(run)
+    job = run.job
     if not has_requests_left(run.work, staged):
         return kept
+    # The measurement is of generation; a task that generates nothing takes what generation has shown, if it has.
+    measures = kept is None and job.planning.cost is None and job.execution.calibrate and task_named(job.task).generates
+    if not measures:
+        fleet.preload(work.load)
+        return kept
     default = default_rates(job.model, job.execution)
-    measure = kept is None and job.planning.cost is None and job.execution.calibrate
-    measured = measured_rates(
+    return measured_rates(
         fleet,
         work,
         kept_calibrations(run),
-        forecast_seconds=_longest_forecast(job, staged, default) if measure else None,
+        forecast_seconds=longest_forecast(job, staged, default),
         default=default,
         log=get_run_logger().info,
-    )
-    return kept or measured
-
-
-def _longest_forecast(job: BatchJob, staged: StageSummary, default: CostModel) -> float:
-    """Seconds of the whole job where nothing is shared and every answer is as long as it may be.
-
-    That is what is known before there is a plan.
-    """
-    return (
-        engine_seconds(
-            default,
-            requests=staged.requests,
-            prompt_tokens=staged.prompt_tokens,
-            computed_tokens=staged.prompt_tokens,
-            output_tokens=staged.requests * job.sampling.max_tokens,
-        )
-        / job.execution.engines
     )
 
 

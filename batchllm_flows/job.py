@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from batchllm_flows.job_yaml import load_yaml
+from batchllm_flows.job_yaml import RepeatedKeyError, load_yaml
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.keys import job_id
 from batchllm_operators.models.model_files import model_versions
@@ -60,6 +60,8 @@ class BatchJob(SpecModel):
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidJobError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
+        except RepeatedKeyError as error:
+            raise InvalidJobError(f"job file: {error}", uri=str(path)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidJobError(f"job file is not YAML or JSON: {error}", uri=str(path)) from error
         if not isinstance(values, dict):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from batchllm_flows.last_error import LastError, read_last_error
 from batchllm_flows.work_folders import find_work_folders, owned_folder
+from batchllm_operators.errors import TerminalError
 from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.records import PlanSummary, Record, StageSummary
 from batchllm_operators.spec_base import StorageOptions
@@ -40,6 +41,8 @@ class JobStatus(Record):
     """Result parts."""
     bytes: int
     """The bytes of the work folder."""
+    not_counted: str | None = None
+    """Why requests and answers could not be counted; None: they were, or nothing is staged."""
     last_write: datetime
     last_error: LastError | None = None
     output_uri: str
@@ -66,7 +69,7 @@ def job_status(work: Store) -> JobStatus:
         staged = None
     planned = read_record(PlanSummary, work, PLAN_SUMMARY, only_looks=True)
     manifest = owner.manifest()
-    requests, answered = (None, 0) if staged is None else count_requests(work, staged)
+    requests, answered, not_counted = _counted(work, staged)
     left = None if requests is None else requests - answered
     if manifest is not None:
         left = 0
@@ -78,6 +81,7 @@ def job_status(work: Store) -> JobStatus:
         error_rows=manifest.error_rows if manifest is not None else {} if staged is None else staged.error_rows,
         requests=requests,
         answered=answered,
+        not_counted=not_counted,
         left=left,
         bundles=None if planned is None else len(planned.bundles),
         parts=sum(name.startswith(f"{RESULTS_FOLDER}/") for name in names),
@@ -87,6 +91,16 @@ def job_status(work: Store) -> JobStatus:
         output_uri=owner.sink.uri,
         work_uri=work.uri,
     )
+
+
+def _counted(work: Store, staged: StageSummary | None) -> tuple[int | None, int, str | None]:
+    """Requests, answers, and why they could not be counted: one folder must not hide the others of a sink."""
+    if staged is None:
+        return None, 0, None
+    try:
+        return *count_requests(work, staged), None
+    except TerminalError as error:
+        return None, 0, error.message
 
 
 def status_text(status: JobStatus) -> str:
@@ -100,6 +114,8 @@ def status_text(status: JobStatus) -> str:
         f"  work       {status.work_uri}",
         f"             {size_text(status.bytes)}, last written {status.last_write:%Y-%m-%d %H:%M:%S} UTC",
     ]
+    if status.not_counted is not None:
+        lines.append(f"  not counted: {status.not_counted}")
     if status.last_error is not None:
         error = status.last_error
         lines.append(f"  last error {error.time:%Y-%m-%d %H:%M:%S} UTC, {error.kind}: {error.message}")
@@ -115,6 +131,8 @@ def _staged(status: JobStatus) -> str:
 
 def _answered(status: JobStatus) -> str:
     parts = f"in {counted(status.parts, 'part')}"
+    if status.not_counted is not None:
+        return f"not counted, {parts}"
     if status.requests is None:
         return "the work folder was cleaned" if status.complete else f"0 requests {parts}"
     return f"{status.answered:,} of {counted(status.requests, 'request')} {parts}, {status.left:,} left"

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import cast
 from uuid import UUID
 
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from batchllm_flows.engine_status import EngineStatus
 from batchllm_operators.execute.progress import ProgressBoard, ProgressSnapshot
@@ -53,7 +53,6 @@ class LiveProgress:
         self._artifact: UUID | None = None
         self._warned = False
         self._bar: Progress | None = None
-        self._bar_task: TaskID | None = None
         console = terminal()
         if console is not None:
             self._bar = progress_bar("execute", console)
@@ -63,7 +62,7 @@ class LiveProgress:
 
         self._logger = get_run_logger()
         if self._bar is not None:
-            self._bar_task = self._bar.add_task("", total=1.0)
+            self._bar.add_task("", total=1.0)
             self._bar.start()
         self._show()
         # In a copy of the context, so that an artifact first created in the thread still belongs to the flow run.
@@ -100,8 +99,8 @@ class LiveProgress:
         line = progress_line(snapshot)
         if self._status is not None and snapshot.requests == 0:
             line = self._status.line() or line
-        if self._bar is not None and self._bar_task is not None:
-            self._bar.update(self._bar_task, completed=snapshot.fraction, description=line)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=snapshot.fraction, description=line)
         try:
             self._publish(100.0 * snapshot.fraction, line)
         except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from batchllm_flows.job import BatchJob
 from batchllm_flows.publish import Warn, publish_plan
 from batchllm_flows.run import JobRun, open_run
-from batchllm_operators.cost import Calibration
+from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.engine_work import EngineWork
 from batchllm_operators.execute.messages import Load
@@ -18,6 +18,7 @@ from batchllm_operators.plan.shared_attention import EngineAttention, engine_att
 from batchllm_operators.plan.step import plan_staged
 from batchllm_operators.records import AttentionForecast, PlanSummary, StageSummary
 from batchllm_operators.row_errors import refuse_too_many_errors
+from batchllm_operators.specs.planning import CostModel
 from batchllm_operators.stage.step import stage_source
 from batchllm_operators.work.layout import CALIBRATIONS_FOLDER
 
@@ -103,10 +104,10 @@ def plan_run(
         job.planning,
         run.work.uri,
         job.sink.storage,
-        workers=job.execution.engines,
+        engines=job.execution.engines,
         calibrated=calibrated,
         default=None if calibrated or job.planning.cost else default_rates(job.model, job.execution),
-        usd_per_worker_hour=usd_per_engine_hour(job),
+        usd_per_engine_hour=usd_per_engine_hour(job),
         pilot=pilot,
         attention=attention,
     )
@@ -143,3 +144,20 @@ def usd_per_engine_hour(job: BatchJob) -> float | None:
     """Price of one engine; None: not known."""
     price = job.execution.usd_per_gpu_hour
     return None if price is None else price * job.execution.gpus_per_engine
+
+
+def longest_forecast(job: BatchJob, staged: StageSummary, default: CostModel) -> float:
+    """Seconds of the whole job where nothing is shared and every answer is as long as it may be.
+
+    That is what is known before there is a plan.
+    """
+    return (
+        engine_seconds(
+            default,
+            requests=staged.requests,
+            prompt_tokens=staged.prompt_tokens,
+            computed_tokens=staged.prompt_tokens,
+            output_tokens=staged.requests * job.sampling.max_tokens,
+        )
+        / job.execution.engines
+    )

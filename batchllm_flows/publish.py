@@ -88,4 +88,4 @@ def _only_shown(warn: Warn) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn("a report could not be shown, the job itself is done: %s: %s", type(error).__name__, error, exc_info=True)
+        warn("a report could not be shown, which changes no result: %s: %s", type(error).__name__, error, exc_info=True)

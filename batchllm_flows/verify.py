@@ -20,11 +20,11 @@ from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.task_names import GENERATE
-from batchllm_operators.tasks import task_named
+from batchllm_operators.tasks import Task, task_named
 from batchllm_operators.wording import counted
 from batchllm_operators.work.bundles import is_bundle
 from batchllm_operators.work.damage import quarantined
-from batchllm_operators.work.job_file import checked_job_file
+from batchllm_operators.work.job_file import JobFile, checked_job_file
 from batchllm_operators.work.json_objects import checked_record
 from batchllm_operators.work.layout import (
     ATTENTION_TRACE_FOLDER,
@@ -154,12 +154,11 @@ def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
     names = set(work.names())
     if not names:
         return
-    yield partial(_job_file, work, manifest)
-    task = GENERATE
+    job_file, faults_of_job = _job_file(work, manifest)
+    yield lambda: faults_of_job
     if any(name.startswith(f"{STAGED_FOLDER}/") for name in names):
         staged, faults = _record(work, STAGED_SUMMARY, StageSummary)
         yield lambda: faults
-        task = task if staged is None else staged.task
         yield from _digest_checks(work, [] if staged is None else [(part.name, part.digest) for part in staged.parts])
     if PLAN_SUMMARY in names:
         plan, plan_faults = _record(work, PLAN_SUMMARY, PlanSummary)
@@ -169,24 +168,39 @@ def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:
         yield lambda: [_fault(work, PLAN_SUMMARY, "it is missing")]
     if REPORT_FILE in names:
         yield lambda: _record(work, REPORT_FILE, JobReport)[1]
+    task, faults_of_task = _task(work, GENERATE if job_file is None else job_file.task)
+    if faults_of_task:
+        yield lambda: faults_of_task
     for name in sorted(names):
         folder = name.partition("/")[0]
-        if folder == RESULTS_FOLDER:
-            yield partial(_readable, work, name, lambda name: checked_result_part(work, name, task_named(task)))
+        if folder == RESULTS_FOLDER and task is not None:
+            yield partial(_readable, work, name, partial(_check_result_part, work, task))
         elif folder in (TRACE_FOLDER, ATTENTION_TRACE_FOLDER):
             yield partial(_readable, work, name, lambda name: _scan(work, name))
 
 
-def _job_file(work: Store, manifest: Manifest) -> list[Fault]:
+def _job_file(work: Store, manifest: Manifest) -> tuple[JobFile | None, list[Fault]]:
     try:
         file = checked_job_file(work)
     except DamagedObjectError:
-        return [_fault(work, JOB_FILE, "it is not the file of a job")]
+        return None, [_fault(work, JOB_FILE, "it is not the file of a job")]
     if file is None:
-        return [_fault(work, JOB_FILE, "it is missing")]
+        return None, [_fault(work, JOB_FILE, "it is missing")]
     if file.job_id == manifest.job_id:
-        return []
-    return [_fault(work, JOB_FILE, f"expected job {manifest.job_id}, found {file.job_id}")]
+        return file, []
+    return file, [_fault(work, JOB_FILE, f"expected job {manifest.job_id}, found {file.job_id}")]
+
+
+def _task(work: Store, name: str) -> tuple[Task | None, list[Fault]]:
+    """The task of the job, without which nobody can say what a result part must hold."""
+    try:
+        return task_named(name), []
+    except TerminalError as error:
+        return None, [_fault(work, RESULTS_FOLDER, f"its parts were not read: {error.message}")]
+
+
+def _check_result_part(work: Store, task: Task, name: str) -> None:
+    checked_result_part(work, name, task)
 
 
 def _record(work: Store, name: str, kind: type[Kind]) -> tuple[Kind | None, list[Fault]]:

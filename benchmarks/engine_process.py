@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +22,20 @@ class EngineProcess:
         arguments: vLLM's `EngineArgs`.
         schedulers: as for `engine_worker.Worker`.
         log: file for what the engine prints.
+        attention: as `model.attention` of a job.
+        environment: variables of the process, beside those of this one.
     """
 
-    def __init__(self, arguments: dict[str, Any], schedulers: dict[str, dict[str, Any] | None], log: Path) -> None:
-        settings = json.dumps({"arguments": arguments, "schedulers": schedulers})
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        schedulers: dict[str, dict[str, Any] | None],
+        log: Path,
+        *,
+        attention: str = "stock",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        settings = json.dumps({"arguments": arguments, "schedulers": schedulers, "attention": attention})
         self._log = log
         with log.open("a") as file:
             self._process = subprocess.Popen(
@@ -33,7 +44,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})},
             )
         self.settings = self._answer()
 

@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own, for `engine.py`: loads, then runs what comes on its standard input.
 
-    python engine_worker.py '{"arguments": {...}, "schedulers": {name: {...} or null}}'
+    python engine_worker.py '{"arguments": {...}, "schedulers": {name: {...} or null}, "attention": "stock"}'
 
 Prints one line with its settings, then for each line of input (a JSON object, see `Worker.run`) one JSON line with what
 the run gave. It imports nothing that loads numba: vLLM 0.32 on CPUs does not start then.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections import deque
 from copy import copy
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,23 +33,39 @@ class Worker:
     Args:
         arguments: vLLM's `EngineArgs`.
         schedulers: options of our scheduler by name, or None for vLLM's.
+        attention: as `model.attention` of a job.
     """
 
-    def __init__(self, arguments: dict[str, Any], schedulers: dict[str, dict[str, Any] | None]) -> None:
+    def __init__(
+        self, arguments: dict[str, Any], schedulers: dict[str, dict[str, Any] | None], attention: str = "stock"
+    ) -> None:
         # In this process, so that the scheduler can be looked at; on every device and for every mode alike.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.engine.arg_utils import EngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self.config = EngineArgs(**arguments, disable_log_stats=True).create_engine_config(UsageContext.LLM_CLASS)
-        self.engine = LLMEngine.from_vllm_config(self.config, UsageContext.LLM_CLASS, disable_log_stats=True)
+        from batchllm_kernels.vllm_plugin.attention_choice import start_with_attention
+
+        def make_config() -> Any:
+            return EngineArgs(**arguments, disable_log_stats=True).create_engine_config(UsageContext.LLM_CLASS)
+
+        def start(config: Any) -> Any:
+            return LLMEngine.from_vllm_config(config, UsageContext.LLM_CLASS, disable_log_stats=True)
+
+        self.engine, choice = start_with_attention(attention, make_config, start)
+        self.config = self.engine.vllm_config
         self.core = self.engine.engine_core.engine_core
         self.settings = {
             name: getattr(self.config.scheduler_config, name)
             for name in ("max_num_seqs", "max_num_batched_tokens", "async_scheduling")
-        } | {"block_size": self.config.cache_config.block_size, "blocks": self.config.cache_config.num_gpu_blocks}
-        self.computed = self.steps = self.preemptions = 0
+        } | {
+            "block_size": self.config.cache_config.block_size,
+            "blocks": self.config.cache_config.num_gpu_blocks,
+            "attention": str(choice),
+            "cudagraph_mode": self.config.compilation_config.cudagraph_mode.name,
+        }
+        self._start_counting()
         stock = self.core.scheduler
         self.schedulers = {
             name: stock if options is None else self._scheduler(options) for name, options in schedulers.items()
@@ -86,7 +104,7 @@ class Worker:
         ]
         self.core.scheduler = self.schedulers[order["scheduler"]]
         self.engine.reset_prefix_cache()
-        self.computed = self.steps = self.preemptions = 0
+        self._start_counting()
         ahead = order["ahead"] or len(requests)
         waiting = deque(requests)
         answers: dict[str, list[int]] = {}
@@ -116,9 +134,25 @@ class Worker:
             "computed_prompt_tokens": self.computed - outputs,
             "steps": steps,
             "preemptions": self.preemptions,
+            "full_decode_step_seconds": self._full_decode_step_seconds(),
             "answers": [answers[str(row)] for row in sorted(order["rows"])],
             "logprobs": [logprobs[str(row)] for row in sorted(order["rows"])] if order["logprobs"] else None,
         }
+
+    def _start_counting(self) -> None:
+        self.computed = self.steps = self.preemptions = 0
+        self.schedules: list[tuple[float, int, int]] = []
+        """Of each step: when it was scheduled, its tokens, its requests."""
+
+    def _full_decode_step_seconds(self) -> float | None:
+        """The median step that gave a token to each of nearly as many requests as ever ran; None: there is none."""
+        most = max(requests for _, _, requests in self.schedules)
+        seconds = [
+            then - now
+            for (now, tokens, requests), (then, later_tokens, later) in pairwise(self.schedules)
+            if tokens == requests == later_tokens == later and requests >= 0.9 * most
+        ]
+        return statistics.median(seconds) if seconds else None
 
     def _scheduler(self, options: dict[str, Any]) -> Any:
         """Our scheduler, on the KV cache that the engine has."""
@@ -143,6 +177,9 @@ class Worker:
             output = schedule(*arguments, **keywords)
             self.computed += output.total_num_scheduled_tokens
             self.steps += 1
+            if output.num_scheduled_tokens:
+                requests = len(output.num_scheduled_tokens)
+                self.schedules.append((time.perf_counter(), output.total_num_scheduled_tokens, requests))
             return output
 
         def counted_preempt(*arguments: Any, **keywords: Any) -> None:

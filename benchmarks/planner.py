@@ -24,12 +24,13 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm_operators.columns.arrays import Int64s
+from batchllm_operators.columns.request_keys import find_keys
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.cache_simulator import number_blocks, simulate_cache
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.plan.planning import plan_requests
 from batchllm_operators.plan.prefix_order import sort_by_prefix, usable_blocks
-from batchllm_operators.plan.requests import HashSpool, find_keys, read_requests
+from batchllm_operators.plan.requests import HashSpool, read_requests
 from batchllm_operators.records import PlanSummary, StageSummary
 from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.stage.field_order import FieldEncoder, choose_field_order

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -30,7 +32,8 @@ MODELS = Path(os.environ.get("BATCHLLM_MODELS", REPOSITORY / ".models"))
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Temporary servers of Prefect keep their database in its home, where two of them would wait for each other.
-    os.environ["PREFECT_HOME"] = str(Path(tempfile.gettempdir()) / f"batchllm-prefect-{os.getppid()}-{worker}")
+    os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix=f"batchllm-prefect-{worker}-")
+    atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -44,7 +44,7 @@ def _restore(
 
 
 class TransientError(BatchLLMError):
-    """Another attempt may pass: throttling, a timeout, a lost worker."""
+    """Another attempt may pass: throttling, a timeout, a lost engine."""
 
 
 class EngineDiedError(TransientError):

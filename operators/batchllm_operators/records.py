@@ -221,7 +221,7 @@ class PlanShape(Record):
     """Top-level prefixes computed more than once, because the reorder of what is below them is worth more."""
     workers: int = 1
     split_prefix_tokens: int = 0
-    """Shared tokens computed again, because groups are split over workers."""
+    """Shared tokens computed again, because groups are split over engines."""
     field_sharing: FieldSharing | None = None
     """Where the order of the fields was chosen."""
 

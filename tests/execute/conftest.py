@@ -1,4 +1,4 @@
-"""Work folders with bundles to compute, and handles of small engines."""
+"""Work folders with bundles to compute, and small engines to compute them."""
 
 from __future__ import annotations
 

@@ -14,13 +14,19 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def serve(pipe, make_maker) -> None:
+    sending = Lock()
+
+    def send(event) -> None:
+        with sending:
+            pipe.send(event)
+
     def receive() -> None:
         with suppress(EOFError):
             while True:
                 loop.take(pipe.recv())
         loop.stop()
 
-    loop = EngineLoop(pipe.send, make_maker(), on_abandon=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    loop = EngineLoop(send, make_maker(), on_abandon=lambda: os.kill(os.getpid(), signal.SIGKILL))
     Thread(target=receive, daemon=True).start()
     loop.serve()
 
@@ -29,12 +35,16 @@ class PipeLink:
     log = ""
 
     def __init__(self, place, make_maker) -> None:
-        self.place, self._reaping = place, Lock()  # two threads that wait for one process can both miss its exit code
+        self.place, self._lock = place, Lock()
         self._pipe, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(target=serve, args=(theirs, make_maker), daemon=True)
         self._process.start()
         theirs.close()
-        self.send, self.close, self.silence = self._pipe.send, self._pipe.close, str
+        self.close, self.silence = self._pipe.close, str
+
+    def send(self, command) -> None:
+        with self._lock:
+            self._pipe.send(command)
 
     def receive(self, timeout_s):
         return self._pipe.recv() if self._pipe.poll(timeout_s) else None
@@ -42,9 +52,9 @@ class PipeLink:
     def death(self, wait_s=0.0):
         if not wait([self._process.sentinel], wait_s):
             return None
-        with self._reaping:
+        with self._lock:  # two threads that wait for one process can both miss its exit code
             self._process.join()
-            return Death.by_exit_code(self._process.exitcode)
+        return Death.by_exit_code(self._process.exitcode)
 
     def kill(self) -> None:
         self._process.kill()

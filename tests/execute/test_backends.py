@@ -293,7 +293,7 @@ def test_an_engine_that_is_killed_while_it_loads_may_do_better_the_next_time(
 
 def test_a_model_that_takes_too_long_is_given_up(start: Callable[..., StartedEngine]) -> None:
     engine = start(load_s=0.3, load_seconds=5.0)
-    with pytest.raises(TransientError, match=r"no sign of life for 0\.3 s while loading the model"):
+    with pytest.raises(TransientError, match=r"was not ready after 0\.3 s of loading the model"):
         engine.driver.load(LOAD)
     assert engine.link.death() is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -85,8 +86,8 @@ class RatedEngine:
             for request, cached, _, output in done
         ]
 
-    def abort(self) -> None:
-        self.held.clear()
+    def abort(self, keys: Collection[bytes]) -> None:
+        self.held = [one for one in self.held if one[0].key not in keys]
 
     def close(self) -> None: ...
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ class StepByStepEngine:
     def __init__(self) -> None:
         self.held: list[Request] = []
         self.most_held = 0
-        self.aborted = False
+        self.aborted: list[bytes] = []
 
     @property
     def unfinished(self) -> int:
@@ -34,6 +34,7 @@ class StepByStepEngine:
     def submit(self, request: Request) -> Answer | None:
         if not request.prompt_token_ids:
             return Answer(request.key, error=RowError(RowErrorCode.ENGINE_ERROR, "empty"))
+        assert request.key not in {one.key for one in self.held}
         self.held.append(request)
         self.most_held = max(self.most_held, len(self.held))
         return None
@@ -42,9 +43,9 @@ class StepByStepEngine:
         done = self.held.pop(0)
         return [Answer(done.key, ([1], "a", "stop"), 3, 2, 1)]
 
-    def abort(self) -> None:
-        self.held.clear()
-        self.aborted = True
+    def abort(self, keys: Collection[bytes]) -> None:
+        self.aborted += [request.key for request in self.held if request.key in keys]
+        self.held = [request for request in self.held if request.key not in keys]
 
     def close(self) -> None: ...
 
@@ -134,11 +135,12 @@ def test_a_bundle_that_cannot_be_read_further_leaves_the_others_alone() -> None:
     assert finished(steps, "b") == list(range(100, 105))
 
 
-def test_a_dropped_bundle_goes_unheard_and_may_come_again() -> None:
+def test_a_dropped_bundle_leaves_the_engine_and_may_come_again() -> None:
     engine = StepByStepEngine()
     feed = fed(engine, a=requests(4), b=requests(3, first=100))
     feed.step()
     feed.drop("a")
+    assert len(engine.aborted) == 3
     assert finished(run(feed), "a") == []
     feed = fed(engine, a=requests(4), b=requests(3, first=100))
     steps = feed.step()
@@ -154,7 +156,7 @@ def test_an_abort_leaves_the_engine_free() -> None:
     feed = fed(engine, a=requests(20))
     feed.step()
     feed.abort()
-    assert engine.aborted
+    assert len(engine.aborted) == 3
     assert (engine.unfinished, feed.busy) == (0, False)
 
 

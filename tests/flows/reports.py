@@ -34,7 +34,7 @@ def plan_of_groups(folder: Path, *, groups: int = 4, members: int = 6, bundle_mi
     ]
     work = Store(str(folder))
     planning = PlanningSpec(bundle_minutes=bundle_minutes)
-    return plan_requests(work, stage_prompts(work, prompts), planning, usd_per_worker_hour=3.0)
+    return plan_requests(work, stage_prompts(work, prompts), planning, usd_per_engine_hour=3.0)
 
 
 def a_plan(bundles: int = 2, **changes: Any) -> PlanSummary:

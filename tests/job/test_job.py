@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from batchllm_flows.job import BatchJob, InvalidJobError
+from batchllm_flows.job_yaml import RepeatedKeyError, load_yaml
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.records import InputObject
 
@@ -64,6 +65,19 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path, indent
         InvalidJobError, match=f"expected each key once, got '{key}' in line {first} and again in line 4"
     ):
         BatchJob.from_file(write(tmp_path, text))
+
+
+def test_a_template_without_quotes_is_no_yaml_and_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(InvalidJobError, match=r"not YAML or JSON(.|\n)*unhashable key(.|\n)*line 1, column 8"):
+        BatchJob.from_file(write(tmp_path, "name: {{ name }}\n"))
+
+
+def test_anchors_and_merged_keys_are_no_repetitions() -> None:
+    text = "base: &base {<<: {x: 1}, x: 2}\none: {<<: *base, y: 3}\ntwo: [*base, *base]\n"
+    assert load_yaml(text)["two"] == [{"x": 2}, {"x": 2}]
+    assert load_yaml("") is None
+    with pytest.raises(RepeatedKeyError, match="got 'x' in line 2 and again in line 3"):
+        load_yaml("one: &one\n  x: 1\n  x: 2\ntwo: *one\n")
 
 
 def test_settings_replace_values_by_dotted_path(tmp_path: Path) -> None:

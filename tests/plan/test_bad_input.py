@@ -44,7 +44,7 @@ def test_awkward_prompts_are_planned_whole(tmp_path: Path, prompts: list[list[in
 
 @pytest.mark.parametrize("prompts", AWKWARD.values(), ids=AWKWARD.keys())
 def test_awkward_prompts_are_dealt_to_many_workers(tmp_path: Path, prompts: list[list[int]]) -> None:
-    plan, rows = plan_of(tmp_path, prompts, workers=7)
+    plan, rows = plan_of(tmp_path, prompts, engines=7)
     assert len(rows) == plan.counts.requests
     assert len(plan.bundles) >= min(7, plan.counts.requests) // 2
     assert plan.shape.split_prefix_tokens >= 0
@@ -61,10 +61,10 @@ def plan_of(
     prompts: list[list[int]],
     *,
     order: str = "decode_first",
-    workers: int = 1,
+    engines: int = 1,
     estimates: Sequence[int | None] | None = None,
 ) -> tuple[PlanSummary, list[dict[str, object]]]:
     work = Store(str(folder))
     planning = PlanningSpec.model_validate({"block_size": BLOCK, "order": order})
-    plan = plan_requests(work, stage_prompts(work, prompts, estimates=estimates), planning, workers=workers)
+    plan = plan_requests(work, stage_prompts(work, prompts, estimates=estimates), planning, engines=engines)
     return plan, planned_rows(work, plan)

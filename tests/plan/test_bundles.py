@@ -21,15 +21,15 @@ def columns(requests: list[tuple[float, int, bool]]) -> tuple[np.ndarray, np.nda
 
 @given(REQUESTS, st.integers(1, 5), st.floats(0.5, 100))
 def test_every_request_is_in_one_bundle_in_the_order_of_its_worker(
-    requests: list[tuple[float, int, bool]], workers: int, bound: float
+    requests: list[tuple[float, int, bool]], engines: int, bound: float
 ) -> None:
     seconds, shared, tree = columns(requests)
-    bundles = pack_bundles(seconds, shared, tree, workers=workers, bundle_seconds=bound)
+    bundles = pack_bundles(seconds, shared, tree, engines=engines, bundle_seconds=bound)
     assert sorted(bundles.places) == list(range(len(requests)))
     pieces = np.split(bundles.places, bundles.offsets[1:-1])
     assert all(len(piece) for piece in pieces)
-    for worker in range(workers):
-        mine = [piece for piece, owner in zip(pieces, bundles.worker, strict=True) if owner == worker]
+    for engine in range(engines):
+        mine = [piece for piece, owner in zip(pieces, bundles.engine, strict=True) if owner == engine]
         if mine:
             assert (np.diff(np.concatenate(mine)) > 0).all()
     for piece in pieces:
@@ -37,9 +37,9 @@ def test_every_request_is_in_one_bundle_in_the_order_of_its_worker(
 
 
 @given(REQUESTS, st.integers(1, 5))
-def test_what_a_request_shares_counts_only_on_its_worker(requests: list[tuple[float, int, bool]], workers: int) -> None:
+def test_what_a_request_shares_counts_only_on_its_worker(requests: list[tuple[float, int, bool]], engines: int) -> None:
     seconds, shared, tree = columns(requests)
-    bundles = pack_bundles(seconds, shared, tree, workers=workers, bundle_seconds=1e9)
+    bundles = pack_bundles(seconds, shared, tree, engines=engines, bundle_seconds=1e9)
     for number, piece in enumerate(np.split(bundles.places, bundles.offsets[1:-1])):
         begin = bundles.offsets[number]
         for place in range(1, len(piece)):
@@ -48,13 +48,13 @@ def test_what_a_request_shares_counts_only_on_its_worker(requests: list[tuple[fl
         assert bundles.shared_blocks[begin] == 0
 
 
-@pytest.mark.parametrize("workers", [2, 3, 8])
-def test_many_like_trees_end_together_uncut(workers: int) -> None:
+@pytest.mark.parametrize("engines", [2, 3, 8])
+def test_many_like_trees_end_together_uncut(engines: int) -> None:
     tree = np.repeat(np.arange(96), 5).astype(np.int32)
     shared = np.where(np.arange(480) % 5 == 0, 0, 9).astype(np.int32)
     seconds = np.full(480, 0.1)
-    bundles = pack_bundles(seconds, shared, tree, workers=workers, bundle_seconds=1e9)
-    load = np.bincount(bundles.worker, weights=np.add.reduceat(seconds[bundles.places], bundles.offsets[:-1]))
+    bundles = pack_bundles(seconds, shared, tree, engines=engines, bundle_seconds=1e9)
+    load = np.bincount(bundles.engine, weights=np.add.reduceat(seconds[bundles.places], bundles.offsets[:-1]))
     assert load.max() == pytest.approx(load.min())
     assert bundles.shared_blocks.sum() == shared.sum()
 
@@ -63,7 +63,7 @@ def test_a_tree_above_a_fair_share_is_cut_where_least_is_shared() -> None:
     shared = np.full(100, 50, dtype=np.int32)
     shared[0] = 0
     shared[47] = 3
-    bundles = pack_bundles(np.ones(100), shared, np.zeros(100, np.int32), workers=2, bundle_seconds=1e9)
+    bundles = pack_bundles(np.ones(100), shared, np.zeros(100, np.int32), engines=2, bundle_seconds=1e9)
     assert sorted(np.diff(bundles.offsets).tolist()) == [47, 53]
     assert shared.sum() - bundles.shared_blocks.sum() == 3
 
@@ -71,14 +71,14 @@ def test_a_tree_above_a_fair_share_is_cut_where_least_is_shared() -> None:
 def test_two_equal_trees_on_three_workers_are_cut_into_fair_shares() -> None:
     tree = np.repeat([0, 1], 300).astype(np.int32)
     shared = np.where(np.isin(np.arange(600), [0, 300]), 0, 9).astype(np.int32)
-    bundles = pack_bundles(np.ones(600), shared, tree, workers=3, bundle_seconds=1e9)
-    assert np.bincount(bundles.worker, weights=np.diff(bundles.offsets)).max() < 220
+    bundles = pack_bundles(np.ones(600), shared, tree, engines=3, bundle_seconds=1e9)
+    assert np.bincount(bundles.engine, weights=np.diff(bundles.offsets)).max() < 220
 
 
 def test_bundles_of_several_workers_are_dispatched_side_by_side() -> None:
     tree = np.arange(200, dtype=np.int32)
-    bundles = pack_bundles(np.ones(200), np.zeros(200, np.int32), tree, workers=2, bundle_seconds=10)
-    assert (bundles.worker[:-1] != bundles.worker[1:]).mean() > 0.9
+    bundles = pack_bundles(np.ones(200), np.zeros(200, np.int32), tree, engines=2, bundle_seconds=10)
+    assert (bundles.engine[:-1] != bundles.engine[1:]).mean() > 0.9
 
 
 def test_a_cut_prefers_the_cheapest_place_near_its_target() -> None:

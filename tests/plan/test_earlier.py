@@ -14,16 +14,17 @@ from batchllm_operators.store import Store
 from tests.plan.staged_jobs import planned_rows, stage_prompts, write_results
 
 
-def job_folder(sink: Path, job_id: str, name: str) -> Store:
+def job_folder(sink: Path, job_id: str, name: str, **spec: str) -> Store:
     work = Store(str(sink / "_batchllm" / job_id))
-    work.write_bytes("job.json", orjson.dumps({"format_version": 1, "job_id": job_id, "job": {"name": name}}))
+    work.write_bytes("job.json", orjson.dumps({"format_version": 1, "job_id": job_id, "job": {"name": name, **spec}}))
     return work
 
 
-def test_only_other_runs_of_the_same_name_are_found(tmp_path: Path) -> None:
+def test_only_other_runs_of_the_same_name_and_task_are_found(tmp_path: Path) -> None:
     work = job_folder(tmp_path, "aaaa", "nightly")
     job_folder(tmp_path, "bbbb", "weekly")
-    same = job_folder(tmp_path, "cccc", "nightly")
+    same = job_folder(tmp_path, "cccc", "nightly", task="generate")
+    job_folder(tmp_path, "eeee", "nightly", task="embed")
     Store(str(tmp_path / "_batchllm" / "dddd")).write_bytes("job.json", b"not JSON")
     assert [one.uri for one in earlier_runs(work.uri, StorageOptions())] == [same.uri]
 

@@ -153,23 +153,23 @@ def test_an_empty_job_has_an_empty_plan(work: Store) -> None:
 def test_the_plan_does_not_depend_on_the_order_of_the_rows_or_their_parts(work: Store, tmp_path: Path) -> None:
     prompts = grouped_prompts()
     other = Store(str(tmp_path / "other"))
-    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, workers=2)
-    again = plan_requests(other, stage_prompts(other, prompts[::-1], rows_per_part=7), PLANNING, workers=2)
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, engines=2)
+    again = plan_requests(other, stage_prompts(other, prompts[::-1], rows_per_part=7), PLANNING, engines=2)
     assert [work.read_bytes(one.name) for one in plan.bundles] == [other.read_bytes(one.name) for one in again.bundles]
 
 
 def test_a_small_memory_gives_the_same_bytes(work: Store) -> None:
     staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
-    plan = plan_requests(work, staged, PLANNING, workers=2)
+    plan = plan_requests(work, staged, PLANNING, engines=2)
     whole = [work.read_bytes(one.name) for one in plan.bundles]
-    small = plan_requests(work, staged, PLANNING.model_copy(update={"memory_gb": 1e-6}), workers=2)
+    small = plan_requests(work, staged, PLANNING.model_copy(update={"memory_gb": 1e-6}), engines=2)
     assert [work.read_bytes(one.name) for one in small.bundles] == whole
     assert small.saving.stock is None, "too large to replay"
 
 
 def test_an_earlier_plan_leaves_nothing_behind(work: Store) -> None:
     staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
-    plan_requests(work, staged, PLANNING, workers=8)
+    plan_requests(work, staged, PLANNING, engines=8)
     plan = plan_requests(work, staged, PLANNING)
     assert work.names("plan") == sorted([*(bundle.name for bundle in plan.bundles), PLAN_SUMMARY])
 
@@ -192,7 +192,7 @@ def test_a_pilot_is_a_sample_of_every_group_and_its_lengths_are_learnt_from(work
 
 def test_the_forecast_has_seconds_and_a_price(work: Store) -> None:
     staged = stage_prompts(work, grouped_prompts(groups=20, members=20))
-    plan = plan_requests(work, staged, PLANNING, workers=2, usd_per_worker_hour=3600.0)
+    plan = plan_requests(work, staged, PLANNING, engines=2, usd_per_engine_hour=3600.0)
     engine_seconds = sum(bundle.expected_seconds for bundle in plan.bundles)
     assert plan.forecast.prefill_seconds + plan.forecast.decode_seconds == pytest.approx(engine_seconds, rel=1e-2)
     assert engine_seconds / 2 <= plan.forecast.seconds <= engine_seconds
@@ -249,8 +249,8 @@ def test_sampling_overrides_travel_with_their_requests(work: Store) -> None:
 
 def test_every_worker_gets_a_bundle(work: Store) -> None:
     prompts = [[7] * 20 + [number] * 4 for number in range(40)]
-    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, workers=4)
+    plan = plan_requests(work, stage_prompts(work, prompts), PLANNING, engines=4)
     assert len(plan.bundles) == 4
     longest = max(bundle.expected_seconds for bundle in plan.bundles)
     assert longest < 1.5 * min(bundle.expected_seconds for bundle in plan.bundles)
-    assert plan.saving.planned < plan.saving.optimum, "the shared prefix is computed by each worker"
+    assert plan.saving.planned < plan.saving.optimum, "the shared prefix is computed by each engine"

@@ -20,7 +20,7 @@ def test_the_task_plans_and_publishes_the_plan(tmp_path: Path) -> None:
 
     @flow
     def planning(staged: StageSummary) -> PlanSummary:
-        return plan(staged, PlanningSpec(), str(tmp_path), StorageOptions(), workers=2, job_name="Nightly Run")
+        return plan(staged, PlanningSpec(), str(tmp_path), StorageOptions(), engines=2, job_name="Nightly Run")
 
     summary = planning(staged)
     assert (summary.counts.requests, summary.shape.workers) == (6, 2)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from batchllm_kernels.vllm_plugin.options import PlannedRequest
-from batchllm_operators.errors import RowError, RowErrorCode
+from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.specs.sampling import SamplingParameters
 from batchllm_operators.tasks import Answer, Task, TaskRequest, register_task, task_named, unregister_task
 from batchllm_operators.work.results import COUNT_COLUMNS, answer_columns, answers_table, output_fields, result_schema
@@ -51,6 +51,14 @@ def test_an_error_is_a_row_of_nulls(task: Task) -> None:
     assert row.pop("error") == {"code": "engine_error", "message": "why"}
     assert set(row.values()) == {None}
     assert answers_table(task, []).schema == table.schema == result_schema(task)
+
+
+def test_an_answer_that_does_not_fit_its_columns_is_a_fault_of_the_task(task: Task) -> None:
+    right: tuple[Any, ...] = ([1], "a", "stop") if task.generates else ([0.5], 0.5)
+    assert answers_table(task, [Answer(bytes(16), right, 1, 0, 0)]).num_rows == 1
+    for wrong in ((*right, 1), right[1:], ("no list", *right[1:])):
+        with pytest.raises(TerminalError, match=f"task '{task.name}': expected answers of .*, got others"):
+            answers_table(task, [Answer(bytes(16), wrong, 1, 0, 0)])
 
 
 def test_what_the_plan_says_of_a_request_reaches_the_scheduler(task: Task, vllm: Any) -> None:

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import orjson
 import pyarrow as pa
 import pytest
 
 from batchllm_flows.flows import batch_inference
 from batchllm_flows.job import BatchJob
+from batchllm_flows.verify import verify_output
 from batchllm_operators.formats import open_source
 from batchllm_operators.keys import RequestKeys
+from batchllm_operators.specs.sink import SinkSpec
+from batchllm_operators.store import Store
 from batchllm_operators.tasks import unregister_task
+from batchllm_operators.work.layout import JOB_FILE
 from tests.conftest import REPOSITORY
 from tests.flows.jobs import job, questions, read_output, write_input
 from tests.installed_packages import install_entry_point
@@ -55,6 +60,23 @@ def test_a_job_of_a_pooling_task_shares_prefixes_and_writes_the_columns_of_the_t
     assert states[0] == states[1], "equal rows are computed once"
     expected = states_by_transformers(this_job, rows.slice(2, 2).to_pylist())
     assert [pytest.approx(state, abs=2e-3) for state in expected] == states[2:4]
+    looked_at_where_the_task_is_missing(report.output_uri, Store(report.work_uri))
+
+
+def looked_at_where_the_task_is_missing(output_uri: str, work: Store) -> None:
+    """Status and verification of a job tell that its task is not here, and all that can be told without it."""
+    sink = SinkSpec(uri=output_uri)
+    whole = verify_output(sink)
+    assert whole.faults == ()
+    work.delete(work.names("staged"))
+    assert verify_output(sink).faults == (), "the parts of a job are those of its task also where staging is gone"
+
+    file = orjson.loads(work.read_bytes(JOB_FILE))
+    file["job"]["task"] = "absent"
+    work.write_bytes(JOB_FILE, orjson.dumps(file))
+    (fault,) = verify_output(sink).faults
+    assert fault.uri == work.uri_of("results")
+    assert "its parts were not read: task: expected a task among generate, last_state, got 'absent'" in fault.what
 
 
 def states_by_transformers(of: BatchJob, rows: list[dict[str, str]]) -> list[list[float]]:

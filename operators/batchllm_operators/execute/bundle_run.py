@@ -1,4 +1,4 @@
-"""One bundle inside an engine process: its answers on their way to parts, and what its handle is told of it."""
+"""One bundle where its engine is: its answers on their way to parts, and what the driver is told of it."""
 
 from __future__ import annotations
 

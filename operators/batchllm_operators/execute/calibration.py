@@ -161,9 +161,9 @@ def measure(
             yield prefill
             yield runs.run(prompts, load.output_tokens)
     except _OutOfTimeError:
-        engine.abort()
+        runs.abort()
     except ValueError as error:
-        engine.abort()
+        runs.abort()
         _LOGGER.warning("the calibration ends early: %s", error)
 
 
@@ -206,6 +206,7 @@ class _TimedRuns:
         self._engine = engine
         self._deadline = deadline
         self._clock = clock
+        self._keys: list[bytes] = []
 
     @property
     def seconds_left(self) -> float:
@@ -221,8 +222,9 @@ class _TimedRuns:
         sampling = SamplingParameters(max_tokens=output_tokens)
         finished: list[Answer] = []
         times = [self._clock()]
-        for prompt in prompts:
-            if (refusal := self._engine.submit(Request(uuid4().bytes, prompt, sampling))) is not None:
+        self._keys = [uuid4().bytes for _ in prompts]
+        for key, prompt in zip(self._keys, prompts, strict=True):
+            if (refusal := self._engine.submit(Request(key, prompt, sampling))) is not None:
                 reason = refusal.error.message if refusal.error else ""
                 raise ValueError(f"the engine refused a synthetic request: {reason}")
         while self._engine.unfinished:
@@ -232,6 +234,10 @@ class _TimedRuns:
             times.append(self._clock())
         steps = [after - before for before, after in pairwise(times)]
         return _measured(finished, steps, self._engine.limits.max_step_tokens)
+
+    def abort(self) -> None:
+        """Take the requests of the last run from the engine, as far as they have not ended."""
+        self._engine.abort(self._keys)
 
 
 def _measured(finished: list[Answer], steps: list[float], max_step_tokens: int) -> MeasuredRun:

@@ -1,4 +1,4 @@
-"""A plan's bundles to the engines of a run: who measures rates, one task run per bundle, and what a failure ends."""
+"""Gives the bundles of a plan to the engines of a run, one task run each, and has an engine measure its rates."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def measured_rates(
     work: EngineWork,
     cache: CalibrationCache,
     *,
-    forecast_seconds: float | None,
+    forecast_seconds: float,
     default: CostModel,
     log: Callable[..., None] = _LOGGER.info,
 ) -> Calibration | None:
@@ -92,14 +92,13 @@ def measured_rates(
         fleet: the engines.
         work: what they load.
         cache: where calibrations of this model and these settings are kept.
-        forecast_seconds: of the whole job, by the hardware's default rates; None: nothing is to be measured.
+        forecast_seconds: of the whole job, by the hardware's default rates.
         default: rates for what there is no time to measure.
         log: takes a line where nothing is measured, as `logging.Logger.info`.
     """
-    seconds = None if forecast_seconds is None else calibration_budget(forecast_seconds)
+    seconds = calibration_budget(forecast_seconds)
     if seconds is None:
-        if forecast_seconds is not None:
-            log("no calibration: by the hardware's default rates the whole job takes %.0f s", forecast_seconds)
+        log("no calibration: by the hardware's default rates the whole job takes %.0f s", forecast_seconds)
         fleet.preload(work.load)
         return None
     calibration = calibrate_engine.with_options(retries=work.execution.retries)(work, seconds, default)

@@ -34,6 +34,8 @@ DEATH_SECONDS = 2.0
 """The time in which an engine that sends no more events is found dead."""
 
 _POLL_SECONDS = 0.2
+_RUNNING = "running"
+"""What an engine does once its model is loaded."""
 
 _Awaited = TypeVar("_Awaited", Started, Loaded)
 
@@ -61,9 +63,9 @@ class EngineDriver:
     """Speaks to one engine; all methods may be called from any thread, `load` once and before `run`.
 
     Args:
-        link: to the engine, which is started.
-        deadlines: after which it counts as lost.
-        on_status: told what the engine does until its first tokens.
+        link: the connection to a started engine.
+        deadlines: the times after which the engine counts as lost.
+        on_status: called with what the engine does until its first tokens.
 
     Errors of `load` and `run`: `TransientError` when the engine or the store failed for now, and of these
     `EngineDiedError` when it died or fell silent over its bundles, with its exit code and the last lines of its log;
@@ -77,10 +79,10 @@ class EngineDriver:
         self._deadlines = deadlines
         self._on_status = on_status
         self._doing = "starting"
-        self._loaded = False
         self._has_computed = False
         self._broken = False
         self._closing = threading.Event()
+        self._killed = threading.Event()
         self._closed = threading.Lock()
         self._inboxes = _Inboxes()
         self._receiver = threading.Thread(target=self._receive, name=f"{self._name} events", daemon=True)
@@ -106,12 +108,11 @@ class EngineDriver:
             raise
         finally:
             self._on_status(self._name, None)
-        self._doing = "running"
-        self._loaded = True
+        self._doing = _RUNNING
         return loaded
 
     def run(self, command: Run) -> Generator[BundleEvent, None, None]:
-        """Compute one bundle; several at a time are fed in the order of the calls.
+        """Compute one bundle; several at a time are fed in the order in which their iterators are begun.
 
         Yields its events as they come; the last is `BundleDone`. Close the iterator, as `contextlib.closing` does: an
         engine that is left in the midst of a bundle is ended, because it would go on with it.
@@ -141,18 +142,28 @@ class EngineDriver:
                 self._break()
 
     def close(self) -> None:
-        """End the engine, finished rows kept; calls that wait for it raise at once. More than once is harmless."""
+        """End the engine, finished rows kept; calls that wait for it raise at once. More than once is harmless.
+
+        Who waits for an engine that was lost before is told how it was lost, which decides who tries again.
+        """
         with self._closed:
-            if self._closing.is_set():
+            if self._killed.is_set():
                 return
+            lost = not self.usable
             self._closing.set()
-            self._inboxes.end(_End(TerminalError, f"{self._name} was closed"))
-            if self._loaded and not self._broken and self.link.death() is None:
-                self._send(Shutdown())
-                self.link.death(self._deadlines.close_grace_s)
-            self.link.kill()
-            self._receiver.join()
-            self.link.close()
+            closed = _End(TerminalError, f"{self._name} was closed")
+            if not lost:
+                self._inboxes.end(closed)
+            try:
+                if self._doing == _RUNNING and not lost:
+                    self._send(Shutdown())
+                    self.link.death(self._deadlines.close_grace_s)
+            finally:
+                self.link.kill()
+                self._killed.set()
+                self._receiver.join()
+                self._inboxes.end(closed)
+                self.link.close()
 
     def _wait_for(self, kind: type[_Awaited], timeout_s: float) -> _Awaited:
         events = self._inboxes.of_loading
@@ -161,7 +172,7 @@ class EngineDriver:
             try:
                 event = events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise TransientError(self._silent(timeout_s)) from None
+                raise TransientError(self._too_slow(timeout_s)) from None
             if isinstance(event, Loading):
                 self._on_status(self._name, event)
             elif isinstance(event, _End):
@@ -185,31 +196,38 @@ class EngineDriver:
         while end is None:
             try:
                 event = self.link.receive(_POLL_SECONDS)
+                if event is not None:
+                    self._inboxes.put(event)
+                elif (death := self.link.death()) is not None:
+                    # Not only the end of the events counts: a forked child of a dead engine can keep them open.
+                    end = self._lost(death)
+                elif self._killed.is_set():
+                    return
+                elif self._inboxes.silent_seconds() > self._deadlines.stall_s:
+                    end = _End(EngineDiedError, self._silent(self._deadlines.stall_s))
             except (EOFError, OSError):
                 end = self._lost(self.link.death(DEATH_SECONDS))
             except ValueError as error:
                 end = _End(TerminalError, f"{self._name} said what is no event: {error}")
-            else:
-                if event is not None:
-                    self._inboxes.put(event)
-                elif self._closing.is_set():
-                    return
-                elif (death := self.link.death()) is not None:
-                    # Not only the end of the events counts: a forked child of a dead engine can keep them open.
-                    end = self._lost(death)
-                elif self._inboxes.silent_seconds() > self._deadlines.stall_s:
-                    end = _End(EngineDiedError, self._silent(self._deadlines.stall_s))
+            except Exception as error:  # whatever a backend raises: those who wait must not wait for ever
+                failed = f"its link failed with {type(error).__name__}: {error}"
+                end = _End(EngineDiedError, f"{self._name} was lost while {self._doing}: {failed}")
         self._inboxes.end(end)
 
     def _silent(self, timeout_s: float) -> str:
-        """Say that the engine is silent, and why, before it is ended."""
+        """End an engine without signs of life; returns what it is told by."""
+        return self._ended(f"gave no sign of life for {timeout_s:g} s while {self._doing}")
+
+    def _too_slow(self, timeout_s: float) -> str:
+        """End an engine that is not ready in time, though it may have told of its progress; returns the message."""
+        return self._ended(f"was not ready after {timeout_s:g} s of {self._doing}")
+
+    def _ended(self, what: str) -> str:
+        """End the engine; returns a message of what it did, why, and its last words."""
         why = self.link.silence()
         self._break()
         death = self.link.death(DEATH_SECONDS)
-        return (
-            f"{self._name} gave no sign of life for {timeout_s:g} s while {self._doing}{f' ({why})' if why else ''}"
-            f"{death.log_tail if death else ''}"
-        )
+        return f"{self._name} {what}{f' ({why})' if why else ''}{death.log_tail if death else ''}"
 
     def _lost(self, death: Death | None) -> _End:
         if death is None:
@@ -257,11 +275,11 @@ class _End:
     """The exit code of its process, where it died; None: not known, or it has not died."""
 
     def error(self, bundle: str) -> BatchLLMError:
-        """What the bundles of the engine fail with."""
+        """The error of a bundle that the engine had when it ended."""
         return self.kind(self.message, bundle=bundle)
 
     def error_of_loading(self) -> BatchLLMError:
-        """What its load fails with."""
+        """The error of the load that the engine's end cut off."""
         if self.kind is TerminalError:
             return TerminalError(self.message)
         # A process that ends by itself lacks something; one that was killed may do better the next time.
@@ -269,7 +287,7 @@ class _End:
         return (TerminalError if ended_by_itself else TransientError)(self.message)
 
     def error_of_the_next(self, bundle: str) -> BatchLLMError:
-        """What a bundle fails with that comes after the end, and thus is not to blame."""
+        """The error of a bundle that was handed over after the engine had ended, and so is not to blame for it."""
         kind = TransientError if self.kind is EngineDiedError else self.kind
         return kind(self.message, bundle=bundle)
 

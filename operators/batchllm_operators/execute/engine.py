@@ -6,6 +6,7 @@ happens between two calls, as far as the driver can see. After `close` no other 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,8 +87,8 @@ class Engine(Protocol):
             Exception: the engine is broken and can only be closed; the requests it held are lost.
         """
 
-    def abort(self) -> None:
-        """Forget all unfinished requests: no later `step` returns them."""
+    def abort(self, keys: Collection[bytes]) -> None:
+        """Forget the unfinished requests with these keys: no later `step` returns them, and they may be given again."""
 
     def close(self) -> None:
         """Free the device; harmless on a broken engine."""

@@ -50,9 +50,7 @@ def fleet_of(work: EngineWork) -> EngineFleet:
     """
     found = _FLEET.get()
     if found is None or found[0] != work.execution:
-        raise TerminalError(
-            "no engines are open here: run this task in the process of its flow, in a thread task runner"
-        )
+        raise TerminalError(f"no engines are open here: {_WHERE}")
     return found[1]
 
 

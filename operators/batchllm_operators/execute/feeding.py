@@ -51,7 +51,7 @@ def read_requests(store: Store, bundle: str, sampling: SamplingParameters, done:
 def read_rows(
     store: Store, bundle: str, sampling: SamplingParameters, done: set[bytes], rows: tuple[int, int] | None
 ) -> Iterator[Request]:
-    """As `read_requests`, of the bundle's rows from the first number up to before the second; None: of all."""
+    """The same requests, but only of the rows from the first number up to before the second; None: of all rows."""
     if rows is None:
         return read_requests(store, bundle, sampling, done)
     # Rows are counted with those that are done: their numbers stay the same from attempt to attempt.
@@ -110,8 +110,10 @@ class BundleFeed:
         self._bundles[bundle] = _FedBundle(requests)
 
     def drop(self, bundle: str) -> None:
-        """Forget a bundle; what the engine holds of it is finished and goes unheard."""
-        self._bundles.pop(bundle, None)
+        """Forget a bundle, and what the engine holds of it."""
+        fed = self._bundles.pop(bundle, None)
+        if fed is not None and fed.held:
+            self._engine.abort(fed.held)
 
     def step(self) -> list[BundleStep]:
         """Give the engine what it has room for and let it make one step; what came of it, bundle by bundle."""
@@ -125,14 +127,13 @@ class BundleFeed:
             done = (all_read and not fed.held) or name in faults
             steps.append(BundleStep(name, finished.get(name, []), all_read, done, faults.get(name)))
             if done:
-                del self._bundles[name]
+                self.drop(name)
         return steps
 
     def abort(self) -> None:
         """Forget all bundles, and what the engine holds of them."""
-        self._bundles.clear()
-        if self._engine.unfinished:
-            self._engine.abort()
+        for bundle in list(self._bundles):
+            self.drop(bundle)
 
     def _fill(self) -> tuple[dict[str, list[Answer]], dict[str, BatchLLMError]]:
         """Submit requests; returns those that were refused, and faults of reading, by bundle."""

@@ -1,4 +1,4 @@
-"""What an engine process tells of its start: which phase it is in, and how much of the model has been downloaded."""
+"""What an engine tells of its start: which phase it is in, and how much of the model has been downloaded."""
 
 from __future__ import annotations
 

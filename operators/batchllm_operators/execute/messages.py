@@ -1,4 +1,4 @@
-"""What an engine process and its handle say to each other: JSON lines, one record each.
+"""What an engine and its driver say to each other: JSON lines, one record each.
 
 Commands go to the engine, events come back. Rows never pass here: the engine reads its bundle from the work folder and
 writes its answers there. Credentials never pass either: the engine inherits the environment of its parent.

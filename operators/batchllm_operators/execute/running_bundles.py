@@ -79,12 +79,13 @@ class RunningBundles:
         self._end_written(wait=not self._feed.busy)
         self._tell_progress()
 
-    def leave(self, message: str, *, stopped: bool) -> None:
+    def leave(self, message: str, *, stopped: bool, transient: bool = True) -> None:
         """Write what is finished, so that it is not computed again, and say of every bundle that it is not done.
 
         Args:
             message: why the engine ends.
             stopped: it was told to, and can still be spoken to; else it broke.
+            transient: whether another engine may do better.
         """
         if stopped:
             self._feed.abort()
@@ -100,10 +101,10 @@ class RunningBundles:
                 Failed(
                     bundle=name,
                     message=faults.get(name, message),
-                    transient=True,
+                    transient=transient,
                     engine_lost=True,
                     stopped=stopped,
-                    explained=stopped,
+                    explained=stopped or not transient,
                 )
             )
 

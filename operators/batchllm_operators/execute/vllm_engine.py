@@ -1,10 +1,10 @@
-"""vLLM as an engine. Beside the tasks, the only module of this package that knows vLLM."""
+"""vLLM as an engine. Beside the tasks, the only module of this package that calls vLLM to compute."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,10 +161,12 @@ class VllmEngine:
         self._steps += 1
         return [self._answer(self._unfinished.pop(output.request_id), output) for output in outputs if output.finished]
 
-    def abort(self) -> None:
-        """Abort all unfinished requests."""
-        self._engine.abort_request(list(self._unfinished))
-        self._unfinished.clear()
+    def abort(self, keys: Collection[bytes]) -> None:
+        """Abort unfinished requests."""
+        ended = [identity for identity, request in self._unfinished.items() if request.key in keys]
+        self._engine.abort_request(ended)
+        for identity in ended:
+            del self._unfinished[identity]
 
     def close(self) -> None:
         """Shut the engine core down."""
@@ -179,6 +181,9 @@ class VllmEngine:
             values = self._task.from_vllm(output)
         except RefusedAnswerError as error:
             return _failed(request, str(error))
+        except Exception as error:
+            # It would fail on every engine, so that no other is to be tried.
+            raise TerminalError(f"task {self._task.name!r} failed on an output of vLLM: {error!r}") from error
         return Answer(
             request.key,
             values,

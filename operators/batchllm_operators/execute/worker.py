@@ -7,7 +7,9 @@ model is loaded only when a command says so.
 
 from __future__ import annotations
 
+import os
 import queue
+import tempfile
 import threading
 import time
 import traceback
@@ -17,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
+from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.cost import Calibration
-from batchllm_operators.errors import BatchLLMError, TransientError
+from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
 from batchllm_operators.execute.calibration import calibrate
 from batchllm_operators.execute.engine import Engine
 from batchllm_operators.execute.load_watch import LoadWatch, download_folder
@@ -49,17 +53,33 @@ class LoopFiles:
     """The phases of vLLM's start, see `LoadWatch`."""
 
 
+def files_of_process(parent: Path) -> LoopFiles:
+    """The files of an engine that has this process for itself: vLLM and the plugin find them by the environment.
+
+    Args:
+        parent: a local folder, in which they get one of their own; who made it removes it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="engine-", dir=parent))
+    steps, attention, phases = folder / "steps", folder / "attention", folder / "phases"
+    os.environ[STEP_TRACE_VARIABLE] = str(steps)
+    os.environ[ATTENTION_TRACE_VARIABLE] = str(attention)
+    os.environ[LOAD_PHASE_VARIABLE] = str(phases)
+    return LoopFiles(StepTraces(steps, attention), phases)
+
+
 class EngineLoop:
     """Carries out the commands of one driver; several bundles at a time overlap in one engine.
 
     `take` and `stop` may be called from any thread, and `stop` from a signal handler too. `serve` runs in one thread.
 
     Args:
-        send: takes the events, from any thread; `OSError` where nobody listens any more, which ends the loop.
+        send: takes the events, from several threads at once; `OSError` where nobody listens any more, which ends the
+            loop.
         maker: makes the engine.
         on_abandon: called by `stop` while a model is being loaded or prepared for, which nothing can interrupt: it ends
             the process or the thread.
-        files: what the engine writes beside its answers; None: nothing.
+        files: what the engine writes beside its answers, see `files_of_process`; None: nothing, and then reports show
+            neither its steps nor the phases of its load.
     """
 
     def __init__(
@@ -107,6 +127,10 @@ class EngineLoop:
                     self._take_commands()
                     if self._bundles is not None:
                         self._bundles.advance()
+                except TerminalError as error:
+                    traceback.print_exc()
+                    self._leave(_one_line(error), stopped=False, transient=False)
+                    return
                 except Exception as error:
                     traceback.print_exc()
                     self._leave(f"the engine broke: {_one_line(error)}", stopped=False)
@@ -183,6 +207,9 @@ class EngineLoop:
         """What runs in the block cannot be interrupted, and has written nothing that would be lost."""
         self._loading = True
         try:
+            if self._stopping.is_set():
+                # It was told to end just before, when there was nothing to abandon yet.
+                self._on_abandon()
             yield
         finally:
             self._loading = False
@@ -199,10 +226,10 @@ class EngineLoop:
             raise RuntimeError("asked to compute before a model was loaded")
         self._bundles.begin(command)
 
-    def _leave(self, message: str, *, stopped: bool) -> None:
+    def _leave(self, message: str, *, stopped: bool, transient: bool = True) -> None:
         self._stopping.set()
         if self._bundles is not None:
-            self._bundles.leave(message, stopped=stopped)
+            self._bundles.leave(message, stopped=stopped, transient=transient)
 
 
 def _calibrate(engine: Engine, command: Load) -> Calibration | None:

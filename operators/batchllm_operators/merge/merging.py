@@ -178,7 +178,7 @@ def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: S
 def _error_examples(
     index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store
 ) -> dict[str, tuple[RowErrorExample, ...]]:
-    """Those that staging found, and some of the engines'."""
+    """Examples of rows with errors: those that staging found, and some that engines met."""
     examples = ErrorExamples()
     for code, number, message in chosen.error_examples:
         first_row = index.rows[index.starts[number] : index.starts[number] + 1]

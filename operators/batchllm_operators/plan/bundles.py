@@ -1,8 +1,8 @@
-"""Packing the engine order into bundles, for equal finish over several workers.
+"""Packing the engine order into bundles, for equal finish over several engines.
 
-A top-level tree stays on one worker unless it alone is worth more than a fair share of the job; then fair shares are
+A top-level tree stays on one engine unless it alone is worth more than a fair share of the job; then fair shares are
 cut off it, near the ideal place where the two sides share least, because what they share is computed on both. Whole
-trees and remainders are dealt longest first to the worker with the least work. Each worker's requests keep the engine
+trees and remainders are dealt longest first to the engine with the least work. Each engine's requests keep the engine
 order, and are cut into bundles the same way.
 """
 
@@ -27,19 +27,19 @@ class Bundles:
     Attributes:
         places: int64 [N], places of the engine order, bundle after bundle.
         offsets: int64 [bundles + 1] into `places`.
-        worker: int32 [bundles], the worker that each is meant for.
+        engine: int32 [bundles], the engine that each is meant for.
         shared_blocks: int32 [N], blocks that the request at each of `places` shares with the one before it on its
-            worker.
+            engine.
     """
 
     places: Int64s
     offsets: Int64s
-    worker: Int32s
+    engine: Int32s
     shared_blocks: Int32s
 
 
 def pack_bundles(
-    seconds: Floats, shared_blocks: Int32s, tree: Int32s, *, workers: int, bundle_seconds: float
+    seconds: Floats, shared_blocks: Int32s, tree: Int32s, *, engines: int, bundle_seconds: float
 ) -> Bundles:
     """Pack requests in engine order into bundles.
 
@@ -47,16 +47,16 @@ def pack_bundles(
         seconds: float64 [N], estimated engine seconds of each request.
         shared_blocks: int32 [N], blocks shared with the request before: what a cut there costs.
         tree: int32 [N], top-level tree of each request; increasing.
-        workers: engines that take bundles.
+        engines: the number of engines that take bundles.
         bundle_seconds: bound of a bundle's seconds; only a single request may exceed it.
     """
     count = len(seconds)
     if count == 0:
         return Bundles(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    worker = _deal(seconds, shared_blocks, tree, workers)
+    engine = _deal(seconds, shared_blocks, tree, engines)
     bundles: list[tuple[float, int, Int64s, Int32s]] = []
-    for number in range(workers):
-        mine = np.flatnonzero(worker == number).astype(np.int64)
+    for number in range(engines):
+        mine = np.flatnonzero(engine == number).astype(np.int64)
         if len(mine) == 0:
             continue
         shared = shared_among(shared_blocks, mine)
@@ -68,7 +68,7 @@ def pack_bundles(
     return Bundles(
         places=np.concatenate([places for _, _, places, _ in bundles]),
         offsets=np.cumsum([0] + [len(places) for _, _, places, _ in bundles], dtype=np.int64),
-        worker=np.array([number for _, number, _, _ in bundles], dtype=np.int32),
+        engine=np.array([number for _, number, _, _ in bundles], dtype=np.int32),
         shared_blocks=np.concatenate([shared for _, _, _, shared in bundles]),
     )
 
@@ -113,11 +113,11 @@ def _pieces(seconds: Floats, shared_blocks: Int32s, bound: float) -> list[tuple[
     return list(zip([0, *cuts], [*cuts, len(seconds)], strict=True))
 
 
-def _deal(seconds: Floats, shared_blocks: Int32s, tree: Int32s, workers: int) -> Int32s:
-    """The worker of each request."""
-    if workers == 1:
+def _deal(seconds: Floats, shared_blocks: Int32s, tree: Int32s, engines: int) -> Int32s:
+    """The engine of each request."""
+    if engines == 1:
         return np.zeros(len(seconds), dtype=np.int32)
-    fair = float(seconds.sum()) / workers
+    fair = float(seconds.sum()) / engines
     tree_starts = np.flatnonzero(np.diff(tree, prepend=-1))
     starts = [tree_starts]
     for begin, end, total in zip(
@@ -125,21 +125,21 @@ def _deal(seconds: Floats, shared_blocks: Int32s, tree: Int32s, workers: int) ->
     ):
         if total > fair * (1 + 1e-9) and end - begin > 1:
             shares = np.arange(1, int(np.ceil(total / fair)), dtype=np.float64) * fair
-            cuts = cut(seconds[begin:end], shared_blocks[begin:end], shares, fair * CUT_TOLERANCE / workers)
+            cuts = cut(seconds[begin:end], shared_blocks[begin:end], shares, fair * CUT_TOLERANCE / engines)
             starts.append(begin + np.array(cuts, dtype=np.int64))
     unit_starts = np.sort(np.concatenate(starts))
     unit_seconds = np.add.reduceat(seconds, unit_starts)
     longest_first = np.argsort(-unit_seconds, kind="stable")
-    unit_worker = _least_loaded(unit_seconds, longest_first, workers)
-    return np.repeat(unit_worker, np.diff(np.append(unit_starts, len(seconds))))
+    unit_engine = _least_loaded(unit_seconds, longest_first, engines)
+    return np.repeat(unit_engine, np.diff(np.append(unit_starts, len(seconds))))
 
 
 @compiled
-def _least_loaded(seconds: Floats, longest_first: Int64s, workers: int) -> Int32s:
-    load = np.zeros(workers, dtype=np.float64)
-    worker = np.empty(len(seconds), dtype=np.int32)
+def _least_loaded(seconds: Floats, longest_first: Int64s, engines: int) -> Int32s:
+    load = np.zeros(engines, dtype=np.float64)
+    engine = np.empty(len(seconds), dtype=np.int32)
     for unit in longest_first:
         least = np.argmin(load)
-        worker[unit] = least
+        engine[unit] = least
         load[least] += seconds[unit]
-    return worker
+    return engine

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchllm_operators.columns.arrays import Bools, Floats, Int8s, Int32s, Int64s
+from batchllm_operators.columns.request_keys import find_keys
 from batchllm_operators.cost import forecast
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.bundles import pack_bundles
@@ -16,7 +17,7 @@ from batchllm_operators.plan.order import EngineOrder, SortedRequests, order_by_
 from batchllm_operators.plan.output_lengths import OutputEstimates, estimate_output_tokens
 from batchllm_operators.plan.prefix_forest import PrefixForest, build_forest
 from batchllm_operators.plan.prefix_order import PrefixOrder, hit_blocks, sort_by_prefix, usable_blocks
-from batchllm_operators.plan.requests import RequestColumns, ResultColumns, find_keys
+from batchllm_operators.plan.requests import RequestColumns, ResultColumns
 from batchllm_operators.specs.planning import CostModel, PlanningSpec
 
 BYTES_PER_NUMBER = 4
@@ -49,7 +50,7 @@ class Plan:
     Attributes:
         request: int64 [N], row of the request in the columns of the job.
         offsets: int64 [bundles + 1], where each bundle begins and ends.
-        worker: int32 [bundles], the engine each is meant for.
+        engine: int32 [bundles], the engine each is meant for.
         group: int32 [N], number of the prefix group; groups are numbered as they begin.
         prefix_tokens: int32 [N], tokens of the group's prefix.
         output_tokens: int32 [N], expected output tokens.
@@ -68,7 +69,7 @@ class Plan:
 
     request: Int64s
     offsets: Int64s
-    worker: Int32s
+    engine: Int32s
     group: Int32s
     prefix_tokens: Int32s
     output_tokens: Int32s
@@ -92,7 +93,7 @@ def make_plan(
     planning: PlanningSpec,
     cost: CostModel,
     *,
-    workers: int,
+    engines: int,
     pilot: bool = False,
 ) -> Plan:
     """Plan the requests that are not done, or a sample of them.
@@ -103,7 +104,7 @@ def make_plan(
         earlier: results of earlier runs of the job, to learn output lengths from.
         planning: the planning part of the job.
         cost: rates of one engine.
-        workers: engines that will take bundles.
+        engines: the number of engines that will take bundles.
         pilot: plan only a share of `planning.pilot_fraction`, evenly over the forest; unless output lengths are known
             already from results of this job or of earlier ones.
     """
@@ -147,7 +148,7 @@ def make_plan(
         seconds.decode[in_order] + seconds.prefill_per_token * computed,
         engine.shared_blocks,
         engine.tree,
-        workers=workers,
+        engines=engines,
         bundle_seconds=60 * planning.bundle_minutes,
     )
     positions = in_order[bundles.places]
@@ -158,7 +159,7 @@ def make_plan(
     return Plan(
         request=rows[positions],
         offsets=bundles.offsets,
-        worker=bundles.worker,
+        engine=bundles.engine,
         group=group,
         prefix_tokens=prefix_tokens,
         output_tokens=output_tokens[positions],

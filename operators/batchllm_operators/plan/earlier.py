@@ -12,7 +12,9 @@ MOST_RUNS = 3
 
 
 def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
-    """Work folders of other runs of the job of the same name, beside this one; the newest `MOST_RUNS`, newest first.
+    """Work folders of other runs of the job of the same name and task, beside this one.
+
+    The newest `MOST_RUNS` of them, newest first.
 
     A folder counts that is named by the id of its job: others may stand beside anything.
     """
@@ -20,15 +22,17 @@ def earlier_runs(work_uri: str, storage: StorageOptions) -> list[Store]:
     if not root_uri:
         return []
     root = Store(root_uri, storage)
-    own = _job_name(root, folder)
+    own = _name_and_task(root, folder)
     if own is None:
         return []
     # Looked into one after the other: there may be hundreds, each a request to the store.
     others = (other for other in work_folders_in(root) if other != folder)
-    same = (root.folder(other) for other in others if _job_name(root, other) == own)
+    same = (root.folder(other) for other in others if _name_and_task(root, other) == own)
     return list(islice(same, MOST_RUNS))
 
 
-def _job_name(root: Store, folder: str) -> str | None:
+def _name_and_task(root: Store, folder: str) -> tuple[str, str] | None:
     file = read_job_file(root.folder(folder), only_looks=True)
-    return None if file is None or file.job_id != folder else file.job_name
+    if file is None or file.job_id != folder or file.job_name is None:
+        return None
+    return file.job_name, file.task

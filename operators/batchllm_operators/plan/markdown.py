@@ -161,8 +161,8 @@ def _row_errors(plan: PlanSummary) -> list[str]:
 
 
 def _forecast(plan: PlanSummary) -> list[str]:
-    forecast, workers = plan.forecast, plan.shape.workers
-    engines = "on one engine" if workers == 1 else f"until the last of {counted(workers, 'engine')} has finished"
+    forecast, count = plan.forecast, plan.shape.workers
+    engines = "on one engine" if count == 1 else f"until the last of {counted(count, 'engine')} has finished"
     price = "" if forecast.usd is None else f", {usd(forecast.usd)}"
     return [
         "",

@@ -44,8 +44,8 @@ def summarise(
     *,
     digests: Sequence[str],
     rates: str,
-    workers: int,
-    usd_per_worker_hour: float | None = None,
+    engines: int,
+    usd_per_engine_hour: float | None = None,
 ) -> PlanSummary:
     """Sum up a plan; the caller fills in `seconds`.
 
@@ -57,8 +57,8 @@ def summarise(
         cost: rates of one engine, as used for the plan.
         digests: of the bundles.
         rates: where `cost` comes from.
-        workers: engines that will take bundles.
-        usd_per_worker_hour: price of one engine; None where it is not known.
+        engines: the number of engines that will take bundles.
+        usd_per_engine_hour: price of one engine; None where it is not known.
     """
     block = planned_block_size(planning)
     return PlanSummary(
@@ -75,7 +75,7 @@ def summarise(
             planned_prompt_tokens=int(requests.prompt_tokens[plan.request].sum(dtype=np.int64)),
         ),
         saving=_saving(plan, requests, block),
-        forecast=_forecast(plan, cost, rates, workers, usd_per_worker_hour),
+        forecast=_forecast(plan, cost, rates, engines, usd_per_engine_hour),
         shape=PlanShape(
             groups=int(plan.group.max(initial=-1)) + 1,
             largest_groups=_largest_groups(plan),
@@ -84,7 +84,7 @@ def summarise(
             order=planning.order,
             block_size=block,
             parted_trees=plan.parted_trees,
-            workers=workers,
+            workers=engines,
             split_prefix_tokens=(
                 0 if planning.order == "input" else int(plan.computed_tokens.sum()) - plan.planned.optimum_tokens
             ),
@@ -109,9 +109,9 @@ def _saving(plan: Plan, requests: RequestColumns, block_size: int) -> PlanSaving
     )
 
 
-def _forecast(plan: Plan, cost: CostModel, rates: str, workers: int, usd_per_worker_hour: float | None) -> PlanForecast:
-    load = np.zeros(max(workers, 1))
-    np.add.at(load, plan.worker, _per_bundle(plan.prefill_seconds + plan.decode_seconds, plan.offsets))
+def _forecast(plan: Plan, cost: CostModel, rates: str, engines: int, usd_per_engine_hour: float | None) -> PlanForecast:
+    load = np.zeros(max(engines, 1))
+    np.add.at(load, plan.engine, _per_bundle(plan.prefill_seconds + plan.decode_seconds, plan.offsets))
     finished = float(load.max())
     of_source = np.bincount(plan.estimate_source, minlength=len(EstimateSource))
     return PlanForecast(
@@ -125,7 +125,7 @@ def _forecast(plan: Plan, cost: CostModel, rates: str, workers: int, usd_per_wor
         prefill_seconds=round(float(plan.prefill_seconds.sum()), 3),
         decode_seconds=round(float(plan.decode_seconds.sum()), 3),
         seconds=round(finished, 3),
-        usd=None if usd_per_worker_hour is None else usd_of(workers * finished, usd_per_worker_hour),
+        usd=None if usd_per_engine_hour is None else usd_of(engines * finished, usd_per_engine_hour),
     )
 
 
@@ -144,7 +144,7 @@ def _bundle_infos(plan: Plan, requests: RequestColumns, digests: Sequence[str]) 
     return tuple(
         BundleInfo(
             name=bundle_name(number),
-            worker=int(plan.worker[number]),
+            worker=int(plan.engine[number]),
             requests=int(plan.offsets[number + 1] - plan.offsets[number]),
             groups=len(np.unique(plan.group[plan.offsets[number] : plan.offsets[number + 1]])),
             prompt_tokens=int(prompt[number]),

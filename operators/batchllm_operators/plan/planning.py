@@ -28,11 +28,11 @@ def plan_requests(
     stage: StageSummary,
     planning: PlanningSpec,
     *,
-    workers: int = 1,
+    engines: int = 1,
     calibrated: Calibration | None = None,
     default: CostModel | None = None,
     earlier: Sequence[Store] = (),
-    usd_per_worker_hour: float | None = None,
+    usd_per_engine_hour: float | None = None,
     pilot: bool = False,
     attention: EngineAttention | AttentionForecast | None = None,
 ) -> PlanSummary:
@@ -45,11 +45,11 @@ def plan_requests(
         work: the work folder.
         stage: what staging found.
         planning: the planning part of the job.
-        workers: engines that will take bundles.
+        engines: the number of engines that will take bundles.
         calibrated: measured rates of one engine; `planning.cost` goes before them.
         default: the rates where there are neither; default: the hardware's, for a model of which nothing is known.
         earlier: work folders of earlier runs of the job, to learn output lengths from.
-        usd_per_worker_hour: price of one engine, for the forecast.
+        usd_per_engine_hour: price of one engine, for the forecast.
         pilot: plan a sample of `planning.pilot_fraction` only, unless output lengths are known already. The summary
             says whether it is one; plan again once its bundles are computed.
         attention: of the engines, for a forecast of what prefix-shared attention saves; or that forecast, where an
@@ -66,7 +66,7 @@ def plan_requests(
         requests = read_requests(work, stage, block_size=planned_block_size(planning), tokens=tokens, hashes=hashes)
         task = task_named(stage.task)
         done, known = read_results([work], task), read_results(earlier, task, only_looks=True)
-        plan = make_plan(requests, done, known, planning, cost, workers=workers, pilot=pilot)
+        plan = make_plan(requests, done, known, planning, cost, engines=engines, pilot=pilot)
         delete_plan(work)
         digests = write_bundles(work, plan, requests, tokens)
     summary = summarise(
@@ -77,8 +77,8 @@ def plan_requests(
         cost,
         digests=digests,
         rates=rates_source(planning.cost, calibrated),
-        workers=workers,
-        usd_per_worker_hour=usd_per_worker_hour,
+        engines=engines,
+        usd_per_engine_hour=usd_per_engine_hour,
     )
     forecast = _attention(attention, plan, requests, planning, cost)
     summary = summary.model_copy(update={"attention": forecast, "seconds": round(time.monotonic() - started, 3)})

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchllm_operators.batch_sizes import ROWS_AT_A_TIME
 from batchllm_operators.columns.arrays import Int32s, Int64s, UInt64s
-from batchllm_operators.keys import REQUEST_KEY_BYTES
+from batchllm_operators.columns.request_keys import distinct_keys, key_words
 from batchllm_operators.plan.block_hashes import BlockHashes, hash_blocks
 from batchllm_operators.plan.disk_array import DiskArray, TokenSpool
 from batchllm_operators.records import StageSummary
@@ -141,45 +141,13 @@ def read_results(works: Sequence[Store], task: Task, *, only_looks: bool = False
     for table in tables:
         answered = table.filter(table["error"].is_null())
         for batch in answered.to_batches():
-            keys.append(_key_words(batch.column("request_key")))
+            keys.append(key_words(batch.column("request_key")))
             prompt, cached = _integers(batch.column("prompt_tokens")), _integers(batch.column("cached_tokens"))
             computed.append((prompt - cached).astype(np.int64))
             completion.append(_integers(batch.column("completion_tokens")))
     all_keys = np.concatenate(keys)
     first, _ = distinct_keys(all_keys)
     return ResultColumns(all_keys[first], np.concatenate(computed)[first], np.concatenate(completion)[first])
-
-
-def distinct_keys(keys: UInt64s) -> tuple[Int64s, Int32s]:
-    """Where each distinct key stands for the first time, increasing; and for each key, which of these it is."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    ordered = keys[order]
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    # lexsort is stable: the first of a run of equal keys is the one that stands first.
-    firsts = order[new]
-    by_place = np.argsort(firsts)
-    number = np.empty(len(firsts), dtype=np.int32)
-    number[by_place] = np.arange(len(firsts), dtype=np.int32)
-    which = np.empty(len(keys), dtype=np.int32)
-    which[order] = number[np.cumsum(new) - 1]
-    return firsts[by_place].astype(np.int64), which
-
-
-def find_keys(keys: UInt64s, others: UInt64s) -> Int64s:
-    """Where each key stands among other, distinct keys; -1 where it does not.
-
-    Args:
-        keys: uint64 [N, 2], distinct.
-        others: uint64 [M, 2], distinct.
-    """
-    found = np.full(len(keys), -1, dtype=np.int64)
-    both = np.concatenate((others, keys))
-    order = np.lexsort((both[:, 1], both[:, 0]))
-    ordered = both[order]
-    twin = np.flatnonzero((ordered[1:] == ordered[:-1]).all(axis=1))
-    found[order[twin + 1] - len(others)] = order[twin]
-    return found
 
 
 class _Reading:
@@ -205,7 +173,7 @@ class _Reading:
         offsets -= offsets[0]
         self._tokens.append(tokens)
         self._hashes.append(hash_blocks(tokens, offsets, self._block_size).lanes)
-        self._keys.append(_key_words(batch.column("request_key")))
+        self._keys.append(key_words(batch.column("request_key")))
         self._first_row.append(batch.column("row_index").to_numpy(zero_copy_only=False))
         self._columns["prompt_tokens"].append(np.diff(offsets).astype(np.int32))
         self._columns["max_tokens"].append(_integers(batch.column("max_tokens")))
@@ -250,13 +218,6 @@ class _Reading:
 def starts_of(lengths: Int32s) -> Int64s:
     """Where each of some pieces begins that stand one after the other; int64 [N]."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
-
-
-def _key_words(keys: pa.Array) -> UInt64s:
-    """Keys as pairs of integers that sort as their bytes do."""
-    content = keys.buffers()[1]
-    words = np.frombuffer(content, dtype=">u8", count=2 * len(keys), offset=keys.offset * REQUEST_KEY_BYTES)
-    return words.reshape(-1, 2).astype(np.uint64)
 
 
 def _integers(values: pa.Array, missing: int = 0) -> Int32s:

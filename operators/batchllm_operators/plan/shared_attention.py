@@ -73,7 +73,7 @@ class PlannedGroups:
     def of_requests(
         cls, group: Int32s, prefix_tokens: Int32s, prompt_tokens: Int32s, output_tokens: Int32s
     ) -> PlannedGroups:
-        """From columns with one entry a request; groups are numbered from 0."""
+        """The groups of requests, whose columns have one entry for each request; groups are numbered from 0."""
         size = np.bincount(group).astype(np.int64)
         prefix = np.zeros(len(size), dtype=np.int64)
         prefix[group] = prefix_tokens

@@ -23,10 +23,10 @@ def plan_staged(
     planning: PlanningSpec,
     work_uri: str,
     storage: StorageOptions,
-    workers: int = 1,
+    engines: int = 1,
     calibrated: Calibration | None = None,
     default: CostModel | None = None,
-    usd_per_worker_hour: float | None = None,
+    usd_per_engine_hour: float | None = None,
     pilot: bool = False,
     attention: EngineAttention | AttentionForecast | None = None,
     *,
@@ -39,10 +39,10 @@ def plan_staged(
         planning: the planning part of the job.
         work_uri: the work folder.
         storage: how to reach it.
-        workers: engines that will take bundles.
+        engines: the number of engines that will take bundles.
         calibrated: measured rates of one engine.
         default: the rates where nothing was measured, as `default_rates` makes them.
-        usd_per_worker_hour: price of one engine, for the forecast.
+        usd_per_engine_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
         attention: of the engines, or its forecast, see `plan_requests`.
         log: takes one line on what came out.
@@ -55,11 +55,11 @@ def plan_staged(
         Store(work_uri, storage),
         stage,
         planning,
-        workers=workers,
+        engines=engines,
         calibrated=calibrated,
         default=default,
         earlier=earlier_runs(work_uri, storage),
-        usd_per_worker_hour=usd_per_worker_hour,
+        usd_per_engine_hour=usd_per_engine_hour,
         pilot=pilot,
         attention=attention,
     )

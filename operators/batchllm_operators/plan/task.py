@@ -31,10 +31,10 @@ def plan(
     planning: PlanningSpec,
     work_uri: str,
     storage: StorageOptions,
-    workers: int = 1,
+    engines: int = 1,
     calibrated: Calibration | None = None,
     default: CostModel | None = None,
-    usd_per_worker_hour: float | None = None,
+    usd_per_engine_hour: float | None = None,
     pilot: bool = False,
     attention: EngineAttention | AttentionForecast | None = None,
     job_name: str = "batch-inference",
@@ -46,10 +46,10 @@ def plan(
         planning: the planning part of the job.
         work_uri: the work folder.
         storage: how to reach it.
-        workers: engines that will take bundles.
+        engines: the number of engines that will take bundles.
         calibrated: measured rates of one engine.
         default: the rates where nothing was measured, as `default_rates` makes them.
-        usd_per_worker_hour: price of one engine, for the forecast.
+        usd_per_engine_hour: price of one engine, for the forecast.
         pilot: plan a sample first, see `plan_requests`.
         attention: of the engines, or its forecast, see `plan_requests`.
         job_name: for the artifact's key.
@@ -63,10 +63,10 @@ def plan(
         planning,
         work_uri,
         storage,
-        workers=workers,
+        engines=engines,
         calibrated=calibrated,
         default=default,
-        usd_per_worker_hour=usd_per_worker_hour,
+        usd_per_engine_hour=usd_per_engine_hour,
         pilot=pilot,
         attention=attention,
         log=get_run_logger().info,

@@ -25,7 +25,7 @@ def write_bundles(work: Store, plan: Plan, requests: RequestColumns, tokens: Tok
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan-write") as writers:
         written = [
             writers.submit(write_bundle, work, number, _tables(plan, requests, tokens, number))
-            for number in range(len(plan.worker))
+            for number in range(len(plan.engine))
         ]
         return [bundle.result() for bundle in written]
 

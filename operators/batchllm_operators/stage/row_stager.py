@@ -135,7 +135,7 @@ class RowStager:
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens) if generates else 1
         effective = wanted if wanted.max_tokens <= room else wanted.model_copy(update={"max_tokens": room})
-        sampling = effective.model_dump(mode="json")
+        sampling = effective.model_dump(mode="json") if generates else {}
         own_answer = generates and not wanted.deterministic
         return {
             "request_key": self._keys.key(tokens, sampling, row_index=row_index if own_answer else None),

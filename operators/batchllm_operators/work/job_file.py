@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from batchllm_operators.keys import canonical_json
 from batchllm_operators.records import InputObject
 from batchllm_operators.store import Store
+from batchllm_operators.task_names import GENERATE
 from batchllm_operators.work.json_objects import checked_record, read_record
 from batchllm_operators.work.layout import FORMAT_VERSION, JOB_FILE
 
@@ -28,6 +29,11 @@ class JobFile(BaseModel):
         """The name of the job; None where the spec tells none."""
         name = self.job.get("name")
         return None if name is None else str(name)
+
+    @property
+    def task(self) -> str:
+        """The task of the job; versions before there were others wrote none."""
+        return str(self.job.get("task", GENERATE))
 
 
 def write_job_file(work: Store, job_id: str, job: Mapping[str, Any], objects: Sequence[InputObject]) -> None:

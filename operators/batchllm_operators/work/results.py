@@ -79,22 +79,29 @@ def refuse_output_names(task: Task, names: Sequence[str], prefix: str) -> None:
 
 
 def answers_table(task: Task, answers: Sequence[Answer]) -> pa.Table:
-    """Answers as a table of `result_schema`, in their order."""
+    """Answers as a table of `result_schema`, in their order.
+
+    Raises:
+        TerminalError: the values of an answer are not those of the task's `answer_fields`.
+    """
     errors = [one.error and {"code": one.error.code.value, "message": one.error.message} for one in answers]
     nothing = (None,) * len(task.answer_fields)
     values = zip(*(nothing if one.values is None else one.values for one in answers), strict=True)
-    columns = [
-        [one.request_key for one in answers],
-        *(values if answers else [[]] * len(task.answer_fields)),
-        [one.prompt_tokens for one in answers],
-        [one.cached_tokens for one in answers],
-        [one.completion_tokens for one in answers],
-        errors,
-    ]
     schema = result_schema(task)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
+    try:
+        columns = [
+            [one.request_key for one in answers],
+            *(values if answers else [[]] * len(task.answer_fields)),
+            [one.prompt_tokens for one in answers],
+            [one.cached_tokens for one in answers],
+            [one.completion_tokens for one in answers],
+            errors,
+        ]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    except (TypeError, ValueError) as error:
+        expected = ", ".join(f"{field.name}: {field.type}" for field in task.answer_fields)
+        raise TerminalError(f"task {task.name!r}: expected answers of {expected}, got others: {error}") from error
+    return pa.table(arrays, schema=schema)
 
 
 def encoded_part(table: pa.Table) -> tuple[str, bytes]:

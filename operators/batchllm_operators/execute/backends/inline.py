@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from batchllm_operators.execute.backends.base import Death, Place
@@ -48,7 +48,7 @@ class Script:
     answer: Callable[[Request], str] = lambda _request: "text"
     """The text of an answer."""
     on_submit: Callable[[Request], None] = lambda _request: None
-    """Told of each request that it takes."""
+    """Called with each request that the engine takes."""
 
 
 class ScriptedEngine:
@@ -72,7 +72,7 @@ class ScriptedEngine:
 
     @property
     def capacity(self) -> int:
-        """As the script says."""
+        """The capacity that the script says."""
         return self._script.capacity
 
     @property
@@ -103,10 +103,11 @@ class ScriptedEngine:
                 finished.append(self._answer(request, tokens))
         return finished
 
-    def abort(self) -> None:
-        """Forget all requests."""
-        self._held.clear()
-        self._generated.clear()
+    def abort(self, keys: Collection[bytes]) -> None:
+        """Forget requests."""
+        self._held = [request for request in self._held if request.key not in keys]
+        for key in keys:
+            self._generated.pop(key, None)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -164,7 +165,7 @@ class InlineBackend:
         """All that were started, in their order."""
 
     def places(self) -> Sequence[Place]:
-        """As many as there are engines."""
+        """The places, one for each engine."""
         return self._places
 
     def start(self, place: Place) -> InlineLink:
@@ -326,9 +327,9 @@ class _Mortal:
         self.life.require()
         return finished
 
-    def abort(self) -> None:
+    def abort(self, keys: Collection[bytes]) -> None:
         self.life.require()
-        self.engine.abort()
+        self.engine.abort(keys)
 
     def close(self) -> None:
         self.engine.close()

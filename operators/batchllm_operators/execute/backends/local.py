@@ -36,7 +36,7 @@ class LocalBackend:
         self._logs = EngineLogs()
 
     def places(self) -> Sequence[Place]:
-        """As many as the job has engines."""
+        """The places, one for each engine of the job."""
         return self._places
 
     def start(self, place: Place) -> LocalLink:
@@ -84,6 +84,7 @@ class LocalLink:
         self._channel.settimeout(SEND_SECONDS)
         self._sending = threading.Lock()
         self._received = b""
+        self._death: Death | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(channel, selectors.EVENT_READ)
 
@@ -117,9 +118,10 @@ class LocalLink:
     def death(self, wait_s: float = 0.0) -> Death | None:
         """How the process has ended, by its exit code; its group may go on until it is killed."""
         code = self._process.exit_code(wait_s)
-        if code is None:
-            return None
-        return Death.by_exit_code(code, log_tail=self._process.last_lines(), root_cause=self._process.root_cause())
+        if code is not None and self._death is None:
+            last_lines, root_cause = self._process.last_lines(), self._process.root_cause()
+            self._death = Death.by_exit_code(code, log_tail=last_lines, root_cause=root_cause)
+        return self._death
 
     def silence(self) -> str:
         """The state of the process, as Linux tells it."""

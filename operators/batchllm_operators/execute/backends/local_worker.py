@@ -13,19 +13,15 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from batchllm_kernels.vllm_plugin.load_phases import LOAD_PHASE_VARIABLE
-from batchllm_kernels.vllm_plugin.options import ATTENTION_TRACE_VARIABLE, STEP_TRACE_VARIABLE
 from batchllm_operators.execute.messages import Event, Shutdown, decode_command, encode
-from batchllm_operators.execute.step_traces import StepTraces
 from batchllm_operators.execute.vllm_engine import VllmMaker
-from batchllm_operators.execute.worker import EngineLoop, EngineMaker, LoopFiles
+from batchllm_operators.execute.worker import EngineLoop, EngineMaker, LoopFiles, files_of_process
 
 PARENT_CHECK_SECONDS = 0.5
 
@@ -49,7 +45,7 @@ def main(maker: EngineMaker | None = None, arguments: Sequence[str] | None = Non
     channel = socket.socket(fileno=told.channel_fd)
     # The engine core must not keep the channel open when this process is gone.
     channel.set_inheritable(False)
-    _serve(channel, maker or VllmMaker(), _traced_files(told.folder))
+    _serve(channel, maker or VllmMaker(), files_of_process(told.folder))
     sys.stdout.flush()
     sys.stderr.flush()
     # What is left is memory. To take the interpreter apart with torch in it takes seconds, for which a GPU would wait.
@@ -82,16 +78,6 @@ def _serve(channel: socket.socket, maker: EngineMaker, files: LoopFiles) -> None
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=receive, name="commands", daemon=True).start()
     loop.serve()
-
-
-def _traced_files(parent: Path) -> LoopFiles:
-    """Files of this engine alone, which vLLM and the plugin find by variables of the environment."""
-    folder = Path(tempfile.mkdtemp(prefix="engine-", dir=parent))
-    steps, attention, phases = folder / "steps", folder / "attention", folder / "phases"
-    os.environ[STEP_TRACE_VARIABLE] = str(steps)
-    os.environ[ATTENTION_TRACE_VARIABLE] = str(attention)
-    os.environ[LOAD_PHASE_VARIABLE] = str(phases)
-    return LoopFiles(StepTraces(steps, attention), phases)
 
 
 def _end_with_parent(parent_pid: int) -> None:
