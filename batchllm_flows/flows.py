@@ -25,6 +25,7 @@ from batchllm_flows.planning import (
 )
 from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish_run
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
+from batchllm_flows.reuse import leave_answers, take_answers
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
@@ -101,10 +102,14 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         fleet.start()
         with clock.stage:
             staged = stage_run(run, stage.with_options(task_run_name=f"stage {counted(len(run.objects), 'object')}"))
+            before = take_answers(run, staged)
+        if before.requests:
+            logger.info("%s answered by earlier runs", counted(before.requests, "request"))
         executed = _plan_and_execute(run, staged, fleet, status, clock)
         fleet.release()
         with clock.merge:
             manifest = _merge(run, staged)
+            leave_answers(run, logger.warning)
         report = build_report(
             manifest,
             executed,

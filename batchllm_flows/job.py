@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from batchllm_flows.job_yaml import RepeatedKeyError, load_yaml
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import SecretInJobError, TerminalError
 from batchllm_operators.keys import job_id
 from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import InputObject
@@ -70,6 +70,8 @@ class BatchJob(SpecModel):
             _set(values, dotted, value)
         try:
             return cls.model_validate(values)
+        except SecretInJobError as error:
+            raise InvalidJobError(f"invalid job: {error.message}", uri=str(path)) from None
         except ValidationError as error:
             raise InvalidJobError(explain(error), uri=str(path)) from error
 

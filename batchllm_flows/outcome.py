@@ -15,6 +15,8 @@ def report_line(report: JobReport) -> str:
         f"{report.truncated_rows:,} truncated",
         f"{100 * report.saving:.0f} % saved",
     ]
+    if report.reused_requests:
+        pieces.append(f"{counted(report.reused_requests, 'request')} answered by earlier runs")
     if report.already_complete:
         pieces.append("complete already")
     return ", ".join(pieces)
@@ -24,4 +26,6 @@ def plan_line(plan: PlanSummary) -> str:
     """For example `3,197 requests in 12 bundles, 4 errors, 47 % to be saved`."""
     requests = f"{counted(plan.counts.requests, 'request')} in {counted(len(plan.bundles), 'bundle')}"
     errors = counted(sum(plan.counts.error_rows.values()), "error")
-    return f"{requests}, {errors}, {100 * plan.saving.planned:.0f} % to be saved"
+    before = plan.counts.answered_before.requests
+    earlier = f", {before:,} answered by earlier runs" if before else ""
+    return f"{requests}{earlier}, {errors}, {100 * plan.saving.planned:.0f} % to be saved"

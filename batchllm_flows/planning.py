@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.publish import Warn, publish_plan
+from batchllm_flows.reuse import take_answers
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.execute.calibration_cache import CalibrationCache
@@ -51,6 +52,7 @@ def plan_job(
     """
     run = open_run(job)
     staged, calibrated = stage_run(run, stage), kept_calibrations(run).latest()
+    take_answers(run, staged)
     planned = plan_run(run, staged, calibrated, plan, attention=engine_attention(job.model, job.execution))
     return publish_plan(run.work, planned, job.name, warn)
 

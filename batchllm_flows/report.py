@@ -133,6 +133,8 @@ class JobReport(Record):
     """Distinct requests, duplicates counted once."""
     computed_requests: int
     """Requests this run computed; the others were answered by earlier runs."""
+    reused_requests: int = 0
+    """Requests whose answers come from what earlier runs, of this job or of others, had kept (`execution.reuse`)."""
     answered_tokens: int
     """Prompt and completion tokens of the requests this run computed."""
     duplicate_rows: int
@@ -228,6 +230,7 @@ def build_report(
         error_rows=manifest.error_rows,
         requests=plan.counts.requests + plan.counts.done_requests,
         computed_requests=sum(result.requests for result in results),
+        reused_requests=plan.counts.answered_before.requests,
         answered_tokens=sum(result.prompt_tokens + result.completion_tokens for result in results),
         duplicate_rows=plan.counts.duplicate_rows,
         prompt_tokens=manifest.prompt_tokens,

@@ -9,12 +9,14 @@ from types import TracebackType
 
 from batchllm_flows.job import BatchJob
 from batchllm_flows.report import JobReport, StepSeconds, load_report
+from batchllm_operators.answers import answers_scope
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.formats import open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.models.model_files import pinned
 from batchllm_operators.records import InputObject
+from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.damage import set_aside
 from batchllm_operators.work.job_file import is_work_folder, read_job_file, write_job_file
@@ -35,6 +37,8 @@ class JobRun:
     """The report of the run that completed this very job, if there was one."""
     reopened: bool = False
     """The output is complete, and written again with the answers that rows with an engine's error get now."""
+    answers: str | None = None
+    """The scope in which its answers are kept and found, see `answers_scope`; None: they are not."""
 
 
 def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
@@ -54,6 +58,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     # Looked up once: what is loaded from here on is of the commit that the id counts.
     model = pinned(job.model)
     identity = job.job_id(source.objects, model)
+    answers = _answers_scope(job, model)
     work, sink = job.work_store(identity), job.sink_store()
     refuse_overlap(source, sink, work)
     _refuse_work_of_another(work, identity)
@@ -69,9 +74,15 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     if manifest is not None and not reopened and work.exists(REPORT_FILE):
         complete = _report_of_before(work)
     if complete is None or not is_work_folder(work):
-        write_job_file(work, identity, job.model_dump(mode="json"), source.objects)
+        write_job_file(work, identity, job.model_dump(mode="json"), source.objects, answers)
     job = job.model_copy(update={"model": model})
-    return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened)
+    return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened, answers)
+
+
+def _answers_scope(job: BatchJob, model: ModelSpec) -> str | None:
+    if job.execution.reuse == "none":
+        return None
+    return answers_scope(model, job.task, job.name if job.execution.reuse == "same_job_name" else None)
 
 
 def _report_of_before(work: Store) -> JobReport | None:

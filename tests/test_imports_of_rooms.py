@@ -16,7 +16,7 @@ PACKAGES = ("batchllm_flows", "operators/batchllm_operators", "kernels/batchllm_
 
 FLOORS = (
     ("batchllm_flows",),
-    ("stage", "plan", "execute", "merge"),
+    ("stage", "plan", "execute", "merge", "answers"),
     ("work", "formats"),
     ("cost",),
     ("tasks",),

@@ -55,6 +55,13 @@ class TerminalError(BatchLLMError):
     """No further attempt can pass: a bad spec, a missing object, a model that does not load."""
 
 
+class SecretInJobError(TerminalError):
+    """A job holds a password or a token, which would stand in databases, logs and work folders; names the field only.
+
+    Raised out of validation as it is: pydantic's own error would show the value.
+    """
+
+
 class DamagedObjectError(TerminalError):
     """An object is there, and is not what was written: cut off, of other bytes, or somebody else's."""
 

@@ -154,6 +154,24 @@ class AttentionForecast(Record):
     """Where the rates of the kernels come from: measured on a device, or assumed."""
 
 
+class AnsweredBefore(Record):
+    """Requests of a job that earlier runs, of this job or of others, had answered: what their engines did for them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of the prompt tokens that were found in the KV cache then."""
+    completion_tokens: int = 0
+
+    def __add__(self, other: AnsweredBefore) -> AnsweredBefore:
+        return AnsweredBefore(
+            requests=self.requests + other.requests,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
+
+
 class PlanCounts(Record):
     """Rows, requests and prompt tokens of a job, and what is left of them to compute."""
 
@@ -167,6 +185,8 @@ class PlanCounts(Record):
     """Rows served by another row's computation."""
     done_requests: int
     """Distinct requests that readable results already answer."""
+    answered_before: AnsweredBefore = AnsweredBefore()
+    """Those of the done requests whose answers were taken from what earlier runs had kept."""
     prompt_tokens: int
     """The prompt tokens of all rows that make a request, duplicates and done ones included."""
     planned_prompt_tokens: int
@@ -189,6 +209,9 @@ class PlanSaving(Record):
 class PlanForecast(Record):
     """What engines are expected to compute and generate, and how long that takes them; loading is left out."""
 
+    avoided_seconds: float = 0.0
+    """What the answers of earlier runs would have taken one engine to compute again."""
+    avoided_usd: float | None = None
     computed_prompt_tokens: int
     output_tokens: int
     estimate_sources: dict[str, int] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from batchllm_operators.errors import SecretInJobError
 from batchllm_operators.wording import did_you_mean
+
+_USER_INFO = re.compile(r"\s*[a-zA-Z][\w+.-]*://[^/?#\s]*@\S*\s*")
 
 
 class SpecModel(BaseModel):
@@ -19,6 +23,12 @@ class SpecModel(BaseModel):
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        for key, value in values.items():
+            if isinstance(value, str) and _USER_INFO.fullmatch(value):
+                raise SecretInJobError(
+                    f"{key}: expected a URL without user and password, which would stand in databases and logs; "
+                    "credentials come from the environment, a profile or an instance role"
+                )
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in values:
             if key not in known and key not in cls.model_fields:

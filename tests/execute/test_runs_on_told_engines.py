@@ -16,6 +16,7 @@ from batchllm_operators.execute.engine_ahead import engine_ahead
 from batchllm_operators.plan import shared_attention
 from batchllm_operators.records import PlanSummary
 from batchllm_operators.store import Store
+from batchllm_operators.work.job_file import work_folders_in
 from batchllm_operators.work.layout import PLAN_SUMMARY, WORK_FOLDER
 from tests.flows.jobs import job, questions, write_input
 
@@ -46,8 +47,8 @@ def a_job(folder: Path, model: str, python: str, rows: pa.Table, **execution: ob
 
 
 def logs_kept(folder: Path) -> list[str]:
-    (work,) = (folder / "out" / WORK_FOLDER).iterdir()
-    return Store(str(work)).names("logs")
+    (work,) = work_folders_in(root := Store(str(folder / "out" / WORK_FOLDER)))
+    return root.folder(work).names("logs")
 
 
 def test_a_run_tells_what_its_engine_does_and_shows_what_came_out(

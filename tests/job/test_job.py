@@ -143,3 +143,25 @@ def test_errors_survive_pickling_with_where_they_happened() -> None:
     assert isinstance(error, TransientError)
     assert str(error) == "lost (bundle bundle-00001, uri s3://b/x)"
     assert not isinstance(error, TerminalError)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "field"),
+    [
+        ("sink.storage.endpoint_url", "http://admin:hunter2@minio:9000", "endpoint_url"),
+        ("source.uri", "s3://admin:hunter2@bucket/in/", "uri"),
+        ("execution.work_uri", "https://hunter2@store/work", "work_uri"),
+        ("execution.reuse", "s3://admin:hunter2@bucket/answers", "reuse"),
+        ("model.engine_args.hf_token", "hunter2", "model.engine_args.hf_token"),
+        ("model.engine_args.api_key", "hunter2", "model.engine_args.api_key"),
+    ],
+)
+def test_a_secret_in_a_job_is_refused_without_showing_it(tmp_path: Path, dotted: str, value: str, field: str) -> None:
+    with pytest.raises(InvalidJobError, match=f"invalid job: {field}: expected ") as caught:
+        BatchJob.from_file(write(tmp_path, json.dumps(values())), {dotted: value})
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    path = write(tmp_path, json.dumps(values()))
+    assert BatchJob.from_file(path, {"model.engine_args.hf_token": True}).model.engine_args == {"hf_token": True}
+    at_sign = BatchJob.from_file(path, {"source.uri": "s3://bucket/by@day/", "prompt.user": "mail a@b"})
+    assert at_sign.source.uri == "s3://bucket/by@day/"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -27,6 +28,10 @@ class CapturingWorker(CPUWorker):
         init_workspace_manager(self.device)  # as vLLM's worker for GPUs does
 
     def determine_available_memory(self) -> int:
+        if self.use_v2_model_runner:
+            # vLLM samples from a dummy step's uninitialised memory; Triton's interpreter fails on NaN, as no GPU does.
+            sample = self.model_runner._dummy_sampler_run
+            self.model_runner._dummy_sampler_run = lambda states: sample(torch.nan_to_num(states))
         left: int = super().determine_available_memory()
         trace("memory", "profiled", persistent_bytes())
         return left

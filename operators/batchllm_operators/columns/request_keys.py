@@ -41,7 +41,8 @@ def ascending_keys(keys: UInt64s) -> UInt64s:
     ordered = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
     new = np.ones(len(keys), dtype=np.bool_)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return ordered[new]
+    distinct: UInt64s = ordered[new]
+    return distinct
 
 
 def find_keys(keys: UInt64s, others: UInt64s) -> Int64s:

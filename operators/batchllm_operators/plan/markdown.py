@@ -114,6 +114,19 @@ def _headline(plan: PlanSummary) -> str:
     return (
         f"**{counted(plan.counts.requests, 'request')}** in {counted(shape.groups, 'prefix group')} and "
         f"{counted(len(plan.bundles), 'bundle')}: about **{duration(forecast.seconds)}**{engines}{price}."
+        f"{_avoided(plan)}"
+    )
+
+
+def _avoided(plan: PlanSummary) -> str:
+    """What is not computed again, and what that would have cost."""
+    before, forecast = plan.counts.answered_before.requests, plan.forecast
+    if not before:
+        return ""
+    price = "" if forecast.avoided_usd is None else f", about {usd(forecast.avoided_usd)}"
+    return (
+        f" Earlier runs have answered {before:,} of {counted(before + plan.counts.requests, 'request')}, which saves "
+        f"about {duration(forecast.avoided_seconds)} of one engine{price}."
     )
 
 
@@ -135,6 +148,7 @@ def _counts(plan: PlanSummary) -> list[str]:
         f"| rows | {counts.rows:,} |",
         f"| answered by another row's computation | {counts.duplicate_rows:,} |",
         f"| answered by earlier results | {counts.done_requests:,} |",
+        f"| of these by earlier runs | {counts.answered_before.requests:,} |",
         f"| requests to compute | {counts.requests:,} |",
         f"| their prompt tokens | {counts.planned_prompt_tokens:,} |",
         f"| of these to compute | {forecast.computed_prompt_tokens:,} |",

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from batchllm_operators.columns.arrays import Int64s
-from batchllm_operators.cost import usd_of
+from batchllm_operators.cost import engine_seconds, usd_of
 from batchllm_operators.plan.block_size import planned_block_size
 from batchllm_operators.plan.columnar_plan import Plan, Sharing
 from batchllm_operators.plan.output_lengths import EstimateSource
 from batchllm_operators.plan.requests import RequestColumns
 from batchllm_operators.records import (
+    AnsweredBefore,
     BundleInfo,
     GroupInfo,
     PlanCounts,
@@ -46,6 +47,7 @@ def summarise(
     rates: str,
     engines: int,
     usd_per_engine_hour: float | None = None,
+    answered_before: AnsweredBefore | None = None,
 ) -> PlanSummary:
     """Sum up a plan; the caller fills in `seconds`.
 
@@ -59,7 +61,9 @@ def summarise(
         rates: where `cost` comes from.
         engines: the number of engines that will take bundles.
         usd_per_engine_hour: price of one engine; None where it is not known.
+        answered_before: what was taken from earlier runs; None: nothing.
     """
+    answered_before = answered_before or AnsweredBefore()
     block = planned_block_size(planning)
     return PlanSummary(
         bundles=_bundle_infos(plan, requests, digests),
@@ -71,11 +75,12 @@ def summarise(
             requests=len(plan.request),
             duplicate_rows=len(requests.request_of_row) - len(requests.keys),
             done_requests=plan.done_requests,
+            answered_before=answered_before,
             prompt_tokens=requests.row_tokens,
             planned_prompt_tokens=int(requests.prompt_tokens[plan.request].sum(dtype=np.int64)),
         ),
         saving=_saving(plan, requests, block),
-        forecast=_forecast(plan, cost, rates, engines, usd_per_engine_hour),
+        forecast=_forecast(plan, cost, rates, engines, usd_per_engine_hour, answered_before),
         shape=PlanShape(
             groups=int(plan.group.max(initial=-1)) + 1,
             largest_groups=_largest_groups(plan),
@@ -109,12 +114,28 @@ def _saving(plan: Plan, requests: RequestColumns, block_size: int) -> PlanSaving
     )
 
 
-def _forecast(plan: Plan, cost: CostModel, rates: str, engines: int, usd_per_engine_hour: float | None) -> PlanForecast:
+def _forecast(
+    plan: Plan,
+    cost: CostModel,
+    rates: str,
+    engines: int,
+    usd_per_engine_hour: float | None,
+    answered_before: AnsweredBefore,
+) -> PlanForecast:
     load = np.zeros(max(engines, 1))
     np.add.at(load, plan.engine, _per_bundle(plan.prefill_seconds + plan.decode_seconds, plan.offsets))
     finished = float(load.max())
     of_source = np.bincount(plan.estimate_source, minlength=len(EstimateSource))
+    avoided = engine_seconds(
+        cost,
+        requests=answered_before.requests,
+        prompt_tokens=answered_before.prompt_tokens,
+        computed_tokens=answered_before.prompt_tokens - answered_before.cached_tokens,
+        output_tokens=answered_before.completion_tokens,
+    )
     return PlanForecast(
+        avoided_seconds=round(avoided, 3),
+        avoided_usd=None if usd_per_engine_hour is None else usd_of(avoided, usd_per_engine_hour),
         computed_prompt_tokens=int(plan.computed_tokens.sum()),
         output_tokens=int(plan.output_tokens.sum(dtype=np.int64)),
         estimate_sources={

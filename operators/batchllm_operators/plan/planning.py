@@ -21,6 +21,7 @@ from batchllm_operators.specs.planning import CostModel, PlanningSpec
 from batchllm_operators.store import Store
 from batchllm_operators.tasks import task_named
 from batchllm_operators.work.bundles import delete_plan, write_summary
+from batchllm_operators.work.reuse import read_reuse
 
 
 def plan_requests(
@@ -79,6 +80,7 @@ def plan_requests(
         rates=rates_source(planning.cost, calibrated),
         engines=engines,
         usd_per_engine_hour=usd_per_engine_hour,
+        answered_before=read_reuse(work).answered,
     )
     forecast = _attention(attention, plan, requests, planning, cost)
     summary = summary.model_copy(update={"attention": forecast, "seconds": round(time.monotonic() - started, 3)})

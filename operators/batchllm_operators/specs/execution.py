@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from batchllm_operators.backend_names import BackendName
+from batchllm_operators.errors import SecretInJobError
 from batchllm_operators.spec_base import SpecModel
+
+_SECRET = re.compile(r"(^|_)(hf_token|auth_token|access_token|api_key|access_key|secret\w*|password|credentials?)$")
+
+REUSES = ("sink", "same_job_name", "none")
+"""The names that `execution.reuse` may have; all else is a URI."""
 
 
 class ModelSpec(SpecModel):
@@ -22,10 +29,21 @@ class ModelSpec(SpecModel):
     attention: Literal["auto", "shared", "stock"] = Field(
         default="stock",
         description="vLLM's own attention, or prefix-shared attention over it: `shared` insists on it, `auto` takes it "
-        "where the plan expects it to pay and device, model and settings support it; not the default, because it has "
-        "not run within vLLM on a GPU yet",
+        "where the plan expects it to pay and device, model and settings support it; not the default, because within "
+        "vLLM on a GPU it was seen on one card and without torch.compile only",
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
+
+    @field_validator("engine_args", mode="before")
+    @classmethod
+    def _refuse_secrets(cls, value: Any) -> Any:
+        for name in value if isinstance(value, dict) else ():
+            if _SECRET.search(str(name)) and isinstance(value[name], str):
+                raise SecretInJobError(
+                    f"model.engine_args.{name}: expected no secret in a job, it would stand in databases and logs; "
+                    "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
+                )
+        return value
 
 
 class ExecutionSpec(SpecModel):
@@ -56,6 +74,28 @@ class ExecutionSpec(SpecModel):
     tokenizer_processes: int = Field(
         default=1, ge=1, description="processes that render and tokenise; more pay from about 100,000 rows on"
     )
+    reuse: str = Field(
+        default="sink",
+        description="answers of earlier runs that are taken and not computed again, where request, model and all its "
+        "settings are the same: `sink`: of every job that writes to this sink; `same_job_name`: of jobs of this name "
+        "there; `none`: no answers; or a URI, where all jobs that name it share their answers",
+    )
+    reuse_unseeded: bool = Field(
+        default=False,
+        description="reuse answers too that were sampled with a temperature and without a seed; else they are always "
+        "sampled anew",
+    )
+    keep_days: float | None = Field(
+        default=None, gt=0, description="days after which kept answers are deleted, at the end of a run; null: never"
+    )
+
+    @field_validator("reuse")
+    @classmethod
+    def _reuse_is_a_name_or_a_place(cls, value: str) -> str:
+        if value not in REUSES and "/" not in value:
+            raise ValueError(f"expected {', '.join(REUSES)} or a URI, got {value!r}")
+        return value
+
     work_uri: str | None = Field(
         default=None, description="where the work folders {job_id}/ of all jobs stand; default: {sink}/_batchllm/"
     )

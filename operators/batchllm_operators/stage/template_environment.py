@@ -7,6 +7,7 @@ is called, and nothing but data is printed.
 
 from __future__ import annotations
 
+import builtins
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,8 +16,9 @@ from jinja2 import StrictUndefined, Undefined
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import pass_environment
+from jinja2.utils import generate_lorem_ipsum, pass_environment
 
+from batchllm_operators.stage.template_limits import RenderLimits
 from batchllm_operators.stage.value_text import Null, decoded, json_text, json_value, value_text
 
 _FILTERS_OF_TEXT = (
@@ -24,6 +26,9 @@ _FILTERS_OF_TEXT = (
     "title", "trim", "truncate", "upper", "urlize", "wordcount", "wordwrap",
 )  # fmt: skip
 _FILTERS_OF_DATA = ("urlencode", "xmlattr")
+_FILTERS_THAT_WRITE_DATA = frozenset({*_FILTERS_OF_TEXT, "string", "join", "tojson", "pprint"})
+_FILTERS_WITH_WIDTHS = frozenset({"center", "indent", "wordwrap", "batch", "slice"})
+_CHARACTERS_OF_A_WORD = 1_000  # far more than one has, because each takes ten microseconds
 _SHOWN_FIELDS = 10
 
 
@@ -78,15 +83,18 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
 
     Attributes:
         functions: those of Jinja that a template may call, by name.
+        limits: what a rendering may take; `begin` goes before each.
     """
 
-    intercepted_binops = frozenset({"%"})
+    intercepted_binops = frozenset({"%", "*", "**", "+"})
 
     def __init__(self) -> None:
         # Prompts are what the user wrote: the last line break stays.
-        super().__init__(undefined=Missing, finalize=value_text, keep_trailing_newline=True)
+        super().__init__(undefined=Missing, finalize=self._printed, keep_trailing_newline=True)
+        self.limits = RenderLimits()
         # Apart, so that a column may have the name of a function: no name of a template is Jinja's by itself.
         self.functions, self.globals = self.globals, {}
+        self.functions["lipsum"] = self._lipsum
         self.tests["none"] = lambda value: value is None or isinstance(value, Null)
         for name in _FILTERS_OF_TEXT:
             self.filters[name] = _on_first(value_text, FILTERS[name])
@@ -94,6 +102,7 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _on_first(_only_data, FILTERS[name])
         self.filters |= {"string": value_text, "join": _joined, "format": _formatted}
         self.filters |= {"tojson": json_text, "pprint": functools.partial(json_text, indent=2)}
+        self.filters = {name: self._counted(name, one) for name, one in self.filters.items()}
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """What `obj.attribute` is where it is not called: a field, or an attribute that is data (`day.year`)."""
@@ -130,8 +139,23 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
         return self.functions[name]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`text % values`: only data gets into the text."""
-        return super().call_binop(context, operator, left, _only_data(right) if isinstance(left, str) else right)
+        """An operator that can make much of little; of `text % values` only data gets into the text."""
+        self.limits.operator(operator, left, right)
+        formats = operator == "%" and isinstance(left, str)
+        return self.made(super().call_binop(context, operator, left, _only_data(right) if formats else right))
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A call of a function, a macro or a method."""
+        self.limits.method(obj, (*args, *kwargs.values()))
+        return self.made(super().call(context, obj, *args, **kwargs))
+
+    def turns(self, items: Iterable[Any]) -> Iterable[Any]:
+        """The items of a loop, counted."""
+        return self.limits.turns(items)
+
+    def made(self, value: Any) -> Any:
+        """A value that the template has made, counted."""
+        return self.limits.made(value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`text.format(values)`: only data gets into the text."""
@@ -141,9 +165,45 @@ class RowEnvironment(ImmutableSandboxedEnvironment):
 
         def formatted(*args: Any, **kwargs: Any) -> str:
             _only_data([args, kwargs])
+            self.limits.formatted(value.__self__, *args, kwargs)
             return str(wrapped(*args, **kwargs))
 
         return formatted
+
+    def _printed(self, value: Any) -> str:
+        if isinstance(value, str):
+            text = value
+        else:
+            self.limits.nested(value)
+            text = value_text(value)
+        self.limits.size(len(text))
+        return text
+
+    def _lipsum(self, n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> str:
+        self.limits.size(n * max * _CHARACTERS_OF_A_WORD)
+        return generate_lorem_ipsum(n, html, min, max)
+
+    def _counted(self, name: str, jinja_filter: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that counts what it is given and what it makes."""
+        place = 1 if hasattr(jinja_filter, "jinja_pass_arg") else 0
+
+        @functools.wraps(jinja_filter)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.limits.step()
+            value, *others = args[place:]
+            if name in _FILTERS_THAT_WRITE_DATA:
+                self.limits.nested(value)
+            if name in _FILTERS_WITH_WIDTHS:
+                widths = [one for one in (*others, *kwargs.values()) if isinstance(one, int)]
+                lines = value.count("\n") + 1 if isinstance(value, str) else 1
+                self.limits.size(lines * builtins.max(widths, default=0))
+            elif name == "replace" and isinstance(value, str):
+                self.limits.replaced(value, *others[:2])
+            elif name == "format" and isinstance(value, str):
+                self.limits.formatted(value, *others, kwargs)
+            return self.made(jinja_filter(*args, **kwargs))
+
+        return counted
 
 
 def _only_data(value: Any) -> Any:
@@ -165,7 +225,11 @@ def _on_first(change: Callable[[Any], Any], jinja_filter: Callable[..., Any]) ->
 @pass_environment
 def _joined(environment: RowEnvironment, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     items = value if attribute is None else map(make_attrgetter(environment, attribute), value)
-    return value_text(d).join(map(value_text, items))
+    separator, texts = value_text(d), []
+    for item in items:
+        texts.append(value_text(item))
+        environment.limits.size(len(texts[-1]) + len(separator))
+    return separator.join(texts)
 
 
 def _formatted(value: Any, *args: Any, **kwargs: Any) -> str:

@@ -10,6 +10,7 @@ from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.template_columns import ROW
 from batchllm_operators.stage.template_environment import Fields, RowEnvironment, template_value
+from batchllm_operators.stage.template_limits import TemplateLimitError, count_effort
 from batchllm_operators.stage.template_source import parse_template
 from batchllm_operators.stage.value_text import NullValueError
 
@@ -47,6 +48,8 @@ class RowTemplate:
         known = tuple(columns or ())
         special = special_tokens or SpecialTokens()
         parsed = parse_template(environment, source, field_name, known, special.mark)
+        count_effort(parsed.tree)
+        self._limits = environment.limits
         self._whole = special.whole if special.found_in(source) else str
         try:
             code = environment.compile(parsed.tree)
@@ -74,9 +77,12 @@ class RowTemplate:
                 # In the order of the input's columns, so that equal rows give equal texts.
                 names = dict.fromkeys([*self._known, *record]) if self._whole_row else self._fields
                 values[ROW] = Fields({name: template_value(name, record.get(name)) for name in names})
+            self._limits.begin()
             return self._whole(self._template.render(values))
         except RowFaultError:
             raise
+        except TemplateLimitError as error:
+            raise RowFaultError(RowErrorCode.TEMPLATE_ERROR, f"{self.field_name}: {error}") from None
         except NullValueError as error:
             raise invalid_row(f"{self.field_name}: expected a value to print, but {error}") from None
         except Exception as error:

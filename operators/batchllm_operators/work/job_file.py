@@ -23,6 +23,8 @@ class JobFile(BaseModel):
     job_id: str
     job: dict[str, Any] = {}
     """The spec, as that version writes it."""
+    answers: str | None = None
+    """The scope in which its answers are kept, see `batchllm_operators.answers`; None: they are not."""
 
     @property
     def job_name(self) -> str | None:
@@ -36,7 +38,9 @@ class JobFile(BaseModel):
         return str(self.job.get("task", GENERATE))
 
 
-def write_job_file(work: Store, job_id: str, job: Mapping[str, Any], objects: Sequence[InputObject]) -> None:
+def write_job_file(
+    work: Store, job_id: str, job: Mapping[str, Any], objects: Sequence[InputObject], answers: str | None
+) -> None:
     """Say whose the work folder is.
 
     Args:
@@ -44,12 +48,14 @@ def write_job_file(work: Store, job_id: str, job: Mapping[str, Any], objects: Se
         job_id: of the job.
         job: its spec, as JSON values.
         objects: of its input.
+        answers: the scope in which its answers are kept; None: they are not.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "job_id": job_id,
         "job": job,
         "input": [one.model_dump() for one in objects],
+        "answers": answers,
     }
     work.write_bytes(JOB_FILE, canonical_json(content))
 

@@ -9,6 +9,7 @@
 | `plan/summary.json` | `bundles` | plan, behind the bundles | status, verify |
 | `plan/plan.html` | here | `batchllm plan` | a person |
 | `results/part-{uuid}-{digest}.parquet` | `results` | execute | execute (next attempt), plan, merge, verify |
+| `reuse.json` | `reuse` | a run, before its plan and at its end | a run, plan |
 | `trace/{bundle}-{uuid}.parquet` | `traces` | execute | report page, verify |
 | `attention_trace/{bundle}-{uuid}.parquet` | `traces` | execute | report page, verify |
 | `logs/engine-{index}.log` | here | execute, where the run fails | a person |
@@ -17,8 +18,8 @@
 | `last_error.json` | here | a run that fails | status |
 | `quarantine/...` | `damage` | whoever sets a damaged object aside | report, verify |
 
-Beside the work folders `_batchllm/calibrations/` keeps what engines measured. `_manifest.json` of the sink says that
-the output is complete.
+Beside the work folders `_batchllm/calibrations/` keeps what engines measured, and `_batchllm/answers/` the answers of
+all runs (`batchllm_operators.answers`). `_manifest.json` of the sink says that the output is complete.
 
 A summary is written behind the objects it lists: without it they do not count. Objects of JSON are read and written by
 `json_objects`; `damage` says what is done with an object that is not what was written.
@@ -41,6 +42,7 @@ QUARANTINE_FOLDER = "quarantine"
 TRACE_FOLDER = "trace"
 ATTENTION_TRACE_FOLDER = "attention_trace"
 LOGS_FOLDER = "logs"
+REUSE_FILE = "reuse.json"
 SAMPLES_FILE = "samples.json"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
@@ -49,6 +51,8 @@ LAST_ERROR_FILE = "last_error.json"
 
 WORK_FOLDER = "_batchllm"
 """The folder of the sink that holds the work folders of its jobs, each under its id."""
+ANSWERS_FOLDER = "_batchllm/answers"
+"""The folder of the sink that keeps answers for every job that writes there."""
 CALIBRATIONS_FOLDER = "_batchllm/calibrations"
 """The folder of the sink that holds calibrations for every job that writes there."""
 MANIFEST_FILE = "_manifest.json"
