@@ -3,8 +3,9 @@
     python benchmarks/reuse.py [--answers 1000000] [--segments 10] [--rows 10000] [--json]
 
 Answers of 60 tokens (text of 240 characters) are kept on a local S3 server, that of the tests, in as many segments as
-nights; then as many keys are looked up, of which none, a tenth, or nine tenths have an answer: those that have stand
-together, as the rows of an input file do. Seconds are medians of three lookups, each by a new store.
+nights; then as many keys are looked up, of which none, a tenth, or nine tenths have an answer. Those that have stand
+together, as the rows of an input file do, or (`scattered`) anywhere. Seconds are medians of three lookups, each by a
+new store.
 
 The floor: a filter of 10 bits a key is read whole, 1.25 MB for a million answers, and the keys of segments that may
 have any, 24 bytes each before compression; the rest is the answers themselves.
@@ -99,6 +100,10 @@ def main() -> None:
             runs = [lookup(uri, asked) for _ in range(ROUNDS)]
             assert all(run["found"] == known for run in runs)
             report[f"lookup_seconds_{share:.0%}_known"] = statistics.median(run["seconds"] for run in runs)
+        scattered = chance.choice(keys, options.rows, replace=False)
+        runs = [lookup(uri, scattered) for _ in range(ROUNDS)]
+        assert all(run["found"] == options.rows for run in runs)
+        report["lookup_seconds_all_known_scattered"] = statistics.median(run["seconds"] for run in runs)
     if options.json:
         sys.stdout.write(json.dumps(report) + "\n")
         return
