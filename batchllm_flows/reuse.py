@@ -73,7 +73,12 @@ def leave_answers(run: JobRun, warn: Warn) -> int:
     kept = 0
     try:
         kept = keep_answers(
-            run.work, answers, job.sampling.parameters, task_named(job.task), unseeded=execution.reuse_unseeded
+            run.work,
+            run.job_id,
+            answers,
+            job.sampling.parameters,
+            task_named(job.task),
+            unseeded=execution.reuse_unseeded,
         )
         answers.join_small_segments()
         if execution.keep_days is not None:
@@ -104,6 +109,8 @@ def _keep_those_of_others(run: JobRun, answers: AnswerStore) -> None:
             continue
         sampling = SamplingSpec.model_validate(file.job["sampling"]).parameters
         unseeded = run.job.execution.reuse_unseeded
-        kept = keep_answers(work, answers, sampling, task_named(file.task), unseeded=unseeded, only_looks=True)
+        kept = keep_answers(
+            work, file.job_id, answers, sampling, task_named(file.task), unseeded=unseeded, only_looks=True
+        )
         if kept:
             _LOGGER.info("kept %d answers of the job in %s, which had not been completed", kept, work.uri)

@@ -109,6 +109,17 @@ def test_a_segment_that_another_run_has_joined_meanwhile_is_passed_over(local: A
     assert len(found(local, range(10))) == 10
 
 
+def test_what_a_run_that_was_cut_off_left_goes_a_day_later(local: AnswerStore, tmp_path: Any, monkeypatch: Any) -> None:
+    local.add([answers(range(10))])
+    (segment,) = local.segments()
+    (tmp_path / "answers" / f"{segment}.keys.parquet").unlink()
+    local.join_small_segments()
+    assert len(list((tmp_path / "answers").iterdir())) == 2
+    later(monkeypatch, seconds=2 * 86_400)
+    local.join_small_segments()
+    assert list((tmp_path / "answers").iterdir()) == []
+
+
 def test_small_segments_are_joined_and_nothing_is_lost(local: AnswerStore, monkeypatch: Any) -> None:
     local.add([answers(range(1_000, 3_000), "large")])
     for number in range(module.MOST_SEGMENTS):

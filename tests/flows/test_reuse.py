@@ -116,6 +116,10 @@ def test_what_a_night_that_failed_had_computed_is_not_paid_again(nights: Nights)
     assert report.computed_requests + report.reused_requests == 70
     assert report.reused_requests >= 28, "all but the last part that was written, and what was under way"
 
+    # Answers that somebody has deleted are kept anew from the work folders that are still there.
+    Store(str(nights.folder / "out" / ANSWERS_FOLDER)).remove()
+    assert nights.run(tickets(0, 71)).reused_requests == 70
+
 
 def fails_after(answers: int) -> Any:
     given = 0

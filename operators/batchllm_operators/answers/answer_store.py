@@ -5,6 +5,8 @@ input file stand together and are read together; `{id}.filter`, a Bloom filter o
 makes the segment count, `{id}.keys.parquet`, the sorted keys with the row of each. A lookup reads all filters, the keys
 of segments whose filter has any, and the row groups of answers that hold what was found.
 
+`{job_id}.parts.json` lists the result parts of a job that are kept, so that none is kept twice.
+
 What cannot be read is set aside with a warning: its answers are computed again. A segment that another run has joined
 with others in the meantime is passed over for the same reason.
 """
@@ -18,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -46,7 +49,7 @@ MOST_ROWS = 5_000_000
 
 KEYS_SCHEMA = pa.schema([("first", pa.uint64()), ("second", pa.uint64()), ("row", pa.int64())])
 
-_ANSWERS, _FILTER, _KEYS = ".answers.parquet", ".filter", ".keys.parquet"
+_ANSWERS, _FILTER, _KEYS, _PARTS = ".answers.parquet", ".filter", ".keys.parquet", ".parts.json"
 _TIME = "%Y%m%dT%H%M%S"
 
 _LOGGER = logging.getLogger(__name__)
@@ -132,8 +135,22 @@ class AnswerStore:
                 _LOGGER.info("kept answers %s are passed over: %s", segment, error.message)
             keys = keys[~found]
 
+    def parts_of(self, job_id: str) -> list[str]:
+        """Names of the result parts of a job that are kept."""
+        content = self._folder.content(job_id + _PARTS)
+        names: list[str] = [] if content is None else orjson.loads(content)
+        return names
+
+    def note_parts(self, job_id: str, parts: Iterable[str]) -> None:
+        """Note which result parts of a job are kept, in the place of what was noted before."""
+        self._folder.write_bytes(job_id + _PARTS, orjson.dumps(list(parts)))
+
     def join_small_segments(self) -> None:
-        """Join the smaller segments where there are many; the answers stay, and each is kept once."""
+        """Join the smaller segments where there are many; the answers stay, and each is kept once.
+
+        What a run that was cut off has left of a segment goes a day later.
+        """
+        self._delete_remains()
         segments = self.segments()
         if len(segments) < MOST_SEGMENTS:
             return
@@ -206,6 +223,13 @@ class AnswerStore:
         with self._folder.parquet(segment + _ANSWERS) as file:
             for batch in file.iter_batches(batch_size=ROWS_PER_READ):
                 yield pa.table(batch)
+
+    def _delete_remains(self) -> None:
+        names = self._folder.names()
+        begun = {name.removesuffix(suffix) for name in names for suffix in (_ANSWERS, _FILTER) if name.endswith(suffix)}
+        a_day_ago = f"{datetime.now(UTC) - timedelta(days=1):{_TIME}}"
+        whole = set(self.segments())
+        self._delete([one for one in begun - whole if "/" not in one and one.partition("-")[0] < a_day_ago])
 
     def _delete(self, segments: list[str]) -> None:
         for segment in segments:

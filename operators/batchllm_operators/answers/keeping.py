@@ -17,11 +17,12 @@ from batchllm_operators.tasks.base import Task
 from batchllm_operators.work.json_objects import read_record
 from batchllm_operators.work.layout import STAGED_SUMMARY
 from batchllm_operators.work.results import part_names, read_result_part, result_schema
-from batchllm_operators.work.reuse import read_reuse, write_reuse
+from batchllm_operators.work.reuse import read_reuse
 
 
 def keep_answers(
     work: Store,
+    job_id: str,
     answers: AnswerStore,
     sampling: SamplingParameters,
     task: Task,
@@ -34,7 +35,8 @@ def keep_answers(
     What was kept before is not kept again; what is not staged any more is left out.
 
     Args:
-        work: the work folder.
+        work: the work folder; nothing is written there.
+        job_id: of its job.
         answers: the kept answers of its model.
         sampling: of its job.
         task: of its job.
@@ -47,15 +49,15 @@ def keep_answers(
     Raises:
         TransientError: the store does not answer.
     """
-    reuse = read_reuse(work, only_looks=only_looks)
-    before = {*reuse.taken_parts, *reuse.kept_parts}
-    parts = [name for name in part_names(work) if name not in before]
+    taken = read_reuse(work, only_looks=only_looks).taken_parts
+    before = answers.parts_of(job_id)
+    parts = [name for name in part_names(work) if name not in before and name not in taken]
     stage = read_record(StageSummary, work, STAGED_SUMMARY, only_looks=only_looks) if parts else None
     if stage is None:
         return 0
     allowed = repeatable_keys(work, stage, sampling, unseeded=unseeded)
     kept = answers.add(_answers(work, parts, allowed, task, only_looks=only_looks))
-    write_reuse(work, reuse.model_copy(update={"kept_parts": (*reuse.kept_parts, *parts)}))
+    answers.note_parts(job_id, [*before, *parts])
     return kept
 
 

@@ -1,4 +1,4 @@
-"""`reuse.json`: which results of a work folder come from earlier runs, and which were kept for later ones."""
+"""`reuse.json`: which results of a work folder come from earlier runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class Reuse(Record):
 
     taken_parts: tuple[str, ...] = ()
     """Result parts with answers of earlier runs."""
-    kept_parts: tuple[str, ...] = ()
-    """Result parts whose answers later runs find."""
     answered: AnsweredBefore = AnsweredBefore()
 
 
 def read_reuse(work: Store, *, only_looks: bool = False) -> Reuse:
-    """What the object says; nothing where there is none, or a damaged one: then answers may be kept twice."""
+    """What the object says; nothing where there is none, or a damaged one: then answers may be kept twice.
+
+    Only the runs of the folder's own job write it.
+    """
     return read_record(Reuse, work, REUSE_FILE, only_looks=only_looks) or Reuse()
 
 
