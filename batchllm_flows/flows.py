@@ -1,13 +1,16 @@
 """The flows: stage, plan, execute every bundle, merge; usable as deployments, as subflows, or called."""
 
 # No `from __future__ import annotations` here: it breaks `serve` of an imported flow (Prefect 3.7).
+import datetime
 from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar, cast
 
 from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from batchllm_flows.dates import dated_job, moment_of
 from batchllm_flows.engine_status import EngineStatus
 from batchllm_flows.job import BatchJob
 from batchllm_flows.last_error import remembered_failure
@@ -49,7 +52,7 @@ Result = TypeVar("Result", JobReport, PlanSummary)
 
 
 @flow(name="batch-inference", flow_run_name="{job.name}", validate_parameters=True)
-def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
+def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.date | None = None) -> JobReport:
     """Answer every row of the job's source and write the answers to its sink.
 
     A job whose output is complete already is not computed again; one that was interrupted computes what is missing.
@@ -58,6 +61,8 @@ def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
         job: the job.
         retry_errors: a complete output in which rows have an engine's error is opened again: their requests are
             computed, and the output is written with the answers they get now.
+        date: the day that stands for `{date}` in `source.uri` and `sink.uri`; default: when the flow run was scheduled
+            for, so that a night that runs late still is its own.
 
     Raises:
         TerminalError: the job cannot succeed as it stands.
@@ -65,7 +70,7 @@ def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
     """
     logger = get_run_logger()
     clock = StepClock()
-    run = open_run(job, retry_errors=retry_errors)
+    run = open_run(_of_its_day(job, date), retry_errors=retry_errors)
     if run.complete is not None:
         logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
         publish_earlier_run(run.complete, logger.warning)
@@ -77,13 +82,19 @@ def batch_inference(job: BatchJob, retry_errors: bool = False) -> JobReport:
 
 
 @flow(name="plan-batch-inference", flow_run_name="{job.name}", validate_parameters=True)
-def plan_batch_inference(job: BatchJob) -> PlanSummary:
-    """Stage and plan the job, and stop before any engine second is spent.
+def plan_batch_inference(job: BatchJob, date: datetime.date | None = None) -> PlanSummary:
+    """Stage and plan the job, and stop before any engine second is spent; `date` as for `batch_inference`.
 
     The work is not lost: `batch_inference` of the same job finds the staged rows.
     """
+    job = _of_its_day(job, date)
     planned = plan_job(job, stage=stage, plan=_plan_task(job), warn=get_run_logger().warning)
     return _completed(planned, plan_line(planned))
+
+
+def _of_its_day(job: BatchJob, day: datetime.date | None) -> BatchJob:
+    """The job with its dates filled in, of the day that was asked for or that its flow run was scheduled for."""
+    return dated_job(job, flow_run.scheduled_start_time if day is None else moment_of(day))
 
 
 def _completed(result: Result, message: str) -> Result:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from batchllm_flows.commands.failures import EXIT_ROW_ERRORS, debugging
-from batchllm_flows.commands.options import AsJson, JobFile, Quiet, Settings, load_job
+from batchllm_flows.commands.options import AsJson, Day, JobFile, Quiet, Settings, load_job
 from batchllm_flows.commands.output import hide_tracebacks, print_result, set_up_logs
+from batchllm_flows.dates import dated_job, moment_of
 from batchllm_flows.imports_ahead import import_steps_ahead
 from batchllm_flows.prefect_server import (
     STARTUP_SECONDS,
@@ -42,13 +44,14 @@ def run(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="compute rows with an engine's error again, in a complete output too")
     ] = False,
+    day: Day = None,
     server_timeout: ServerTimeout = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job. Exit code 0: all rows answered, 3: finished with row errors, 1: failed, 2: usage."""
     set_up_logs(quiet=quiet)
-    job = load_job(job_file, settings)
+    job = dated_job(load_job(job_file, settings), _moment(day))
     if limit is not None:
         job = job.first_rows(limit)
     prepare_prefect(server_timeout)
@@ -70,10 +73,12 @@ def run(
     raise typer.Exit(EXIT_ROW_ERRORS if report.rows_error else 0)
 
 
-def plan(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def plan(
+    job_file: JobFile, settings: Settings = None, day: Day = None, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
     """Stage and plan a job and print the plan; starts no engine. Exit code 3: some rows have errors."""
     set_up_logs(quiet=quiet)
-    job = load_job(job_file, settings)
+    job = dated_job(load_job(job_file, settings), _moment(day))
     leave_out_torch(job.model)
     from batchllm_flows.planning import plan_job
     from batchllm_operators.plan.markdown import plan_markdown
@@ -81,6 +86,10 @@ def plan(job_file: JobFile, settings: Settings = None, as_json: AsJson = False, 
     summary = plan_job(job)
     print_result(summary.model_dump(mode="json"), plan_markdown(summary), as_json=as_json)
     raise typer.Exit(EXIT_ROW_ERRORS if summary.counts.error_rows else 0)
+
+
+def _moment(day: datetime | None) -> datetime:
+    return datetime.now(UTC) if day is None else moment_of(day.date())
 
 
 def demo(

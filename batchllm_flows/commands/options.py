@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,12 @@ Settings = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no log, no progress; only the result and errors")]
+Day = Annotated[
+    datetime | None,
+    typer.Option(
+        "--date", formats=["%Y-%m-%d"], help="the day of {date} in source.uri and sink.uri; default: today (UTC)"
+    ),
+]
 EndpointUrl = Annotated[str | None, typer.Option(help="S3 endpoint, where it is not AWS")]
 
 _TEMPLATE_MARKS = ("{{", "{%")

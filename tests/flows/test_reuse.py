@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,19 @@ def test_answers_that_are_too_old_are_let_go(nights: Nights) -> None:
     nights.run(tickets(0, 10))
     nights.run(tickets(0, 11), execution__keep_days=1e-9)
     assert nights.run(tickets(0, 12)).reused_requests <= 1, "of the first night nothing is left"
+
+
+def test_a_night_reads_and_writes_the_folders_of_its_day(nights: Nights) -> None:
+    for day, rows in (("2026-03-01", tickets(0, 20)), ("2026-03-02", tickets(0, 25))):
+        write_input(str(nights.folder / "in" / f"dt={day}"), rows)
+    nightly = nights.job(tickets(0, 1), sink="out/dt={date}", execution__reuse=str(nights.folder / "answers"))
+    nightly = nightly.model_copy(
+        update={"source": nightly.source.model_copy(update={"uri": str(nights.folder / "in/dt={date}")})}
+    )
+    first = batch_inference(nightly, date=date(2026, 3, 1))
+    second = batch_inference(nightly, date=date(2026, 3, 2))
+    assert [computed(first), computed(second)] == [(20, 0), (5, 20)]
+    assert first.output_uri.endswith("out/dt=2026-03-01")
+    assert len(read_output(second.output_uri)) == 25
+    with pytest.raises(TerminalError, match=f"dt={datetime.now(UTC):%Y-%m-%d}"):
+        batch_inference(nightly)
