@@ -98,6 +98,35 @@ def test_a_segment_that_is_damaged_is_set_aside_and_the_others_go_on(
     assert found(local, range(200)) == {number: f"answer {number}" for number in range(100, 200)}
 
 
+@pytest.mark.parametrize("part", [".answers.parquet", ".filter", ".keys.parquet"])
+@pytest.mark.parametrize("damage", ["empty", "short", "other"])
+def test_whatever_stands_where_a_segment_stood_ends_no_run(
+    local: AnswerStore, tmp_path: Any, monkeypatch: Any, part: str, damage: str
+) -> None:
+    local.add([answers(range(2_500))])
+    (segment,) = local.segments()
+    path = tmp_path / "answers" / f"{segment}{part}"
+    if damage == "other":
+        Store(str(tmp_path / "answers")).write_table(path.name, pa.table({"something": [1, 2, 3]}))
+    else:
+        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:100])
+    for number in range(module.MOST_SEGMENTS):
+        later(monkeypatch, seconds=number + 1)
+        local.add([answers(range(3_000 + number, 3_002 + number))])
+    assert not found(local, range(2_500)) or (part, damage) == (".filter", "other")
+    local.join_small_segments()
+    assert len(found(local, range(3_000, 3_017))) == 17
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
+def test_what_is_no_list_of_kept_parts_counts_for_none(local: AnswerStore, tmp_path: Any, content: bytes) -> None:
+    local.note_parts("job", ["results/part-1.parquet"])
+    assert local.parts_of("job") == ["results/part-1.parquet"]
+    (tmp_path / "answers" / "job.parts.json").write_bytes(content)
+    assert local.parts_of("job") == []
+    assert local.parts_of("another") == []
+
+
 def test_a_segment_that_another_run_has_joined_meanwhile_is_passed_over(local: AnswerStore, tmp_path: Any) -> None:
     local.add([answers(range(10))])
     (segment,) = local.segments()

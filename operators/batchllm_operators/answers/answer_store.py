@@ -24,7 +24,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchllm_operators.answers.key_filter import KeyFilter
+from batchllm_operators.answers.key_filter import LEAST_BITS, KeyFilter
 from batchllm_operators.columns.arrays import Int64s, UInt64s
 from batchllm_operators.columns.request_keys import distinct_keys, find_in_sorted, key_words
 from batchllm_operators.digests import digest_of_bytes
@@ -129,8 +129,7 @@ class AnswerStore:
                     found[which] = True
                     yield table
             except DamagedObjectError as error:
-                for suffix in (_KEYS, _FILTER, _ANSWERS):
-                    set_aside(self._folder, segment + suffix, error)
+                self._set_aside(segment, error)
             except TerminalError as error:
                 _LOGGER.info("kept answers %s are passed over: %s", segment, error.message)
             keys = keys[~found]
@@ -138,8 +137,14 @@ class AnswerStore:
     def parts_of(self, job_id: str) -> list[str]:
         """Names of the result parts of a job that are kept."""
         content = self._folder.content(job_id + _PARTS)
-        names: list[str] = [] if content is None else orjson.loads(content)
-        return names
+        try:
+            names = [] if content is None else orjson.loads(content)
+        except orjson.JSONDecodeError:
+            names = None
+        if not isinstance(names, list):
+            set_aside(self._folder, job_id + _PARTS, "expected a list of names")
+            return []
+        return [str(name) for name in names]
 
     def note_parts(self, job_id: str, parts: Iterable[str]) -> None:
         """Note which result parts of a job are kept, in the place of what was noted before."""
@@ -200,10 +205,13 @@ class AnswerStore:
         bits = self._folder.content(segment + _FILTER)
         if bits is None:
             raise TerminalError("its filter is gone", uri=self._folder.uri_of(segment + _FILTER))
+        if 8 * len(bits) < LEAST_BITS:
+            raise DamagedObjectError(f"expected a filter, got {len(bits)} bytes", uri=self._folder.uri_of(segment))
         candidates = np.flatnonzero(KeyFilter(bits).may_have(keys))
         if not len(candidates):
             return
         with self._folder.parquet(segment + _KEYS) as file:
+            self._refuse_other_schema(segment, file, KEYS_SCHEMA)
             index = file.read()
         kept = np.stack([index["first"].to_numpy(), index["second"].to_numpy()], axis=1)
         place = find_in_sorted(keys[candidates], kept)
@@ -211,18 +219,33 @@ class AnswerStore:
         in_order = np.argsort(rows)
         which, rows = which[in_order], rows[in_order]
         with self._folder.parquet(segment + _ANSWERS) as file:
+            self._refuse_other_schema(segment, file, self._schema)
+            if len(rows) and not 0 <= rows[0] <= rows[-1] < file.metadata.num_rows:
+                raise DamagedObjectError("its keys are of other answers", uri=self._folder.uri_of(segment))
             begin = 0
             for table in _rows_of(file, rows):
                 asked = which[begin : begin + len(table)]
                 if (key_words(table["request_key"].combine_chunks()) != keys[asked]).any():
                     raise DamagedObjectError("its answers are to other requests", uri=self._folder.uri_of(segment))
-                yield asked, table.cast(self._schema)
+                yield asked, table
                 begin += len(table)
 
     def _all_of(self, segment: str) -> Iterator[pa.Table]:
-        with self._folder.parquet(segment + _ANSWERS) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_READ):
-                yield pa.table(batch)
+        try:
+            with self._folder.parquet(segment + _ANSWERS) as file:
+                self._refuse_other_schema(segment, file, self._schema)
+                for batch in file.iter_batches(batch_size=ROWS_PER_READ):
+                    yield pa.Table.from_batches([batch])
+        except DamagedObjectError as error:
+            self._set_aside(segment, error)
+
+    def _refuse_other_schema(self, segment: str, file: pq.ParquetFile, schema: pa.Schema) -> None:
+        if not file.schema_arrow.equals(schema):
+            raise DamagedObjectError("not a segment of kept answers", uri=self._folder.uri_of(segment))
+
+    def _set_aside(self, segment: str, error: DamagedObjectError) -> None:
+        for suffix in (_KEYS, _FILTER, _ANSWERS):
+            set_aside(self._folder, segment + suffix, error)
 
     def _delete_remains(self) -> None:
         names = self._folder.names()

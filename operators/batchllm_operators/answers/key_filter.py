@@ -10,7 +10,8 @@ BITS_PER_KEY = 10
 PROBES = 7
 """With 10 bits a key, 7 probes take fewest false keys for true ones: about 1 %."""
 
-_LEAST_BITS = 1024
+LEAST_BITS = 1024
+"""A filter has at least so many."""
 
 
 class KeyFilter:
@@ -28,7 +29,7 @@ class KeyFilter:
     @classmethod
     def of(cls, keys: UInt64s) -> KeyFilter:
         """The filter of these keys, uint64 [N, 2]; it takes `BITS_PER_KEY` bytes a key while it is made."""
-        size = -(-max(BITS_PER_KEY * len(keys), _LEAST_BITS) // 8) * 8
+        size = -(-max(BITS_PER_KEY * len(keys), LEAST_BITS) // 8) * 8
         flags = np.zeros(size, dtype=np.bool_)
         for number in range(PROBES):
             flags[_places(keys, number, size)] = True

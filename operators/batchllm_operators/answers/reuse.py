@@ -43,9 +43,11 @@ def reuse_answers(
         TerminalError: a staged part is missing or damaged.
         TransientError: the store does not answer.
     """
+    reuse = read_reuse(work)
+    if not answers.segments():
+        return reuse.answered
     wanted = repeatable_keys(work, stage, sampling, unseeded=unseeded)
     wanted = wanted[find_in_sorted(wanted, _answered_keys(work, task)) < 0]
-    reuse = read_reuse(work)
     parts, total = list(reuse.taken_parts), reuse.answered
     for table in answers.find(wanted):
         name, content = encoded_part(table)
