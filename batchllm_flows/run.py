@@ -13,8 +13,12 @@ from batchllm_operators.answers import answers_scope
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.formats import open_source
+from batchllm_operators.machine.devices import gpus_of_machine
+from batchllm_operators.machine.processor import processor
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
+from batchllm_operators.models.dtype_choice import choose_dtype
 from batchllm_operators.models.model_files import pinned
+from batchllm_operators.models.model_shape import read_model_config
 from batchllm_operators.records import InputObject
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
@@ -82,7 +86,15 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
 def _answers_scope(job: BatchJob, model: ModelSpec) -> str | None:
     if job.execution.reuse == "none":
         return None
-    return answers_scope(model, job.task, job.name if job.execution.reuse == "same_job_name" else None)
+    name = job.name if job.execution.reuse == "same_job_name" else None
+    return answers_scope(model, _engine_dtype(model), job.task, name)
+
+
+def _engine_dtype(model: ModelSpec) -> str:
+    """What engines compute in; `auto` on GPUs, where the model's files decide, which count anyway."""
+    if gpus_of_machine():
+        return model.dtype
+    return choose_dtype(model, processor(), read_model_config(model)).dtype
 
 
 def _report_of_before(work: Store) -> JobReport | None:

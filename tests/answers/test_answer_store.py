@@ -188,14 +188,15 @@ def later(monkeypatch: Any, *, seconds: float) -> None:
 def test_the_scope_is_of_the_model_and_all_its_settings(tiny_llama: str) -> None:
     model = ModelSpec(id=tiny_llama)
     scopes = {
-        answers_scope(model, "generate"),
-        answers_scope(model, "generate", "nightly"),
-        answers_scope(model, "embed"),
-        answers_scope(model.model_copy(update={"dtype": "bfloat16"}), "generate"),
-        answers_scope(model.model_copy(update={"engine_args": {"quantization": "fp8"}}), "generate"),
+        answers_scope(model, "bfloat16", "generate"),
+        answers_scope(model, "float32", "generate"),
+        answers_scope(model, "bfloat16", "generate", "nightly"),
+        answers_scope(model, "bfloat16", "embed"),
+        answers_scope(model.model_copy(update={"max_model_len": 100}), "bfloat16", "generate"),
+        answers_scope(model.model_copy(update={"engine_args": {"quantization": "fp8"}}), "bfloat16", "generate"),
     }
-    assert len(scopes) == 5
-    assert answers_scope(ModelSpec(id=tiny_llama), "generate") in scopes
+    assert len(scopes) == 6
+    assert answers_scope(ModelSpec(id=tiny_llama), "bfloat16", "generate") in scopes
 
 
 words = st.integers(0, 3).map(lambda number: number * (2**64 // 3))

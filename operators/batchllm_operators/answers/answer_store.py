@@ -55,13 +55,14 @@ _TIME = "%Y%m%dT%H%M%S"
 _LOGGER = logging.getLogger(__name__)
 
 
-def answers_scope(model: ModelSpec, task: str, job_name: str | None = None) -> str:
+def answers_scope(model: ModelSpec, dtype: str, task: str, job_name: str | None = None) -> str:
     """What an answer depends on beside its request, as the name of a folder, 32 hex digits.
 
     The whole model part of the job counts, weights, dtype, quantisation, attention and every engine argument included.
 
     Args:
         model: the model part of the job.
+        dtype: that engines compute in, where `model.dtype` leaves it to the machine.
         task: what the model does.
         job_name: keeps the answers of jobs of this name to themselves; None: all jobs share them.
 
@@ -72,6 +73,7 @@ def answers_scope(model: ModelSpec, task: str, job_name: str | None = None) -> s
         "format": FORMAT,
         "model": model.model_dump(mode="json"),
         "versions": model_versions(model),
+        "dtype": dtype,
         "task": task,
         "job": job_name,
     }
