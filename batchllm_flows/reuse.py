@@ -8,7 +8,7 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.publish import Warn
 from batchllm_flows.run import JobRun
 from batchllm_operators.answers import AnswerStore, keep_answers, reuse_answers
-from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.records import AnsweredBefore, StageSummary
 from batchllm_operators.specs.execution import REUSES
 from batchllm_operators.specs.sampling import SamplingSpec
@@ -109,8 +109,13 @@ def _keep_those_of_others(run: JobRun, answers: AnswerStore) -> None:
             continue
         sampling = SamplingSpec.model_validate(file.job["sampling"]).parameters
         unseeded = run.job.execution.reuse_unseeded
-        kept = keep_answers(
-            work, file.job_id, answers, sampling, task_named(file.task), unseeded=unseeded, only_looks=True
-        )
+        try:
+            kept = keep_answers(
+                work, file.job_id, answers, sampling, task_named(file.task), unseeded=unseeded, only_looks=True
+            )
+        except TerminalError as error:
+            # It is the other job's to mend; this one computes what it cannot take.
+            _LOGGER.warning("the answers in %s are left out: %s", work.uri, error.message)
+            continue
         if kept:
             _LOGGER.info("kept %d answers of the job in %s, which had not been completed", kept, work.uri)

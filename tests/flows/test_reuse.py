@@ -122,6 +122,16 @@ def test_what_a_night_that_failed_had_computed_is_not_paid_again(nights: Nights)
     assert nights.run(tickets(0, 71)).reused_requests == 70
 
 
+def test_a_damaged_folder_of_another_job_ends_no_run(nights: Nights) -> None:
+    nights.engines.script = Script(answer=fails_after(30))
+    with pytest.raises(TerminalError, match="out of luck"):
+        batch_inference(nights.job(tickets(0, 40)))
+    (staged,) = nights.folder.glob("out/_batchllm/*/staged/part-*")
+    staged.write_bytes(b"not Parquet")
+    nights.engines.script = Script(answer=lambda _request: "later")
+    assert computed(nights.run(tickets(0, 41))) == (41, 0)
+
+
 def fails_after(answers: int) -> Any:
     given = 0
 
