@@ -9,7 +9,7 @@ from typing import Any
 BLOCK_SIZE = 32
 """Tokens of a KV-cache block, of our engine."""
 DEFAULT_BLOCK_SIZES = {"cpu": 128, "cuda": 16}
-"""Of vLLM."""
+"""Tokens of vLLM's own blocks, by device."""
 
 
 def engine_arguments(

@@ -17,7 +17,7 @@ from benchmarks.engine_process import STOCK, EngineProcess
 from benchmarks.workloads import Workload
 
 CACHE_SHARE = 0.15
-"""Of the unique tokens, which the small KV cache holds."""
+"""The share of the unique tokens that the small KV cache holds."""
 BASELINES = ("vllm-default", "vllm-sorted", "vllm-sorted-tuned")
 OURS = "batchllm"
 MAIN_MODES = ("vllm-sorted-tuned", OURS)
@@ -121,7 +121,7 @@ class Bench:
         return _summary(orders, cache_tokens, cache_share, results)
 
     def rates(self) -> Rates:
-        """Of the tuned engine."""
+        """The rates of the tuned engine."""
         out, long, few = 64, 960, 8
         short = PEAK_CONTEXT - out // 2
         made = {
@@ -214,5 +214,5 @@ def _summary(
 
 
 def log(text: str) -> None:
-    """To people; results go to standard output."""
+    """Tell people; results go to standard output."""
     print(text, file=sys.stderr, flush=True)

@@ -19,20 +19,20 @@ from benchmarks.workloads import Workload
 
 WARM_UP_REQUESTS = 3
 PEAK_REQUESTS = 128
-"""That generate together when the peak rate is measured."""
+"""Requests that generate together when the peak rate is measured."""
 PEAK_CONTEXT = 64
 """Tokens that each of them has in the cache, on average."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one engine, measured."""
+    """The rates of one engine, measured."""
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     """At its peak."""
     step_seconds: float
-    """Of a step that generates, beyond what its tokens cost."""
+    """The seconds of a step that generates, beyond what its tokens cost."""
     context_token_seconds: float
     """What each token that a request has in the cache adds to each token that it generates."""
 
@@ -74,7 +74,7 @@ class Orders:
 
     @property
     def output_tokens(self) -> int:
-        """Of all requests."""
+        """The output tokens of all requests."""
         return int(self.workload.output_tokens.sum())
 
     @property

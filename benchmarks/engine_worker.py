@@ -142,7 +142,7 @@ class Worker:
     def _start_counting(self) -> None:
         self.computed = self.steps = self.preemptions = 0
         self.schedules: list[tuple[float, int, int]] = []
-        """Of each step: when it was scheduled, its tokens, its requests."""
+        """When each step was scheduled, its tokens, its requests."""
 
     def _full_decode_step_seconds(self) -> float | None:
         """The median step that gave a token to each of nearly as many requests as ever ran; None: there is none."""

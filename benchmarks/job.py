@@ -100,7 +100,7 @@ class Setting:
     max_model_len: int
     """Tokens of the longest prompt and answer, in whole blocks of any size in use."""
     cache_tokens: int
-    """Of the KV cache, in whole blocks of any size in use."""
+    """Tokens of the KV cache, in whole blocks of any size in use."""
 
     def engine_args(self, program: Program) -> dict[str, Any]:
         """vLLM's engine arguments; the cache of as many tokens whatever the program's block size."""

@@ -39,7 +39,7 @@ class DigestedFile(io.BufferedWriter):
             raise self._translate(error) from error
 
     def digest(self) -> str:
-        """Of all bytes written so far, 32 hex digits."""
+        """The digest of all bytes written so far, 32 hex digits."""
         return self._written.hexdigest()
 
     def finish(self) -> None:

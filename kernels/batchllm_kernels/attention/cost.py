@@ -129,7 +129,7 @@ class KernelCalibration:
         return self._seconds(traffic, self.shared_bytes_per_second)
 
     def own_seconds(self, traffic: Traffic) -> float:
-        """Of the own launch or the merge, without its fixed cost."""
+        """Seconds of the own launch or the merge, without its fixed cost."""
         return self._seconds(traffic, self.own_bytes_per_second)
 
     def _seconds(self, traffic: Traffic, bytes_per_second: float) -> float:

@@ -32,7 +32,7 @@ class SharedRuns:
 
 
 def no_runs() -> SharedRuns:
-    """Of a step that shares nothing."""
+    """The runs of a step that shares nothing."""
     empty = np.zeros(0, dtype=np.int64)
     return SharedRuns(empty, empty, empty, empty, empty, [])
 

@@ -113,7 +113,7 @@ def device_architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; those of an H100 for any other, where plans are made and no kernel runs for real."""
+    """The multiprocessors of a CUDA device; an H100's for any other, where plans are made and no kernel runs."""
     if device.type != "cuda":
         return MULTIPROCESSORS_OF_H100
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

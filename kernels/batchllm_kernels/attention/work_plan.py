@@ -274,7 +274,7 @@ class _OwnRanges:
 
 
 def _own_ranges(nodes: SharedRuns, lengths: Int64s, shape: WorkPlanShape) -> _OwnRanges:
-    """From the end of what a row shares to its query token."""
+    """The range from the end of what a row shares to its query token."""
     start = np.zeros(len(lengths), dtype=np.int64)
     start[nodes.row_token] = np.repeat(nodes.kv_end, nodes.row_count)  # of the deepest node, which stands last
     token = np.flatnonzero(lengths)

@@ -173,7 +173,7 @@ def planned_work(step: DecodeStep, heads: ModelHeads, device: KernelCalibration)
 
 
 def expected_seconds(work: StepWork) -> float:
-    """Of a captured layer of ours at the rates that are inferred, sharing where there is something to share."""
+    """The seconds of a captured layer of ours at the inferred rates, sharing where there is something to share."""
     if work.shared is None:
         return unshared_seconds(work, Launching.CAPTURED, EXPECTED)
     return shared_path_seconds(work, Launching.CAPTURED, EXPECTED)

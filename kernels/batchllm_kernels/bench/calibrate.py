@@ -1,4 +1,4 @@
-"""From measured points of the grid to what the cost gate is fitted to."""
+"""Turns measured points of the grid into what the cost gate is fitted to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From measured steps to the numbers that the cost gate decides by."""
+"""Turns measured steps into the numbers that the cost gate decides by."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from batchllm_kernels.attention.cost import CAPTURED_LAUNCHES, KernelCalibration
 from batchllm_kernels.bench.byte_model import EXPECTED
 
 MOST_IDLE_SHARE = 0.03
-"""Of a step, where nothing is shared."""
+"""The most that idle launches may take of a step in which nothing is shared."""
 
 ITEM_BYTES = 24  # of an own item: six numbers of 32 bits, read by the programs of each KV head
 STOCK_LAUNCHES = 1

@@ -44,7 +44,7 @@ class LayeredStep:
 
     @property
     def device(self) -> torch.device:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return self.query.device
 
     @property

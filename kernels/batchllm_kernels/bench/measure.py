@@ -81,7 +81,7 @@ class MeasuredPoint:
 
     @staticmethod
     def of_row(row: dict[str, Any]) -> MeasuredPoint:
-        """From a row of results."""
+        """The point that a row of results tells of."""
         return MeasuredPoint(
             point=GridPoint(**row["point"]),
             requests=row["requests"],
@@ -169,7 +169,7 @@ def measure_point(
 
 
 Expected = dict[int, torch.Tensor]
-"""By layer, the fp32 reference of the requests `checked_requests`."""
+"""The fp32 reference of the requests `checked_requests`, by layer."""
 
 
 def checked_requests(inputs: LayeredStep) -> torch.Tensor:

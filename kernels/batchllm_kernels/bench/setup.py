@@ -13,7 +13,7 @@ from batchllm_kernels.bench.grid import GridPoint, important_points, whole_grid
 from batchllm_kernels.bench.timers import Timer, captured, graph_replay_times, wall_clock_times
 
 Capture = Callable[[Callable[[], object]], Callable[[], None]]
-"""From a step that launches kernels to its replay."""
+"""Makes a replay of a step that launches kernels."""
 
 REHEARSED_POINTS = (
     GridPoint(64, 3, own=5, heads=4, kv_heads=2, head_size=16, requests=6),

@@ -47,7 +47,7 @@ class Candidate:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Of its kernel."""
+        """The launch parameters of its kernel."""
         return asdict(self.tuning.shared if self.kernel == "shared" else self.tuning.own)
 
     @property

@@ -25,7 +25,7 @@ MOST_WRITTEN = 2_000_000
 """Items of lists and mappings that are written as JSON."""
 MOST_SECONDS = 10.0
 MOST_BITS = 4_096
-"""Of an integer."""
+"""Bits of the largest integer."""
 
 _STEPS_PER_LOOK = 64  # at the clock, which takes as long as a step
 
