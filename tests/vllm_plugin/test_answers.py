@@ -72,15 +72,16 @@ class Prompts:
         return [Ask(prompt, 9, PlannedRequest("equal", len(prompt), 9)) for _ in range(6)]
 
 
-SCHEDULER = "the engine's only one"
+VLLMS, OURS = "vllm", "batchllm"
 
 
 class Engine:
     """A worker of the benchmark, spoken to in `Ask`s."""
 
-    def __init__(self, process: EngineProcess, folder: Path) -> None:
+    def __init__(self, process: EngineProcess, folder: Path, scheduler: str) -> None:
         self._process = process
         self._folder = folder
+        self._scheduler = scheduler
 
     def run(
         self, asks: list[Ask], expected_output_tokens: int | None = None, ahead: int | None = None
@@ -104,11 +105,12 @@ class Engine:
             "ahead": ahead,
             "logprobs": False,
         }
-        return self._process.run(order, SCHEDULER)
+        return self._process.run(order, self._scheduler)
 
 
 @contextmanager
-def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any] | None) -> Iterator[Engine]:
+def engines(model: str, setting: Setting, folder: Path) -> Iterator[tuple[Engine, Engine]]:
+    """One engine with vLLM's scheduler, and with ours: they take turns on one KV cache, which is emptied between."""
     arguments = {
         "model": model,
         "dtype": "float32",
@@ -120,8 +122,8 @@ def engine(model: str, setting: Setting, folder: Path, scheduler: dict[str, Any]
         "max_num_seqs": 32,
         **setting.arguments,
     }
-    with EngineProcess(arguments, {SCHEDULER: scheduler}, folder / "engine.log") as process:
-        yield Engine(process, folder)
+    with EngineProcess(arguments, {VLLMS: None, OURS: {}}, folder / "engine.log") as process:
+        yield Engine(process, folder, VLLMS), Engine(process, folder, OURS)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: f"blocks of {setting.block_size}")
@@ -133,10 +135,9 @@ def test_every_answer_is_vllms_token_for_token(tiny_llama: str, setting: Setting
         "ragged": prompts.ragged(),
         "equal": prompts.equal(),
     }
-    with engine(tiny_llama, setting, tmp_path, None) as vllm:
+    with engines(tiny_llama, setting, tmp_path) as (vllm, ours):
         expected = {name: vllm.run(asks) for name, asks in workloads.items()}
-    assert expected["ragged"]["preemptions"] > 0, "expected a cache so tight that vLLM preempts"
-    with engine(tiny_llama, setting, tmp_path, {}) as ours:
+        assert expected["ragged"]["preemptions"] > 0, "expected a cache so tight that vLLM preempts"
         for name, asks in workloads.items():
             planned = ours.run(asks)
             assert planned["answers"] == expected[name]["answers"], name
