@@ -18,7 +18,6 @@ from batchllm_operators.machine.processor import processor
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.models.dtype_choice import choose_dtype
 from batchllm_operators.models.model_files import pinned
-from batchllm_operators.models.model_shape import read_model_config
 from batchllm_operators.records import InputObject
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
@@ -91,10 +90,8 @@ def _answers_scope(job: BatchJob, model: ModelSpec) -> str | None:
 
 
 def _engine_dtype(model: ModelSpec) -> str:
-    """What engines compute in; `auto` on GPUs, where the model's files decide, which count anyway."""
-    if gpus_of_machine():
-        return model.dtype
-    return choose_dtype(model, processor(), read_model_config(model)).dtype
+    """What engines compute in, as far as the machine decides it; on GPUs the model's files do, which count anyway."""
+    return model.dtype if gpus_of_machine() else choose_dtype(model, processor(), config={}).dtype
 
 
 def _report_of_before(work: Store) -> JobReport | None:
