@@ -14,7 +14,7 @@ from batchllm_operators.keys import job_id
 from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec_base import SpecModel
-from batchllm_operators.specs.execution import ExecutionSpec, ModelSpec
+from batchllm_operators.specs.execution import REUSES, ExecutionSpec, ModelSpec
 from batchllm_operators.specs.planning import PlanningSpec
 from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.sink import SinkSpec
@@ -108,6 +108,11 @@ class BatchJob(SpecModel):
         """The work folder of the job with this id."""
         place = self.execution.work_uri or f"{self.sink.uri.rstrip('/')}/{WORK_FOLDER}"
         return Store(f"{place.rstrip('/')}/{identity}", self.sink.storage)
+
+    def answers_store(self) -> Store | None:
+        """The folder of kept answers, where the job names one; None: they are kept beside the output, or not at all."""
+        reuse = self.execution.reuse
+        return None if reuse in REUSES else Store(reuse, self.sink.storage)
 
     def sink_store(self) -> Store:
         """The folder of the output."""

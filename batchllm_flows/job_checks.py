@@ -101,7 +101,7 @@ def _tokenizer(settings: StagerSettings) -> str:
 def _sink(job: BatchJob, source: Source) -> str:
     sink = job.sink_store()
     identity = job.job_id(source.objects)
-    refuse_overlap(source, sink, job.work_store(identity))
+    refuse_overlap(source, sink, job.work_store(identity), job.answers_store())
     complete = check_sink(sink, job.sink.mode, identity, job.sink.layout)
     if complete is not None:
         return f"{sink.uri} holds this job's complete output: a run computes nothing"

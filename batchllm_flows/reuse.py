@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from batchllm_flows.job import BatchJob
 from batchllm_flows.publish import Warn
 from batchllm_flows.run import JobRun
 from batchllm_operators.answers import AnswerStore, keep_answers, reuse_answers
@@ -92,10 +91,8 @@ def _answers_of(run: JobRun) -> AnswerStore | None:
     """The answers that a run shares; None where it shares none."""
     if run.answers is None:
         return None
-    job: BatchJob = run.job
-    reuse = job.execution.reuse
-    root = run.sink.folder(ANSWERS_FOLDER) if reuse in REUSES else Store(reuse, job.sink.storage)
-    return AnswerStore(root.folder(run.answers), task_named(job.task))
+    root = run.job.answers_store() or run.sink.folder(ANSWERS_FOLDER)
+    return AnswerStore(root.folder(run.answers), task_named(run.job.task))
 
 
 def _keep_those_of_others(run: JobRun, answers: AnswerStore) -> None:

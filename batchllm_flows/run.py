@@ -63,7 +63,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     identity = job.job_id(source.objects, model)
     answers = _answers_scope(job, model)
     work, sink = job.work_store(identity), job.sink_store()
-    refuse_overlap(source, sink, work)
+    refuse_overlap(source, sink, work, job.answers_store())
     _refuse_work_of_another(work, identity)
     manifest = check_sink(sink, job.sink.mode, identity, job.sink.layout)
     complete = None

@@ -13,6 +13,11 @@ from batchllm_operators.wording import did_you_mean
 _USER_INFO = re.compile(r"\s*[a-zA-Z][\w+.-]*://[^/?#\s]*@\S*\s*")
 
 
+def has_user_info(text: str) -> bool:
+    """Whether a text is a URL with user and password."""
+    return _USER_INFO.fullmatch(text) is not None
+
+
 class SpecModel(BaseModel):
     """A frozen part of the job spec that refuses unknown keys."""
 
@@ -24,7 +29,7 @@ class SpecModel(BaseModel):
         if not isinstance(values, dict):
             return values
         for key, value in values.items():
-            if isinstance(value, str) and _USER_INFO.fullmatch(value):
+            if isinstance(value, str) and has_user_info(value):
                 raise SecretInJobError(
                     f"{key}: expected a URL without user and password, which would stand in databases and logs; "
                     "credentials come from the environment, a profile or an instance role"

@@ -154,6 +154,8 @@ def test_errors_survive_pickling_with_where_they_happened() -> None:
         ("execution.reuse", "s3://admin:hunter2@bucket/answers", "reuse"),
         ("model.engine_args.hf_token", "hunter2", "model.engine_args.hf_token"),
         ("model.engine_args.api_key", "hunter2", "model.engine_args.api_key"),
+        ("model.engine_args.hf_overrides.auth", "hunter2", "model.engine_args.hf_overrides.auth"),
+        ("model.engine_args.download_dir", "s3://u:hunter2@b/x", "model.engine_args.download_dir"),
     ],
 )
 def test_a_secret_in_a_job_is_refused_without_showing_it(tmp_path: Path, dotted: str, value: str, field: str) -> None:

@@ -80,3 +80,10 @@ def test_symbolic_links_do_not_hide_that_two_folders_are_one(tmp_path: Path) -> 
         check(str(tmp_path / "in"), str(tmp_path / "link" / "answers"), str(tmp_path / "work"))
     with pytest.raises(TerminalError, match=SAME):
         check(str(tmp_path / "link"), str(tmp_path / "in"), str(tmp_path / "work"))
+
+
+def test_kept_answers_where_the_source_looks_for_input_are_refused(root: str) -> None:
+    source = open_source(SourceSpec(uri=f"{root}/in", format="parquet"))
+    refuse_overlap(source, Store(f"{root}/out"), Store(f"{root}/work"), Store(f"{root}/kept"))
+    with pytest.raises(TerminalError, match=r"execution\.reuse: what is written there would be input of the next run"):
+        refuse_overlap(source, Store(f"{root}/out"), Store(f"{root}/work"), Store(f"{root}/in/kept"))

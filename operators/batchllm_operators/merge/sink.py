@@ -111,17 +111,18 @@ def changed_files(sink: Store, manifest: Manifest) -> dict[str, str]:
     return faults
 
 
-def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
+def refuse_overlap(source: Source, sink: Store, work: Store, answers: Store | None = None) -> None:
     """Refuse places where output could be taken for input, or input for output.
 
     Args:
         source: the input.
         sink: the folder of the output.
         work: the work folder.
+        answers: the folder of kept answers, where the job names one.
 
     Raises:
-        TerminalError: the sink or the work folder is where the source's URI looks for input, or input lies at or below
-            the sink. Names that begin with `_` or `.` do not count: they are never input, nor output.
+        TerminalError: one of the folders is where the source's URI looks for input, or input lies at or below the sink.
+            Names that begin with `_` or `.` do not count: they are never input, nor output.
     """
     spec = source.spec
     endings = {form.suffixes[0] for form in formats_in_use()}  # of the work folder, and of a sink of any format
@@ -130,8 +131,8 @@ def refuse_overlap(source: Source, sink: Store, work: Store) -> None:
         if inside is not None and not is_hidden(inside):
             where = "the folder holds" if "/" not in inside else "a folder below it holds"
             raise TerminalError(f"sink.uri: {where} input of this job; choose another", uri=uri)
-    for field, folder in (("sink.uri", sink), ("execution.work_uri", work)):
-        if takes_objects_of(spec.uri, spec.storage, folder, endings):
+    for field, folder in (("sink.uri", sink), ("execution.work_uri", work), ("execution.reuse", answers)):
+        if folder is not None and takes_objects_of(spec.uri, spec.storage, folder, endings):
             raise TerminalError(
                 f"{field}: what is written there would be input of the next run, by source.uri {spec.uri!r};"
                 " choose a folder elsewhere",

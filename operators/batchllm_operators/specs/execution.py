@@ -9,9 +9,11 @@ from pydantic import Field, field_validator
 
 from batchllm_operators.backend_names import BackendName
 from batchllm_operators.errors import SecretInJobError
-from batchllm_operators.spec_base import SpecModel
+from batchllm_operators.spec_base import SpecModel, has_user_info
 
-_SECRET = re.compile(r"(^|_)(hf_token|auth_token|access_token|api_key|access_key|secret\w*|password|credentials?)$")
+_SECRET = re.compile(r"(^|_)(auth|(hf|auth|access)_token|(api|access)_key|secret\w*|password|credentials?)$")
+
+_DEEPEST_SETTING = 8
 
 REUSES = ("sink", "same_job_name", "none")
 """The names that `execution.reuse` may have; all else is a URI."""
@@ -37,13 +39,21 @@ class ModelSpec(SpecModel):
     @field_validator("engine_args", mode="before")
     @classmethod
     def _refuse_secrets(cls, value: Any) -> Any:
-        for name in value if isinstance(value, dict) else ():
-            if _SECRET.search(str(name)) and isinstance(value[name], str):
-                raise SecretInJobError(
-                    f"model.engine_args.{name}: expected no secret in a job, it would stand in databases and logs; "
-                    "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
-                )
+        _refuse_secrets_in(value, "model.engine_args")
         return value
+
+
+def _refuse_secrets_in(value: Any, field: str, depth: int = 0) -> None:
+    """Refuse texts under the names of secrets, at any depth that a setting has."""
+    if not isinstance(value, dict) or depth > _DEEPEST_SETTING:
+        return
+    for name, inner in value.items():
+        if isinstance(inner, str) and (_SECRET.search(str(name)) or has_user_info(inner)):
+            raise SecretInJobError(
+                f"{field}.{name}: expected no secret in a job, it would stand in databases and logs; "
+                "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
+            )
+        _refuse_secrets_in(inner, f"{field}.{name}", depth + 1)
 
 
 class ExecutionSpec(SpecModel):
