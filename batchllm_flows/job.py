@@ -30,6 +30,8 @@ class InvalidJobError(TerminalError):
 
 
 _PARTS_WITHOUT_INFLUENCE = {"name", "execution", "sink", "planning"}
+_SOURCE_FIELDS_WITHOUT_INFLUENCE = {"filter": None, "partitioning": "none"}
+"""Fields of the source with the values by which they change no answer: jobs without them keep their ids."""
 
 
 class BatchJob(SpecModel):
@@ -87,6 +89,9 @@ class BatchJob(SpecModel):
         """
         spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
         del spec["source"]["storage"]
+        for name, default in _SOURCE_FIELDS_WITHOUT_INFLUENCE.items():
+            if spec["source"][name] == default:
+                del spec["source"][name]
         spec["model_versions"] = model_versions(pinned or self.model)
         spec["format_version"] = FORMAT_VERSION
         if self.task == GENERATE:

@@ -32,7 +32,7 @@ FLOORS = (
 SINGLE_MODULES = {
     "cost": ("cost",),
     "store": (
-        *("store", "store_entries", "store_errors", "conditional_write", "parquet_objects"),
+        *("store", "object_store", "store_entries", "store_errors", "conditional_write", "parquet_objects"),
         *("filesystems", "disk_space"),
     ),
     "ground": (

@@ -11,9 +11,11 @@ from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.format_names import FORMATS
 from batchllm_operators.formats.base import FileFormat, Reader, Writer
+from batchllm_operators.formats.object_rows import ObjectColumns, ReadRows
+from batchllm_operators.formats.partitions import with_filtered_objects
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source
 from batchllm_operators.formats.source_objects import source_objects
-from batchllm_operators.formats.tables import ColumnarSource, ObjectColumns, ReadRows, TableReader
+from batchllm_operators.formats.tables import ColumnarSource, TableReader
 from batchllm_operators.specs.source import SourceSpec
 
 __all__ = [
@@ -88,4 +90,7 @@ def open_source(spec: SourceSpec) -> Source:
             that are of another format.
     """
     form = format_named(spec.format)
-    return form.required_reader().open(spec, source_objects(spec, form))
+    found = with_filtered_objects(spec, source_objects(spec, form))
+    source = form.required_reader().open(spec, found)
+    source.check_filter()
+    return source

@@ -13,7 +13,8 @@ from batchllm_operators.columns.arrow_values import python_rows
 from batchllm_operators.columns.json_schema import JSON_TEXT, converted_column, json_schema, writable_type
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.formats.input_objects import FoundInput
-from batchllm_operators.formats.json_lines import JsonLine, member_texts, read_json_lines
+from batchllm_operators.formats.json_lines import JsonLine, member_texts, read_json_lines, with_members
+from batchllm_operators.formats.partitions import partitions_of
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
 from batchllm_operators.specs.source import SourceSpec
 
@@ -30,6 +31,7 @@ class JsonlSource(Source):
     def __init__(self, spec: SourceSpec, found: FoundInput) -> None:
         super().__init__(spec, found)
         self._types = spec.types()
+        self._partitions = partitions_of(spec, found)
         self.has_columns = False
         self._keys = dict.fromkeys(self._types)
         with closing(self._line_batches()) as batches:
@@ -134,9 +136,10 @@ class JsonlSource(Source):
     def _line_batches(self) -> Generator[list[JsonLine]]:
         batch: list[JsonLine] = []
         for one in self.objects:
+            values = self._partitions.values_of(one.path) if self._partitions.paths else {}
             with self.store.reader(one.path) as file:
                 for line in read_json_lines(file, one.path):
-                    batch.append(line)
+                    batch.append(with_members(line, values) if values else line)
                     if len(batch) == BATCH_ROWS:
                         yield batch
                         batch = []

@@ -11,9 +11,10 @@ from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.base import FileFormat, Writer
 from batchllm_operators.formats.content import COMPRESSIONS, foreign_content, is_markup
 from batchllm_operators.formats.input_objects import FoundInput
+from batchllm_operators.formats.object_rows import ReadRows
 from batchllm_operators.formats.parquet_source import Footer, ParquetSource
 from batchllm_operators.formats.source import Source
-from batchllm_operators.formats.tables import ReadRows, TableReader
+from batchllm_operators.formats.tables import TableReader
 from batchllm_operators.parquet_objects import parquet_writer
 from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
@@ -40,6 +41,7 @@ class ParquetReader(TableReader):
         try:
             with store.parquet(name) as file:
                 schema, rows = file.schema_arrow, file.metadata.num_rows
+                groups = tuple(file.metadata.row_group(place).num_rows for place in range(file.num_row_groups))
                 leaf_columns = [file.schema.column(place) for place in range(len(file.schema.names))]
         except TerminalError as error:
             with store.reader(name) as content:
@@ -50,7 +52,7 @@ class ParquetReader(TableReader):
         int96 = {leaf.path.split(".")[0] for leaf in leaf_columns if leaf.physical_type == "INT96"}
         # A name with a dot looks like a path; then the first piece is no column.
         in_96_bits = frozenset(name for name in schema.names if name in int96 or name.split(".")[0] in int96)
-        return Footer(schema, rows, in_96_bits)
+        return Footer(schema, rows, in_96_bits, groups)
 
     def read(self, store: Store, name: str, columns: Sequence[str], batch_rows: int) -> Iterator[ReadRows]:
         """The rows of an object, timestamps of 96 bits in nanoseconds."""

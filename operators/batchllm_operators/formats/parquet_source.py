@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import and_
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.columns.column_types import leaves, with_leaves
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
+from batchllm_operators.formats.object_rows import ObjectColumns, ReadRows, Wanted
 from batchllm_operators.formats.source import BATCH_ROWS
-from batchllm_operators.formats.tables import ColumnarSource, ObjectColumns, ReadRows, TableReader
+from batchllm_operators.formats.tables import ColumnarSource, TableReader
 from batchllm_operators.specs.source import SourceSpec
 
 Int96Unit = Literal["us", "ns"]
@@ -26,9 +31,16 @@ class Footer(ObjectColumns):
 
     Attributes:
         int96: columns that hold timestamps of 96 bits.
+        group_rows: rows of each row group, in order.
     """
 
     int96: frozenset[str] = frozenset()
+    group_rows: tuple[int, ...] = ()
+
+    @cached_property
+    def group_starts(self) -> Int64s:
+        """int64 [row groups], the number of the first row of each in the object."""
+        return np.cumsum([0, *self.group_rows[:-1]], dtype=np.int64)
 
     def has_columns_of(self, other: ObjectColumns) -> bool:
         """Whether both have the same columns, with the same of them in 96 bits."""
@@ -114,24 +126,76 @@ class ParquetSource(ColumnarSource):
                         with_far_years.setdefault(name, path)
         return with_digits, with_far_years
 
-    def _scan(self, path: str, fields: Sequence[pa.Field]) -> Iterator[ReadRows]:
-        """Batches of an object with these columns, timestamps of 96 bits in the unit of their field."""
-        return map(ReadRows, self._scan_by_unit(path, fields))
+    def _scan(self, path: str, fields: Sequence[pa.Field], wanted: Wanted | None = None) -> Iterator[ReadRows]:
+        """Batches of an object with these columns, timestamps of 96 bits in the unit of their field.
 
-    def _scan_by_unit(self, path: str, fields: Sequence[pa.Field]) -> Iterator[pa.RecordBatch]:
+        Row groups without a wanted row are left out.
+        """
+        groups = None if wanted is None else self._groups_with(path, wanted)
+        if groups is None:
+            yield from map(ReadRows, self._scan_by_unit(path, fields, None))
+            return
+        starts = self._footer(path).group_starts
+        for stretch in _stretches(groups):
+            first_row = int(starts[stretch[0]])
+            for batch in self._scan_by_unit(path, fields, stretch):
+                yield ReadRows(batch, first_row=first_row)
+                first_row += batch.num_rows
+
+    def _groups_with(self, path: str, wanted: Wanted) -> list[int] | None:
+        """Row groups of an object that may have wanted rows, in order; None: all."""
+        if wanted.rows is not None:
+            places = np.searchsorted(self._footer(path).group_starts, wanted.rows, side="right") - 1
+            return [int(place) for place in np.unique(places)]
+        if wanted.row_filter is None:
+            return None
+        schema = self._footer(path).schema
+        told = [part for part in wanted.row_filter.condition.parts() if self._is_told_by_statistics(path, part.columns)]
+        if not told:
+            return None
+        return self.store.parquet_row_groups(path, reduce(and_, (part.expression(schema) for part in told)))
+
+    def _is_told_by_statistics(self, path: str, columns: Collection[str]) -> bool:
+        """Whether an object has these columns itself, once each, in the types in which they are read."""
+        told = self._footer(path)
+        return all(
+            name in told.types
+            and name not in self._partitions.schema.names
+            and name not in told.int96 | told.ambiguous
+            and told.schema.field(name).type.equals(self._columns[name].kind)
+            for name in columns
+        )
+
+    def _footer(self, path: str) -> Footer:
+        told = self._told[path]
+        if not isinstance(told, Footer):
+            raise TypeError(f"{path}: expected a footer, got {type(told).__name__}")
+        return told
+
+    def _scan_by_unit(
+        self, path: str, fields: Sequence[pa.Field], groups: Sequence[int] | None
+    ) -> Iterator[pa.RecordBatch]:
         names = [field.name for field in fields]
         units = {field.name: _unit_of(field.type) for field in fields if field.name in self._int96_in(path)}
         if len(set(units.values())) < 2:
             unit = next(iter(units.values()), "us")
-            yield from self.store.scan_parquet(path, names, BATCH_ROWS, int96_unit=unit)
+            yield from self.store.scan_parquet(path, names, BATCH_ROWS, int96_unit=unit, row_groups=groups)
             return
         fine_names = [name for name, unit in units.items() if unit == "ns"]
         coarse_names = [name for name in names if name not in fine_names]
         parts = zip(_UNITS, (coarse_names, fine_names), strict=True)
-        scans = [self.store.scan_parquet(path, part, BATCH_ROWS, int96_unit=unit) for unit, part in parts]
+        scans = [
+            self.store.scan_parquet(path, part, BATCH_ROWS, int96_unit=unit, row_groups=groups) for unit, part in parts
+        ]
         for coarse, fine in zip(*scans, strict=True):
             columns = [(fine if name in fine_names else coarse).column(name) for name in names]
             yield pa.RecordBatch.from_arrays(columns, names=names)
+
+
+def _stretches(groups: Sequence[int]) -> list[list[int]]:
+    """Numbers in order, cut where one is left out."""
+    cuts = np.flatnonzero(np.diff(groups) > 1) + 1
+    return [piece.tolist() for piece in np.split(np.asarray(groups, np.int64), cuts) if len(piece)]
 
 
 def _with_unit(kind: pa.DataType, unit: Int96Unit) -> pa.DataType:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from batchllm_operators.batch_sizes import ROWS_AT_A_TIME
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.columns.arrow_values import python_rows
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
+from batchllm_operators.formats.row_filter import RowFilter
 from batchllm_operators.records import InputObject
 from batchllm_operators.specs.source import SourceSpec
 
@@ -31,12 +33,13 @@ class RowBatch:
     """Consecutive input rows.
 
     Attributes:
-        first_row: index of the first row over all objects of the source.
+        first_row: index of the first row over all rows of the source that `source.filter` takes.
         rows: the rows, as an Arrow table or as records.
         faults: row offset -> why the row could not be read; such a row is an empty record.
         schema: types of the columns that go to the sink, as this batch shows them; of JSONL by `json_schema`.
         field_order: int8 [rows, fields], for a prompt of kind `fields`: its columns by number, in the order of each
             row's prompt; None: as given.
+        source_rows: int64 [rows], where the source has a filter: the numbers of the rows over all rows of its objects.
     """
 
     first_row: int
@@ -44,6 +47,7 @@ class RowBatch:
     schema: pa.Schema
     faults: dict[int, RowError] = field(default_factory=dict)
     field_order: npt.NDArray[np.int8] | None = None
+    source_rows: Int64s | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,7 +57,15 @@ class RowBatch:
         table = self.rows[start : start + rows] if isinstance(self.rows, list) else self.rows.slice(start, rows)
         faults = {offset - start: fault for offset, fault in self.faults.items() if 0 <= offset - start < rows}
         order = None if self.field_order is None else self.field_order[start : start + rows]
-        return RowBatch(self.first_row + start, table, self.schema, faults, order)
+        numbers = None if self.source_rows is None else self.source_rows[start : start + rows]
+        return RowBatch(self.first_row + start, table, self.schema, faults, order, numbers)
+
+    def taken(self, offsets: Int64s, first_row: int) -> RowBatch:
+        """Some rows of this batch, told by their offsets in it, which become those from `first_row` on."""
+        places = offsets.tolist()
+        rows = [self.rows[place] for place in places] if isinstance(self.rows, list) else self.rows.take(offsets)
+        faults = {new: self.faults[old] for new, old in enumerate(places) if old in self.faults}
+        return RowBatch(first_row, rows, self.schema, faults, source_rows=self.first_row + offsets)
 
     def field_order_of(self, offset: int) -> list[int] | None:
         """Numbers of the fields of one row, in the order of its prompt; None: as given."""
@@ -77,13 +89,17 @@ class RowBatch:
 
 _Rows = TypeVar("_Rows", RowBatch, pa.Table)
 
+NumberedTable: TypeAlias = tuple[int, pa.Table]
+"""Consecutive rows, and the number of the first over all rows of the source's objects."""
+
 
 class Source(ABC):
     """The rows of all objects that a source URI names, in the order of the objects' paths.
 
     `batches`, `tables` and `json_rows` give the same rows in the same order, each time they are called: staging reads
     rows as batches, perhaps twice, and merge reads them again as tables or JSON and puts answers beside them by their
-    number. What is wrong with one row is data (`RowBatch.faults`); what is wrong with an object is a `TerminalError`
+    number. Only `batches` looks at `source.filter`: it tells the numbers of the rows it took, by which the others find
+    them. What is wrong with one row is data (`RowBatch.faults`); what is wrong with an object is a `TerminalError`
     that names it; where the store does not answer it is a `TransientError`, and the step is tried again.
 
     Attributes:
@@ -92,7 +108,7 @@ class Source(ABC):
         has_columns: whether `columns` is known; not so for JSONL without one readable row so far.
         unites_keys: whether a struct has the keys of all rows, null where a row has none, as in Arrow; in JSON each
             object has its own.
-        rows: number of rows; None where only reading them tells (JSONL).
+        rows: number of rows; None where only reading them tells (JSONL, or a filter).
     """
 
     has_columns = True
@@ -105,6 +121,7 @@ class Source(ABC):
         self.objects = list(found.objects)
         self.left_out = found.left_out
         self._find_again = found.again
+        self._filter = None if spec.filter is None else RowFilter(spec)
 
     def look_again(self) -> list[InputObject]:
         """What `objects` would be if the source were opened now."""
@@ -138,24 +155,37 @@ class Source(ABC):
         """
 
     def batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
-        """All rows, or the first `source.limit`, in batches of at most `BATCH_ROWS`.
+        """All rows that the filter takes, or the first `source.limit` of them, in batches of at most `BATCH_ROWS`.
 
         Args:
             columns: those to read; others may be there too.
-        """
-        return _first_rows(self._all_batches(columns), self.spec.limit)
 
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        Raises:
+            TerminalError: the filter does not go with the values of its columns.
+        """
+        if self._filter is None:
+            return _first_rows(self._all_batches(columns), self.spec.limit)
+        return _first_rows(self._filtered_batches(columns, self._filter), self.spec.limit)
+
+    def tables(self, schema: pa.Schema, rows: Int64s | None = None) -> Iterator[pa.Table]:
         """The same rows again, in batches, as tables of this schema (what staging found).
 
         Without columns, the tables have one column of nulls in their place, because a table forgets its rows with its
         last column.
-        """
-        return _first_rows(self._all_tables(schema), self.spec.limit)
 
-    def json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        Args:
+            schema: of the tables.
+            rows: `RowBatch.source_rows` of all batches, where the source has a filter.
+        """
+        if rows is None:
+            return _first_rows(self._all_tables(schema), self.spec.limit)
+        return _rows_of(self._tables_with(schema, rows), rows)
+
+    def json_rows(self, schema: pa.Schema, rows: Int64s | None = None) -> Iterator[pa.Table]:
         """The same rows again, in batches, each with its columns of this schema as one JSON object (`ROW_JSON`)."""
-        return _first_rows(self._all_json_rows(schema), self.spec.limit)
+        if rows is None:
+            return _first_rows(self._all_json_rows(schema), self.spec.limit)
+        return _rows_of(self._json_rows_with(schema, rows), rows)
 
     @abstractmethod
     def sink_schema(self, seen: pa.Schema) -> pa.Schema:
@@ -173,6 +203,37 @@ class Source(ABC):
 
     @abstractmethod
     def _all_json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]: ...
+
+    def _filterable_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+        """As `_all_batches`, but stretches of rows of which the filter surely takes none may be left out."""
+        return self._all_batches(columns)
+
+    def _tables_with(self, schema: pa.Schema, rows: Int64s) -> Iterator[NumberedTable]:
+        """Tables that have these rows at least, each with the number of its first row."""
+        del rows
+        return _numbered(self._all_tables(schema))
+
+    def _json_rows_with(self, schema: pa.Schema, rows: Int64s) -> Iterator[NumberedTable]:
+        """As `_tables_with`, of JSON objects."""
+        del rows
+        return _numbered(self._all_json_rows(schema))
+
+    def _filtered_batches(self, columns: Collection[str], row_filter: RowFilter) -> Iterator[RowBatch]:
+        first_row = 0
+        for batch in self._filterable_batches({*columns, *row_filter.columns}):
+            offsets = row_filter.taken(batch.rows, batch.faults, batch.first_row)
+            if len(offsets):
+                yield batch.taken(offsets, first_row)
+                first_row += len(offsets)
+
+    def check_filter(self) -> None:
+        """Look whether the filter goes with the columns, as far as that can be told without reading rows.
+
+        Raises:
+            TerminalError: it does not.
+        """
+        if self._filter is not None:
+            self.require_columns(self._filter.columns, "source.filter")
 
     def require_columns(self, names: Collection[str], field_name: str) -> None:
         """Refuse a part of the job that names columns which do not exist.
@@ -208,6 +269,24 @@ def _first_rows(batches: Iterator[_Rows], limit: int | None) -> Iterator[_Rows]:
     while left > 0 and (batch := next(batches, None)) is not None:
         yield batch if len(batch) <= left else batch.slice(0, left)
         left -= len(batch)
+
+
+def _numbered(tables: Iterator[pa.Table]) -> Iterator[NumberedTable]:
+    first_row = 0
+    for table in tables:
+        yield first_row, table
+        first_row += len(table)
+
+
+def _rows_of(tables: Iterator[NumberedTable], rows: Int64s) -> Iterator[pa.Table]:
+    """Just these rows of the tables; nothing behind the last of them is read."""
+    done = 0
+    while done < len(rows) and (found := next(tables, None)) is not None:
+        first_row, table = found
+        end = int(np.searchsorted(rows, first_row + len(table)))
+        if end > done:
+            yield table.take(rows[done:end] - first_row)
+        done = max(done, end)
 
 
 def rows_only(rows: int) -> pa.Table:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
 import orjson
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.columns.column_types import (
     always_fits,
@@ -22,52 +22,13 @@ from batchllm_operators.columns.column_types import (
 from batchllm_operators.errors import RowError, RowErrorCode, TerminalError
 from batchllm_operators.formats.base import Reader
 from batchllm_operators.formats.input_objects import FoundInput
-from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source, rows_only
+from batchllm_operators.formats.object_rows import ObjectColumns, ReadRows, Wanted
+from batchllm_operators.formats.partitions import partitions_of
+from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, NumberedTable, RowBatch, Source, rows_only
 from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
 _OBJECTS_AT_A_TIME = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectColumns:
-    """What an object tells before its rows are read.
-
-    Attributes:
-        schema: its columns; a name may stand there twice, and is refused where it is used.
-        rows: number of its rows; None where only reading them tells.
-    """
-
-    schema: pa.Schema
-    rows: int | None = None
-
-    @cached_property
-    def types(self) -> dict[str, pa.DataType]:
-        """Column -> type, encodings (dictionaries, views) left out."""
-        return {field.name: plain(field.type) for field in self.schema}
-
-    @cached_property
-    def ambiguous(self) -> frozenset[str]:
-        """Names that more than one column has."""
-        names = self.schema.names
-        return frozenset(name for name in names if names.count(name) > 1)
-
-    def has_columns_of(self, other: ObjectColumns) -> bool:
-        """Whether both have the same columns, as most objects of a folder do."""
-        return (self.types, self.ambiguous) == (other.types, other.ambiguous)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadRows:
-    """Consecutive rows of one object.
-
-    Attributes:
-        rows: the rows.
-        faults: number of a row in this batch, from 0 -> why it could not be read, with its place in the object.
-    """
-
-    rows: pa.RecordBatch
-    faults: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 class TableReader(Reader):
@@ -135,9 +96,10 @@ class ColumnarSource(Source):
     def __init__(self, spec: SourceSpec, found: FoundInput, reader: TableReader) -> None:
         super().__init__(spec, found)
         self._reader = reader
+        self._partitions = partitions_of(spec, found)
         paths = [one.path for one in self.objects]
         with ThreadPoolExecutor(_OBJECTS_AT_A_TIME) as readers:
-            told = readers.map(lambda path: reader.columns_of(self.store, path), paths)
+            told = readers.map(lambda path: self._with_partitions(reader.columns_of(self.store, path)), paths)
             self._told = dict(zip(paths, told, strict=True))
         self.rows = self._known_rows()
         self._pinned = spec.types()
@@ -171,19 +133,42 @@ class ColumnarSource(Source):
         del wanted
         return self._told[path].types[name]
 
-    def _scan(self, path: str, fields: Sequence[pa.Field]) -> Iterator[ReadRows]:
+    def _scan(self, path: str, fields: Sequence[pa.Field], wanted: Wanted | None = None) -> Iterator[ReadRows]:
         """The rows of an object with these columns, in batches.
 
         Args:
             path: of the object.
             fields: columns that it has, each with its type in the source.
+            wanted: rows; others may be left out. None: all.
         """
+        del wanted
         return self._reader.read(self.store, path, [field.name for field in fields], BATCH_ROWS)
 
     def _settle(self, names: Sequence[str]) -> None:
         """Decide what of the types of these columns depends on their values, before any other work is done."""
 
+    def _with_partitions(self, told: ObjectColumns) -> ObjectColumns:
+        """What an object tells, with its partition columns, which win over columns of their names."""
+        own = [field for field in told.schema if field.name not in self._partitions.schema.names]
+        return dataclasses.replace(told, schema=pa.schema([*own, *self._partitions.schema]))
+
+    def _read(self, path: str, fields: Sequence[pa.Field], wanted: Wanted | None = None) -> Iterator[ReadRows]:
+        """As `_scan`, partition columns included."""
+        added = self._partitions.schema.names
+        batches = self._scan(path, [field for field in fields if field.name not in added], wanted)
+        if not added:
+            return batches
+        return (dataclasses.replace(batch, rows=self._beside_partitions(batch.rows, path)) for batch in batches)
+
+    def _beside_partitions(self, batch: pa.RecordBatch, path: str) -> pa.RecordBatch:
+        columns = self._partitions.columns_of(path, batch.num_rows)
+        own = [name for name in batch.schema.names if name not in columns]
+        arrays = [*(batch.column(name) for name in own), *columns.values()]
+        return pa.RecordBatch.from_arrays(arrays, names=[*own, *columns])
+
     def _known_rows(self) -> int | None:
+        if self._filter is not None:
+            return None
         rows = 0
         for told in self._told.values():
             if told.rows is None:
@@ -191,47 +176,71 @@ class ColumnarSource(Source):
             rows += told.rows
         return rows if self.spec.limit is None else min(rows, self.spec.limit)
 
+    def check_filter(self) -> None:
+        """Look whether the filter goes with the types of its columns."""
+        super().check_filter()
+        if self._filter is not None:
+            self._filter.check(self._settled([name for name in self.columns if name in self._filter.columns]))
+
     def _all_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
         """All rows, with just these columns."""
-        wanted = self._settled([name for name in self.columns if name in columns])
+        return self._batches(columns, None)
+
+    def _filterable_batches(self, columns: Collection[str]) -> Iterator[RowBatch]:
+        return self._batches(columns, Wanted(self._filter))
+
+    def _batches(self, columns: Collection[str], wanted: Wanted | None) -> Iterator[RowBatch]:
+        read = self._settled([name for name in self.columns if name in columns])
         schema = self.schema
-        first_row = 0
-        for table, reasons in self._all_rows(wanted):
-            rows = table if len(wanted) else [{} for _ in range(len(table))]
+        for first_row, table, reasons in self._all_rows(read, wanted):
+            rows = table if len(read) else [{} for _ in range(len(table))]
             faults = {offset: RowError(RowErrorCode.INVALID_ROW, reason) for offset, reason in reasons.items()}
             yield RowBatch(first_row, rows, schema, faults)
-            first_row += len(table)
 
     def _all_tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows as tables of this schema."""
-        return (table for table, _ in self._all_rows(schema))
+        return (table for _, table, _ in self._all_rows(schema))
+
+    def _tables_with(self, schema: pa.Schema, rows: Int64s) -> Iterator[NumberedTable]:
+        return ((first_row, table) for first_row, table, _ in self._all_rows(schema, Wanted(rows=rows)))
 
     def _all_json_rows(self, schema: pa.Schema) -> Iterator[pa.Table]:
         """All rows, their values as `json_values` has them."""
-        names = schema.names
-        for table in self._all_tables(schema):
-            rows = zip(*map(json_values, table.columns), strict=True) if names else [()] * len(table)
-            texts = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
-            yield pa.table([pa.array(texts, ROW_JSON.type)], schema=pa.schema([ROW_JSON]))
+        return (_as_json(table, schema.names) for table in self._all_tables(schema))
 
-    def _all_rows(self, schema: pa.Schema) -> Iterator[tuple[pa.Table, dict[int, str]]]:
-        """All rows as tables of this schema, of at most `BATCH_ROWS`; each with row offset -> why it has none."""
+    def _json_rows_with(self, schema: pa.Schema, rows: Int64s) -> Iterator[NumberedTable]:
+        return ((first_row, _as_json(table, schema.names)) for first_row, table in self._tables_with(schema, rows))
+
+    def _all_rows(
+        self, schema: pa.Schema, wanted: Wanted | None = None
+    ) -> Iterator[tuple[int, pa.Table, dict[int, str]]]:
+        """All rows as tables of this schema, of at most `BATCH_ROWS`, or all stretches with rows that are wanted.
+
+        Each with the number of its first row, and row offset -> why it has none.
+        """
+        begin = 0
         for one in self.objects:
-            present = [field for field in schema if field.name in self._told[one.path].types]
+            told = self._told[one.path]
+            present = [field for field in schema if field.name in told.types]
+            # Where the number of rows is not known, no rows are left out.
+            ours = None if wanted is None or told.rows is None else wanted.of_rows(begin, begin + told.rows)
             waiting: list[pa.Table] = []
             faults: dict[int, str] = {}
-            waiting_rows = 0
-            for batch in _cut(self._scan(one.path, present)):
+            waiting_rows, end = 0, begin
+            for batch in _cut(self._read(one.path, present, ours)):
                 self._require(batch.rows, present, one.path)
-                if waiting and waiting_rows + batch.rows.num_rows > BATCH_ROWS:
-                    yield pa.concat_tables(waiting), faults
+                first = end if batch.first_row is None else begin + batch.first_row
+                if waiting and (first != end or waiting_rows + batch.rows.num_rows > BATCH_ROWS):
+                    yield end - waiting_rows, pa.concat_tables(waiting), faults
                     waiting, faults, waiting_rows = [], {}, 0
                 # An object of tiny row groups comes in tiny batches, each of which would cost as much as a full one.
                 waiting.append(self._conform(batch.rows, schema, one.path))
                 faults |= {waiting_rows + offset: reason for offset, reason in batch.faults.items()}
                 waiting_rows += batch.rows.num_rows
+                end = first + batch.rows.num_rows
             if waiting_rows:
-                yield pa.concat_tables(waiting), faults
+                yield end - waiting_rows, pa.concat_tables(waiting), faults
+            begin = end if told.rows is None else begin + told.rows
 
     def _over_all_objects(self, type_in: Callable[[str, str], pa.DataType]) -> dict[str, _Column]:
         columns: dict[str, _Column] = {}
@@ -280,7 +289,7 @@ class ColumnarSource(Source):
             ]
             if not doubtful:
                 continue
-            for batch in self._scan(path, doubtful):
+            for batch in self._read(path, doubtful):
                 self._require(batch.rows, doubtful, path)
                 for field in doubtful:
                     self._refuse_unfit(batch.rows.column(field.name), field, path)
@@ -361,7 +370,15 @@ def _cut(batches: Iterator[ReadRows]) -> Iterator[ReadRows]:
         for start in range(0, rows, BATCH_ROWS):
             ours = range(start, min(start + BATCH_ROWS, rows))
             faults = {place - start: reason for place, reason in batch.faults.items() if place in ours}
-            yield ReadRows(batch.rows.slice(start, len(ours)), faults)
+            first_row = None if batch.first_row is None else batch.first_row + start
+            yield ReadRows(batch.rows.slice(start, len(ours)), faults, first_row)
+
+
+def _as_json(table: pa.Table, names: list[str]) -> pa.Table:
+    """Rows as one JSON object each, of these columns: all, or none (see `rows_only`)."""
+    rows = zip(*map(json_values, table.columns), strict=True) if names else [()] * len(table)
+    texts = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
+    return pa.table([pa.array(texts, ROW_JSON.type)], schema=pa.schema([ROW_JSON]))
 
 
 def _advice(name: str) -> str:

@@ -36,7 +36,7 @@ from batchllm_operators.wording import counted
 from batchllm_operators.work.json_objects import write_record
 from batchllm_operators.work.layout import FORMAT_VERSION, RESULTS_FOLDER, SAMPLES_FILE
 from batchllm_operators.work.results import part_names, refuse_output_names
-from batchllm_operators.work.staged import carried_schema, read_part
+from batchllm_operators.work.staged import carried_schema, read_part, source_rows
 
 _EXAMPLES = 5
 
@@ -94,7 +94,8 @@ def merge_results(
 
     schema, seen = carried_schema(stage), SampleCollector(task)
     refuse_output_names(task, schema.names, sink_spec.prefix)
-    carried, output_schema = carried_rows(source, schema, sink_spec, task)
+    numbers = None if source.spec.filter is None else source_rows(work, stage)
+    carried, output_schema = carried_rows(source, schema, sink_spec, task, numbers)
     with SinkClaim(sink, job_id, sink_spec.mode) as claim:
         # Again: another run may have completed it just before.
         complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.errors import TransientError
 from batchllm_operators.formats import ROW_JSON, Source, Writer, format_named
 from batchllm_operators.merge.claim import SinkClaim
@@ -17,7 +18,9 @@ from batchllm_operators.wording import counted
 from batchllm_operators.work.results import output_fields
 
 
-def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec, task: Task) -> tuple[Iterator[pa.Table], pa.Schema]:
+def carried_rows(
+    source: Source, schema: pa.Schema, spec: SinkSpec, task: Task, rows: Int64s | None = None
+) -> tuple[Iterator[pa.Table], pa.Schema]:
     """The input rows as the writer of the sink's format takes them, and the schema of its rows with their answers.
 
     Args:
@@ -25,11 +28,12 @@ def carried_rows(source: Source, schema: pa.Schema, spec: SinkSpec, task: Task) 
         schema: of the columns to carry, as staging found it.
         spec: of the sink.
         task: of the job.
+        rows: numbers of the rows in the input, where the source has a filter.
     """
     answers = output_fields(task, spec.prefix)
     if format_named(spec.format).required_writer().takes == "json":
-        return source.json_rows(schema), pa.schema([ROW_JSON, *answers])
-    return source.tables(schema), pa.schema([*schema, *answers])
+        return source.json_rows(schema, rows), pa.schema([ROW_JSON, *answers])
+    return source.tables(schema, rows), pa.schema([*schema, *answers])
 
 
 def write_output(

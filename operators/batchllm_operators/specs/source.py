@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pyarrow as pa
 from pydantic import ConfigDict, Field, field_validator
 
+from batchllm_operators.columns.sql_filter import SqlFilter
 from batchllm_operators.columns.type_names import type_named
 from batchllm_operators.format_names import SourceFormat
 from batchllm_operators.spec_base import SpecModel, StorageOptions
@@ -38,6 +39,16 @@ class SourceSpec(SpecModel):
         alias="schema",
         description="column: type, e.g. `{id: int64}`, where objects disagree or JSON values are to have one type",
     )
+    filter: str | None = Field(
+        default=None,
+        description="SQL condition over columns, e.g. `status = 'open' AND created >= '2026-11-01'`: other rows are no"
+        " rows of the job; rows that cannot be read stay, as errors",
+    )
+    partitioning: Literal["none", "hive"] = Field(
+        default="none",
+        description="`hive`: folders such as `dt=2026-11-01/` in the paths of objects are columns, as text, or as int64"
+        " where all are integers; `schema` names another type",
+    )
     limit: int | None = Field(default=None, ge=1, description="only the first rows, so many; default: all")
     storage: StorageOptions = StorageOptions()
 
@@ -55,6 +66,13 @@ class SourceSpec(SpecModel):
             except ValueError as error:
                 raise ValueError(f"column {name!r}: {error}") from error
         return types
+
+    @field_validator("filter")
+    @classmethod
+    def _filter_is_sql(cls, condition: str | None) -> str | None:
+        if condition is not None:
+            SqlFilter(condition)
+        return condition
 
     def types(self) -> dict[str, pa.DataType]:
         """The types that the job names for columns."""

@@ -22,7 +22,7 @@ from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
 from batchllm_operators.stage.value_text import NotDataError, value_text
 from batchllm_operators.task_names import GENERATE
 from batchllm_operators.wording import counted
-from batchllm_operators.work.staged import ESTIMATE_FIELD, STAGED_SCHEMA
+from batchllm_operators.work.staged import ESTIMATE_FIELD, SOURCE_ROW_FIELD, STAGED_SCHEMA
 
 
 class StagerSettings(Record):
@@ -38,6 +38,8 @@ class StagerSettings(Record):
     """Whether the task generates tokens; else a prompt needs no room for them, and sampling changes no answer."""
     source_columns: tuple[str, ...] | None = None
     """Columns of the input; None where they are not known (JSONL without a readable row)."""
+    numbers_rows: bool = False
+    """Whether the source has a filter, so that rows have other numbers there than here."""
     unites_keys: bool = False
     """Whether structs of the input have the keys of all rows, null where a row has none (Parquet)."""
 
@@ -80,14 +82,17 @@ class RowStager:
         self._keys = RequestKeys(settings.model.id, settings.model.revision, settings.task)
         self._schema = STAGED_SCHEMA
         if settings.sampling.override_column is not None:
-            self._schema = STAGED_SCHEMA.append(ESTIMATE_FIELD)
+            self._schema = self._schema.append(ESTIMATE_FIELD)
+        if settings.numbers_rows:
+            self._schema = self._schema.append(SOURCE_ROW_FIELD)
         if self._renderer.is_chat:
             self._tokenizer.require_chat_template()
 
     def stage(self, batch: RowBatch) -> pa.Table:
         """The staged rows of a batch, one for each of its rows, in order.
 
-        Their schema is `STAGED_SCHEMA`, with `ESTIMATE_FIELD` where the job has an override column.
+        Their schema is `STAGED_SCHEMA`, with `ESTIMATE_FIELD` where the job has an override column, and with
+        `SOURCE_ROW_FIELD` where the source has a filter.
         """
         records, errors = batch.readable()
         sampling: dict[int, SampledRow] = {}
@@ -118,8 +123,13 @@ class RowStager:
 
     def _row_id(self, batch: RowBatch, offset: int, record: dict[str, Any]) -> dict[str, Any]:
         row_index = batch.first_row + offset
+        source_row = row_index if batch.source_rows is None else int(batch.source_rows[offset])
         name = record.get(self._settings.id_column) if self._settings.id_column is not None else None
-        return {"row_index": row_index, "row_id": str(row_index) if name is None else _row_name(name)}
+        return {
+            "row_index": row_index,
+            "row_id": str(source_row) if name is None else _row_name(name),
+            SOURCE_ROW_FIELD.name: source_row,
+        }
 
     def _too_long(self, prompt_tokens: int) -> RowError | None:
         limit = self._settings.limits.max_model_len

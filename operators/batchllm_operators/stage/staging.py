@@ -111,6 +111,7 @@ def stage_rows(
         id_column=source.spec.id_column,
         task=task.name,
         generates=task.generates,
+        numbers_rows=source.spec.filter is not None,
         source_columns=tuple(source.columns) if source.has_columns else None,
         unites_keys=source.unites_keys,
     )

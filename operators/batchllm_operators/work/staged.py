@@ -10,8 +10,10 @@ import base64
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 
+from batchllm_operators.columns.arrays import Int64s
 from batchllm_operators.records import StagedPart, StageSummary
 from batchllm_operators.store import Store
 from batchllm_operators.work.columns import ERROR_TYPE, KEY_TYPE, TOKENS_TYPE
@@ -39,6 +41,9 @@ STAGED_SCHEMA = pa.schema(
 # In the staged rows too where the job has an override column: what a row says of the length of its own completion.
 ESTIMATE_FIELD = pa.field("expected_output_tokens", pa.int32())
 
+# In the staged rows too where the source has a filter: the number of the row over all rows of the input objects.
+SOURCE_ROW_FIELD = pa.field("source_row", pa.int64(), nullable=False)
+
 
 def write_part(work: Store, number: int, table: pa.Table, first_row: int) -> StagedPart:
     """Write rows as one part.
@@ -46,7 +51,7 @@ def write_part(work: Store, number: int, table: pa.Table, first_row: int) -> Sta
     Args:
         work: the work folder.
         number: of the part.
-        table: of `STAGED_SCHEMA`, with `ESTIMATE_FIELD` where the job has an override column.
+        table: of `STAGED_SCHEMA`, with the fields that some jobs have beside it.
         first_row: index of its first row.
     """
     name = f"{STAGED_FOLDER}/part-{number:05d}.parquet"
@@ -73,6 +78,16 @@ def scan_part(work: Store, part: StagedPart, columns: Sequence[str], batch_rows:
     with work.parquet(part.name) as file:
         there = [name for name in columns if name in file.schema_arrow.names]
         yield from file.iter_batches(batch_size=batch_rows, columns=there)
+
+
+def source_rows(work: Store, summary: StageSummary) -> Int64s:
+    """int64 [rows], of a source with a filter: the number of each staged row over all rows of the input objects.
+
+    Raises:
+        TerminalError: a part is missing or damaged (its name).
+    """
+    numbers = [read_part(work, part, [SOURCE_ROW_FIELD.name])[0].to_numpy() for part in summary.parts]
+    return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
 
 
 def finished_staging(work: Store, input_digest: str, settings_digest: str) -> StageSummary | None:
