@@ -19,7 +19,7 @@ _MEANT = re.compile(r"\{\s*(?:date|scheduled)\b[^{}]*\}")
 
 
 def dated_job(job: BatchJob, moment: datetime) -> BatchJob:
-    """The job with its dates filled in, in `source.uri` and `sink.uri`; the same where it has none.
+    """The job with its dates filled in, in `source.uri`, `source.filter` and `sink.uri`; the same where it has none.
 
     Args:
         job: as it was written.
@@ -29,10 +29,11 @@ def dated_job(job: BatchJob, moment: datetime) -> BatchJob:
         InvalidJobError: what is meant for a date is none; names the field.
     """
     source, sink = _filled(job.source.uri, "source.uri", moment), _filled(job.sink.uri, "sink.uri", moment)
-    if (source, sink) == (job.source.uri, job.sink.uri):
+    condition = None if job.source.filter is None else _filled(job.source.filter, "source.filter", moment)
+    if (source, condition, sink) == (job.source.uri, job.source.filter, job.sink.uri):
         return job
     places = {
-        "source": job.source.model_copy(update={"uri": source}),
+        "source": job.source.model_copy(update={"uri": source, "filter": condition}),
         "sink": job.sink.model_copy(update={"uri": sink}),
     }
     return job.model_copy(update=places)
@@ -43,14 +44,14 @@ def moment_of(day: date) -> datetime:
     return datetime.combine(day, time.min, UTC)
 
 
-def _filled(uri: str, field: str, moment: datetime) -> str:
-    def text(match: re.Match[str]) -> str:
+def _filled(text: str, field: str, moment: datetime) -> str:
+    def written(match: re.Match[str]) -> str:
         name, days, form = match.groups()
         return f"{moment.astimezone(UTC) + timedelta(days=int(days or 0)):{form or FORMATS[name]}}"
 
-    filled = _PLACE.sub(text, uri)
+    filled = _PLACE.sub(written, text)
     if left := _MEANT.search(filled):
         raise InvalidJobError(
-            f"{field}: expected a date as {{date}}, {{date-1}} or {{scheduled:%Y/%m/%d}}, got {left[0]!r}", uri=uri
+            f"{field}: expected a date as {{date}}, {{date-1}} or {{scheduled:%Y/%m/%d}}, got {left[0]!r}", uri=text
         )
     return filled

@@ -72,7 +72,8 @@ def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.da
     clock = StepClock()
     run = open_run(_of_its_day(job, date), retry_errors=retry_errors)
     if run.complete is not None:
-        logger.info("job %s: the output at %s is complete already, nothing to compute", run.job_id, run.sink.uri)
+        why = "is complete already" if run.objects else "has the answers to all objects of the source"
+        logger.info("job %s: the output at %s %s, nothing to compute", run.job_id, run.sink.uri, why)
         publish_earlier_run(run.complete, logger.warning)
         return _completed(run.complete, report_line(run.complete))
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
@@ -179,6 +180,7 @@ def _merge(run: JobRun, staged: StageSummary) -> Manifest:
         fingerprint=run.objects,
         max_error_fraction=job.execution.max_error_fraction,
         rewrite=run.reopened,
+        slice_id=run.slice_id,
     )
 
 

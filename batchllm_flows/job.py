@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from batchllm_flows.job_yaml import RepeatedKeyError, load_yaml
+from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import SecretInJobError, TerminalError
-from batchllm_operators.keys import job_id
+from batchllm_operators.keys import canonical_json, job_id
 from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec_base import SpecModel
@@ -29,6 +30,7 @@ class InvalidJobError(TerminalError):
     """The job file cannot be read, or is not a valid job."""
 
 
+_SLICE_DIGITS = 16
 _PARTS_WITHOUT_INFLUENCE = {"name", "execution", "sink", "planning"}
 _SOURCE_FIELDS_WITHOUT_INFLUENCE = {"filter": None, "partitioning": "none"}
 """Fields of the source with the values by which they change no answer: jobs without them keep their ids."""
@@ -88,7 +90,8 @@ class BatchJob(SpecModel):
             pinned: the model with the commit that a hub id stands for, where the caller knows it; the id is the same.
         """
         spec = self.model_dump(mode="json", exclude=_PARTS_WITHOUT_INFLUENCE)
-        del spec["source"]["storage"]
+        # It decides which objects count, and these count themselves.
+        del spec["source"]["storage"], spec["source"]["new_objects_only"]
         for name, default in _SOURCE_FIELDS_WITHOUT_INFLUENCE.items():
             if spec["source"][name] == default:
                 del spec["source"][name]
@@ -99,6 +102,31 @@ class BatchJob(SpecModel):
         if isinstance(self.prompt, FieldsPrompt):
             spec["field_order"] = self.planning.field_order
         return job_id(spec, [(one.path, one.size, one.version) for one in fingerprint])
+
+    def slice_id(self, identity: str) -> str | None:
+        """What tells the output of a run from others that are added to the same sink; None: it is the only one there.
+
+        A later run with the same one replaces the output: a night that is run again, whatever its input is then. Where
+        only new objects are taken, that is a run on the same objects.
+
+        Args:
+            identity: the job's id.
+        """
+        if not self.sink.adds:
+            return None
+        night = identity if self.source.new_objects_only else (self.source.uri, self.source.filter)
+        return digest_of_bytes(canonical_json([self.name, night]))[:_SLICE_DIGITS]
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.source.new_objects_only and not self.sink.adds:
+            raise ValueError(
+                "source.new_objects_only: expected sink.mode append or partition, which keep what earlier runs have"
+                f" answered, got {self.sink.mode!r}"
+            )
+        if self.sink.carry == "key_only" and self.source.id_column is None:
+            raise ValueError("sink.carry: key_only carries source.id_column, expected a column there, got none")
+        return self
 
     def first_rows(self, rows: int) -> BatchJob:
         """This job on the first rows of its input only: another job, whose output is `{sink}/_first_{rows}`.

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.errors import BatchLLMError
+from batchllm_flows.new_objects import input_of
+from batchllm_operators.errors import BatchLLMError, TerminalError
 from batchllm_operators.execute.engine_options import check_engine_arguments
 from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
 from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits
+from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import counted, size_text
+from batchllm_operators.work.results import output_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def check_job(job: BatchJob) -> Iterator[Check]:
     if settings:
         yield _checked("prompt", lambda: _prompt(settings, source, needed))
     if source and needed:
-        yield _checked("columns", lambda: _columns(source[0], needed[0]))
+        yield _checked("columns", lambda: _columns(job, source[0], needed[0]))
     if needed:
         yield _checked("tokenizer", lambda: _tokenizer(settings[0]))
     if source:
@@ -54,7 +57,10 @@ def _checked(name: str, look: Callable[[], str]) -> Check:
 
 
 def _source(job: BatchJob, opened: list[Source]) -> str:
-    source = open_source(job.source)
+    found = input_of(job)
+    if not found.objects:
+        return "no object is new: a run computes nothing"
+    source = open_source(job.source, found)
     opened.append(source)
     rows = "rows not counted" if source.rows is None else counted(source.rows, "row")
     size = size_text(sum(one.size for one in source.objects))
@@ -82,12 +88,24 @@ def _prompt(found: list[StagerSettings], source: list[Source], needed: list[dict
     return f"kind {found[0].prompt.kind}"
 
 
-def _columns(source: Source, needed: dict[str, frozenset[str]]) -> str:
+def _columns(job: BatchJob, source: Source, needed: dict[str, frozenset[str]]) -> str:
     for field, columns in needed.items():
         source.require_columns(columns, field)
+    if isinstance(job.sink.carry, list):
+        source.require_columns(job.sink.carry, "sink.carry")
+    if source.has_columns:
+        _partition_columns(job, source)
     carried = "all" if source.spec.columns is None else len(source.carried())
     used = ", ".join(f"{field} {', '.join(sorted(columns))}" for field, columns in needed.items() if columns)
     return f"{used or 'the prompt uses none'}; carried to the sink: {carried}"
+
+
+def _partition_columns(job: BatchJob, source: Source) -> None:
+    """Refuse `sink.partition_by` that names no column of the output."""
+    answers = [field.name for field in output_fields(task_named(job.task), job.sink.prefix)]
+    missing = [name for name in job.sink.partition_by if name not in answers and source.missing([name])]
+    if missing:
+        raise TerminalError(f"sink.partition_by: no such output column: {', '.join(missing)}", uri=job.sink.uri)
 
 
 def _tokenizer(settings: StagerSettings) -> str:
@@ -102,7 +120,7 @@ def _sink(job: BatchJob, source: Source) -> str:
     sink = job.sink_store()
     identity = job.job_id(source.objects)
     refuse_overlap(source, sink, job.work_store(identity), job.answers_store())
-    complete = check_sink(sink, job.sink.mode, identity, job.sink.layout)
+    complete = check_sink(sink, job.sink.mode, identity, job.sink.layout, job.slice_id(identity))
     if complete is not None:
         return f"{sink.uri} holds this job's complete output: a run computes nothing"
     return f"{sink.uri}: this job may write there (job {identity})"

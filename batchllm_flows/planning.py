@@ -10,6 +10,7 @@ from batchllm_flows.publish import Warn, publish_plan
 from batchllm_flows.reuse import take_answers
 from batchllm_flows.run import JobRun, open_run
 from batchllm_operators.cost import Calibration, engine_seconds
+from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
 from batchllm_operators.execute.engine_work import EngineWork
 from batchllm_operators.execute.messages import Load
@@ -51,6 +52,8 @@ def plan_job(
         TransientError: the store does not answer.
     """
     run = open_run(job)
+    if not run.objects:
+        raise TerminalError("source.new_objects_only: no object is new, there is nothing to plan", uri=job.source.uri)
     staged, calibrated = stage_run(run, stage), kept_calibrations(run).latest()
     take_answers(run, staged)
     planned = plan_run(run, staged, calibrated, plan, attention=engine_attention(job.model, job.execution))

@@ -14,7 +14,7 @@ from batchllm_flows import __version__
 from batchllm_flows.job import BatchJob
 from batchllm_operators.cost import USD_DECIMALS, usd_of
 from batchllm_operators.errors import DamagedObjectError, TerminalError
-from batchllm_operators.merge.sink import work_of_output
+from batchllm_operators.merge.sink import newest_added_manifest, work_of_output
 from batchllm_operators.records import (
     BundleInfo,
     BundleResult,
@@ -29,7 +29,7 @@ from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted
 from batchllm_operators.work.json_objects import first_fault, read_record
-from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE, REPORT_PAGE, SAMPLES_FILE
+from batchllm_operators.work.layout import MANIFEST_FILE, MANIFESTS_FOLDER, REPORT_FILE, REPORT_PAGE, SAMPLES_FILE
 
 Kind = TypeVar("Kind", bound=Record)
 
@@ -309,9 +309,15 @@ def load_report(work: Store) -> JobReport:
 
 
 def _work_of(sink: SinkSpec) -> Store:
+    """The work folder of the output in a folder; of several that were added there, of the last."""
     store = Store(sink.uri, sink.storage)
     if not store.exists(MANIFEST_FILE):
-        raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=store.uri)
+        added = newest_added_manifest(store)
+        if added is None:
+            raise TerminalError(
+                f"no complete output here: expected {MANIFEST_FILE} or {MANIFESTS_FOLDER}/", uri=store.uri
+            )
+        return work_of_output(store, added)
     manifest = _load(Manifest, store, MANIFEST_FILE, "read it with that version")
     return work_of_output(store, manifest)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from batchllm_flows.job import BatchJob
+from batchllm_flows.new_objects import input_of, last_report
 from batchllm_flows.report import JobReport, StepSeconds, load_report
 from batchllm_operators.answers import answers_scope
 from batchllm_operators.errors import DamagedObjectError, RowErrorCode, TerminalError
@@ -37,11 +38,13 @@ class JobRun:
     work: Store
     sink: Store
     complete: JobReport | None
-    """The report of the run that completed this very job, if there was one."""
+    """The report of the run that completed this very job, if there was one; without new objects, of the last run."""
     reopened: bool = False
     """The output is complete, and written again with the answers that rows with an engine's error get now."""
     answers: str | None = None
     """The scope in which its answers are kept and found, see `answers_scope`; None: they are not."""
+    slice_id: str | None = None
+    """What tells its output from others that are added to the sink; None: it is the only one there."""
 
 
 def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
@@ -57,7 +60,11 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
             job, a complete output whose report another version wrote, or one to open again whose results are gone.
     """
     check_engine_arguments(job.model)
-    source = open_source(job.source)
+    found = input_of(job)
+    if not found.objects:
+        work, report = last_report(job)
+        return JobRun(job, report.job_id, (), work, job.sink_store(), _as_before(report))
+    source = open_source(job.source, found)
     # Looked up once: what is loaded from here on is of the commit that the id counts.
     model = pinned(job.model)
     identity = job.job_id(source.objects, model)
@@ -65,7 +72,8 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     work, sink = job.work_store(identity), job.sink_store()
     refuse_overlap(source, sink, work, job.answers_store())
     _refuse_work_of_another(work, identity)
-    manifest = check_sink(sink, job.sink.mode, identity, job.sink.layout)
+    slice_id = job.slice_id(identity)
+    manifest = check_sink(sink, job.sink.mode, identity, job.sink.layout, slice_id)
     complete = None
     reopened = retry_errors and manifest is not None and RowErrorCode.ENGINE_ERROR in manifest.error_rows
     if reopened and not part_names(work):
@@ -77,9 +85,9 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
     if manifest is not None and not reopened and work.exists(REPORT_FILE):
         complete = _report_of_before(work)
     if complete is None or not is_work_folder(work):
-        write_job_file(work, identity, job.model_dump(mode="json"), source.objects, answers)
+        write_job_file(work, identity, job.model_dump(mode="json"), source.objects, answers, slice_id)
     job = job.model_copy(update={"model": model})
-    return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened, answers)
+    return JobRun(job, identity, tuple(source.objects), work, sink, complete, reopened, answers, slice_id)
 
 
 def _answers_scope(job: BatchJob, model: ModelSpec) -> str | None:
@@ -101,6 +109,11 @@ def _report_of_before(work: Store) -> JobReport | None:
     except DamagedObjectError as error:
         set_aside(work, REPORT_FILE, error)
         return None
+    return _as_before(report)
+
+
+def _as_before(report: JobReport) -> JobReport:
+    """The report of an earlier run, as that of one which finds its output complete."""
     return report.model_copy(update={"already_complete": True, "computed_requests": 0})
 
 

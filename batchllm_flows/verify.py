@@ -5,7 +5,7 @@ A run looks at names and sizes of its output, and at what it takes up again. Thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -15,7 +15,7 @@ from batchllm_operators.batch_sizes import NUMBERS_AT_A_TIME
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.formats import format_named
 from batchllm_operators.merge.claim import data_files
-from batchllm_operators.merge.sink import changed_files, read_manifest, work_of_output
+from batchllm_operators.merge.sink import all_manifests, changed_files, work_of_output
 from batchllm_operators.records import Manifest, OutputFile, PlanSummary, Record, StageSummary
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
@@ -30,12 +30,14 @@ from batchllm_operators.work.layout import (
     ATTENTION_TRACE_FOLDER,
     JOB_FILE,
     MANIFEST_FILE,
+    MANIFESTS_FOLDER,
     PLAN_SUMMARY,
     REPORT_FILE,
     RESULTS_FOLDER,
     STAGED_FOLDER,
     STAGED_SUMMARY,
     TRACE_FOLDER,
+    manifest_name,
 )
 from batchllm_operators.work.results import checked_result_part
 
@@ -56,11 +58,12 @@ class Verification(Record):
     """What reading a job's output and work folder has shown."""
 
     output_uri: str
-    work_uri: str
+    work_uris: tuple[str, ...]
+    """The work folder of each output that the folder holds."""
     objects: int
     """The objects that were read and compared."""
     rows: int
-    """The rows of the output."""
+    """The rows of all outputs."""
     faults: tuple[Fault, ...]
     set_aside: tuple[str, ...]
     """Damaged objects that earlier runs had found, moved to `quarantine/` and made again; no faults now."""
@@ -79,20 +82,22 @@ def verify_output(sink: SinkSpec) -> Verification:
         TransientError: the store does not answer.
     """
     output = Store(sink.uri, sink.storage)
-    manifest = read_manifest(output)
-    if manifest is None:
-        raise TerminalError(f"no complete output here: expected {MANIFEST_FILE}", uri=output.uri)
-    work = work_of_output(output, manifest)
-    checks = [*_output_checks(output, manifest), *_work_checks(work, manifest)]
+    manifests = all_manifests(output)
+    if not manifests:
+        raise TerminalError(f"no complete output here: expected {MANIFEST_FILE} or {MANIFESTS_FOLDER}/", uri=output.uri)
+    works = [work_of_output(output, manifest) for manifest in manifests]
+    checks: list[Check] = [partial(_files_beside, output, manifests)]
+    for manifest, work in zip(manifests, works, strict=True):
+        checks += [*_output_checks(output, manifest), *_work_checks(work, manifest)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers:
         found = list(readers.map(lambda check: check(), checks))
     return Verification(
         output_uri=output.uri,
-        work_uri=work.uri,
+        work_uris=tuple(work.uri for work in works),
         objects=len(checks),
-        rows=manifest.rows,
+        rows=sum(manifest.rows for manifest in manifests),
         faults=tuple(fault for faults in found for fault in faults),
-        set_aside=tuple(quarantined(work)),
+        set_aside=tuple(name for work in works for name in quarantined(work)),
     )
 
 
@@ -120,7 +125,9 @@ def _output_checks(output: Store, manifest: Manifest) -> Iterator[Check]:
     changed = changed_files(output, manifest)
     for file in manifest.files:
         yield partial(_output_file, output, file, changed.get(file.name), manifest.layout.format)
-    yield partial(_output_as_a_whole, output, manifest)
+    if manifest.inputs is not None:
+        yield partial(_readable, output, manifest.inputs, lambda name: _scan(output, name))
+    yield partial(_rows_as_a_whole, output, manifest)
 
 
 def _output_file(output: Store, file: OutputFile, known: str | None, form: str) -> list[Fault]:
@@ -135,19 +142,23 @@ def _output_file(output: Store, file: OutputFile, known: str | None, form: str) 
     return [_fault(output, file.name, f"expected {counted(file.rows, 'row')}, found {rows:,}")]
 
 
-def _output_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
-    listed = {file.name for file in manifest.files}
-    faults = [
-        _fault(output, name, "the manifest does not list it: another run writes it now, or was stopped")
-        for name in data_files(output)
+def _files_beside(output: Store, manifests: Sequence[Manifest]) -> list[Fault]:
+    """Files that no manifest lists."""
+    listed = {file.name for manifest in manifests for file in manifest.files}
+    with_folders = any(manifest.slice_id is not None for manifest in manifests)
+    return [
+        _fault(output, name, "no manifest lists it: another run writes it now, or was stopped")
+        for name in data_files(output, with_folders=with_folders)
         if name not in listed
     ]
+
+
+def _rows_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
     rows = sum(file.rows for file in manifest.files)
-    if rows != manifest.rows:
-        faults.append(
-            _fault(output, MANIFEST_FILE, f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}")
-        )
-    return faults
+    if rows == manifest.rows:
+        return []
+    name = manifest_name(manifest.slice_id)
+    return [_fault(output, name, f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}")]
 
 
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:

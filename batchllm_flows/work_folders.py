@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from batchllm_operators.errors import DamagedObjectError, TerminalError
-from batchllm_operators.merge.sink import check_sink, read_manifest, work_of_output
+from batchllm_operators.merge.sink import all_manifests, check_sink, work_of_output
 from batchllm_operators.records import Manifest
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.specs.sink import SinkSpec
@@ -25,6 +25,8 @@ class OwnedFolder:
     job_name: str
     source_uri: str
     sink: SinkSpec
+    slice_id: str | None = None
+    """Tells its output from others that were added to the sink."""
 
     def manifest(self) -> Manifest | None:
         """The manifest of the job's complete output; None where that is not complete, or another job's.
@@ -35,8 +37,14 @@ class OwnedFolder:
         around, _, folder = self.work.uri.rpartition("/")[0].rpartition("/")
         if folder == WORK_FOLDER:
             outputs.insert(0, Store(around, self.work.options))
-        found = (check_sink(output, "overwrite", self.job_id) for output in outputs)
+        found = (self._manifest_in(output) for output in outputs)
         return next((manifest for manifest in found if manifest is not None), None)
+
+    def _manifest_in(self, output: Store) -> Manifest | None:
+        try:
+            return check_sink(output, "overwrite", self.job_id, slice_id=self.slice_id)
+        except TerminalError:
+            return None  # outputs of another kind have taken the place of this one
 
 
 def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
@@ -50,9 +58,8 @@ def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
         return [root]
     below = root.folder(WORK_FOLDER)
     found = [below.folder(name) for name in work_folders_in(below)]
-    elsewhere = _work_of_output(root)
-    if elsewhere is not None and elsewhere.uri not in {one.uri for one in found} and is_work_folder(elsewhere):
-        found.insert(0, elsewhere)
+    known = {one.uri for one in found}
+    found = [one for one in _works_of_outputs(root) if one.uri not in known] + found
     found = found or [root.folder(name) for name in work_folders_in(root)]
     if not found:
         raise TerminalError(
@@ -79,6 +86,7 @@ def owned_folder(work: Store) -> OwnedFolder:
             job_name=str(job["name"]),
             source_uri=str(job["source"]["uri"]),
             sink=SinkSpec.model_validate(sink),
+            slice_id=file.slice_id,
         )
     except (DamagedObjectError, KeyError, TypeError, AttributeError, ValidationError) as error:
         why = error.message if isinstance(error, DamagedObjectError) else type(error).__name__
@@ -88,19 +96,23 @@ def owned_folder(work: Store) -> OwnedFolder:
         ) from error
 
 
-def _work_of_output(sink: Store) -> Store | None:
-    """The work folder of the output in a folder, which `execution.work_uri` may have put anywhere.
+def _works_of_outputs(sink: Store) -> list[Store]:
+    """The work folders of the outputs in a folder, which `execution.work_uri` may have put anywhere.
 
-    That of a sink that this one is a copy of is not its own.
+    Those of a sink that this one is a copy of are not its own.
     """
     try:
-        manifest = read_manifest(sink)
+        manifests = all_manifests(sink)
     except TerminalError:
-        return None  # damaged, or not one of ours: what it belongs to is not known
-    if manifest is None:
-        return None
-    work = work_of_output(sink, manifest)
-    if work.path_from(sink) is not None or not is_work_folder(work):
-        return work
+        return []  # damaged, or not one of ours: what it belongs to is not known
+    works = [work_of_output(sink, manifest) for manifest in manifests]
+    return [work for work in works if _is_of(work, sink)]
+
+
+def _is_of(work: Store, sink: Store) -> bool:
+    if not is_work_folder(work):
+        return False
+    if work.path_from(sink) is not None:
+        return True
     owner = owned_folder(work)
-    return work if Store(owner.sink.uri, owner.sink.storage).uri == sink.uri else None
+    return Store(owner.sink.uri, owner.sink.storage).uri == sink.uri

@@ -338,10 +338,12 @@ class OutputLayout(Record):
     format: str
     rows_per_file: int
     prefix: str = ""
+    carry: str | tuple[str, ...] = "all"
+    partition_by: tuple[str, ...] = ()
 
 
 class Manifest(Record):
-    """`_manifest.json` of the sink: its presence says that the output is complete."""
+    """`_manifest.json` of the sink, or one of `_manifests/`: its presence says that the output is complete."""
 
     format_version: int
     job_id: str
@@ -352,6 +354,10 @@ class Manifest(Record):
     error_rows: dict[str, int]
     files: tuple[OutputFile, ...]
     layout: OutputLayout
+    slice_id: str | None = None
+    """Of an output beside others: what tells it from them."""
+    inputs: str | None = None
+    """The object of the sink that lists the input, where later runs take new objects only."""
     prompt_tokens: int
     cached_tokens: int
     computed_prompt_tokens: int

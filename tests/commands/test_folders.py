@@ -201,7 +201,7 @@ def test_a_moved_output_is_the_complete_output_of_its_job(batchllm: Batchllm, do
     assert found.work.uri == str(moved / "_batchllm" / done.job_id)
     assert found.folders != (".",), "the report of a complete job stays"
     verified = json.loads(batchllm("verify", moved, "--json").stdout)
-    assert verified["work_uri"] == found.work.uri
+    assert verified["work_uris"] == [found.work.uri]
     assert batchllm("report", moved).exit_code == 0
 
 

@@ -39,8 +39,8 @@ class Writer:
         source = self.job.source()
         tables = source.tables
 
-        def interrupted(schema: pa.Schema) -> Iterator[pa.Table]:
-            whole = pa.concat_tables(tables(schema))
+        def interrupted(schema: pa.Schema, rows: None) -> Iterator[pa.Table]:
+            whole = pa.concat_tables(tables(schema, rows))
             yield whole.slice(0, 3)
             in_the_middle()
             yield whole.slice(3)

@@ -130,8 +130,8 @@ def test_input_replaced_while_it_is_merged_by_one_of_as_many_rows_leaves_no_outp
 
     tables = ParquetSource.tables
 
-    def replaced_behind(self: ParquetSource, schema: pa.Schema) -> Any:
-        yield from tables(self, schema)
+    def replaced_behind(self: ParquetSource, schema: pa.Schema, rows: None) -> Any:
+        yield from tables(self, schema, rows)
         told.write_input(texts(of="another"))
 
     with monkeypatch.context() as patch:

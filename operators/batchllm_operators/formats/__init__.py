@@ -7,15 +7,19 @@ the command line and Prefect's workers find too.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.format_names import FORMATS
 from batchllm_operators.formats.base import FileFormat, Reader, Writer
+from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.formats.object_rows import ObjectColumns, ReadRows
 from batchllm_operators.formats.partitions import with_filtered_objects
 from batchllm_operators.formats.source import BATCH_ROWS, ROW_JSON, RowBatch, Source
 from batchllm_operators.formats.source_objects import source_objects
 from batchllm_operators.formats.tables import ColumnarSource, TableReader
+from batchllm_operators.records import InputObject
 from batchllm_operators.specs.source import SourceSpec
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "Source",
     "TableReader",
     "Writer",
+    "find_objects",
     "format_named",
     "format_names",
     "formats_in_use",
@@ -82,15 +87,32 @@ def formats_in_use() -> list[FileFormat]:
     return FORMATS.in_use()
 
 
-def open_source(spec: SourceSpec) -> Source:
+def find_objects(spec: SourceSpec) -> FoundInput:
+    """Find the objects of a source, without a look at their columns.
+
+    Raises:
+        TerminalError: no object matches, no access, or those that match are of another format.
+    """
+    return with_filtered_objects(spec, source_objects(spec, format_named(spec.format)))
+
+
+def open_source(
+    spec: SourceSpec, found: FoundInput | None = None, only: Collection[InputObject] | None = None
+) -> Source:
     """Find the objects of a source and look at their columns.
+
+    Args:
+        spec: of the source.
+        found: its objects, where they are known.
+        only: those of its objects that are taken; None: all.
 
     Raises:
         TerminalError: no object matches, no access, an object that cannot be read, objects whose schemas disagree, or
             that are of another format.
     """
-    form = format_named(spec.format)
-    found = with_filtered_objects(spec, source_objects(spec, form))
-    source = form.required_reader().open(spec, found)
+    objects = find_objects(spec) if found is None else found
+    if only is not None:
+        objects = objects.only({one.path for one in only})
+    source = format_named(spec.format).required_reader().open(spec, objects)
     source.check_filter()
     return source

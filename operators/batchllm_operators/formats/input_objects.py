@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fsspec.utils import glob_translate
@@ -36,6 +36,11 @@ class FoundInput:
     again: Callable[[], FoundInput]
     left_out: tuple[str, ...] = ()
     is_listed: bool = False
+
+    def only(self, paths: Collection[str]) -> FoundInput:
+        """Those of the objects that have these paths, now and when they are looked for anew."""
+        objects = tuple(one for one in self.objects if one.path in paths)
+        return replace(self, objects=objects, again=lambda: self.again().only(paths))
 
 
 def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> FoundInput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -251,6 +251,10 @@ class Source(ABC):
     def missing(self, names: Collection[str]) -> list[str]:
         """Which of these are no columns of any row, sorted."""
         return sorted(set(names) - set(self.columns))
+
+    def carry_only(self, columns: Sequence[str]) -> None:
+        """Let just these columns go to the sink, in place of those of `source.columns`."""
+        self.spec = self.spec.model_copy(update={"columns": list(columns)})
 
     def carried(self) -> list[str]:
         """Names of the columns that go to the sink; of JSONL without a selection, those of the rows read so far."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from batchllm_operators.formats import Source
 from batchllm_operators.formats.input_changes import refuse_changed_input
 from batchllm_operators.merge.answers import AnswerSpill, spill_results, spill_staged_errors
 from batchllm_operators.merge.claim import SinkClaim
+from batchllm_operators.merge.joining import side_by_side
 from batchllm_operators.merge.requests import (
     ChosenResults,
     RequestIndex,
@@ -25,8 +26,9 @@ from batchllm_operators.merge.requests import (
     index_requests,
 )
 from batchllm_operators.merge.samples import SampleCollector
+from batchllm_operators.merge.seen_inputs import write_inputs
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
-from batchllm_operators.merge.writers import carried_rows, write_output
+from batchllm_operators.merge.writers import output_rows, write_in_folders, write_output
 from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StageSummary
 from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.specs.sink import SinkSpec
@@ -53,6 +55,7 @@ def merge_results(
     fingerprint: Sequence[InputObject],
     max_error_fraction: float,
     rewrite: bool = False,
+    slice_id: str | None = None,
 ) -> Manifest:
     """Join the results to the input rows, write the output files, and the manifest last.
 
@@ -71,6 +74,7 @@ def merge_results(
         fingerprint: the input objects as they were when the job began.
         max_error_fraction: share of rows without an answer above which there is no output.
         rewrite: write this job's output again, from results that are newer than it.
+        slice_id: tells the output from others of the sink, where it is added to them.
 
     Raises:
         TerminalError: the sink is another job's, the input changed, requests have no result, too many rows have errors,
@@ -79,7 +83,7 @@ def merge_results(
         TransientError: the store does not answer.
     """
     refuse_overlap(source, sink, work)
-    complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
+    complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout, slice_id)
     if complete is not None and not rewrite:
         return complete
     refuse_changed_input(source, source.objects, fingerprint)
@@ -92,13 +96,13 @@ def merge_results(
     examples = _error_examples(index, chosen, stage, work)
     refuse_too_many_errors(error_rows, stage.rows, max_error_fraction, examples)
 
-    schema, seen = carried_schema(stage), SampleCollector(task)
+    schema, seen = _columns_to_carry(source, stage, sink_spec), SampleCollector(task)
     refuse_output_names(task, schema.names, sink_spec.prefix)
     numbers = None if source.spec.filter is None else source_rows(work, stage)
-    carried, output_schema = carried_rows(source, schema, sink_spec, task, numbers)
-    with SinkClaim(sink, job_id, sink_spec.mode) as claim:
+    output = output_rows(source, schema, sink_spec, task, numbers)
+    with SinkClaim(sink, job_id, sink_spec.mode, slice_id) as claim:
         # Again: another run may have completed it just before.
-        complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout)
+        complete = check_sink(sink, sink_spec.mode, job_id, sink_spec.layout, slice_id)
         if complete is not None and not rewrite:
             claim.release()
             return complete
@@ -110,9 +114,12 @@ def merge_results(
             spill_staged_errors(stage, work, spill)
             spill_results(index, chosen, parts, work, spill, task)
             answers = seen.watched(spill.in_row_order())
-            rows = _joined(carried, answers, output_schema, source)
+            rows = side_by_side(output.carried, answers, output.schema, source.spec.uri)
             with closing(rows):
-                files = write_output(rows, output_schema, sink, sink_spec, claim)
+                if sink_spec.partition_by:
+                    files = write_in_folders(rows, output, sink, sink_spec, claim, Path(folder))
+                else:
+                    files = write_output(rows, output.schema, sink, sink_spec, claim)
         written = sum(file.rows for file in files)
         if written != stage.rows:
             raise TerminalError(
@@ -130,6 +137,8 @@ def merge_results(
             error_rows=dict(sorted(error_rows.items())),
             files=tuple(files),
             layout=sink_spec.layout,
+            slice_id=slice_id,
+            inputs=_listed_inputs(source, fingerprint, sink, claim),
             prompt_tokens=stage.prompt_tokens,
             cached_tokens=chosen.cached_tokens,
             computed_prompt_tokens=chosen.prompt_tokens - chosen.cached_tokens,
@@ -139,29 +148,32 @@ def merge_results(
     return manifest
 
 
-def _joined(
-    inputs: Iterator[pa.Table], answers: Iterator[pa.Table], schema: pa.Schema, source: Source
-) -> Generator[pa.Table]:
-    """Input rows beside their answers; both come in row order, in tables of sizes of their own."""
-    rest = pa.table({})
-    for table in answers:
-        answer = table
-        carried = len(schema) - answer.num_columns
-        while len(answer):
-            if not len(rest):
-                rest = next(inputs, None)
-                if rest is None:
-                    raise _changed_while_merging(source)
-            rows = min(len(rest), len(answer))
-            columns = [*rest.slice(0, rows).columns[:carried], *answer.slice(0, rows).columns]
-            yield pa.Table.from_arrays(columns, schema=schema)
-            rest, answer = rest.slice(rows), answer.slice(rows)
-    if len(rest) or next(inputs, None) is not None:
-        raise _changed_while_merging(source)
+def _columns_to_carry(source: Source, stage: StageSummary, spec: SinkSpec) -> pa.Schema:
+    """The schema of the input columns that go to the sink, by `sink.carry` of those that staging found.
+
+    Raises:
+        TerminalError: names a column that is not there.
+    """
+    schema = carried_schema(stage)
+    if spec.carry == "all":
+        return schema
+    names = [source.spec.id_column or ""] if spec.carry == "key_only" else list(spec.carry)
+    missing = [name for name in names if name not in schema.names]
+    if missing:
+        raise TerminalError(
+            f"sink.carry: no such column: {', '.join(missing)}; there is {', '.join(schema.names) or 'none'}"
+        )
+    source.carry_only(names)
+    return pa.schema([schema.field(name) for name in names])
 
 
-def _changed_while_merging(source: Source) -> TerminalError:
-    return TerminalError("source: has not the rows that were staged: it changed while it was read", uri=source.spec.uri)
+def _listed_inputs(source: Source, fingerprint: Sequence[InputObject], sink: Store, claim: SinkClaim) -> str | None:
+    """List the input beside the manifest, where later runs leave it out; the name of the list."""
+    if not source.spec.new_objects_only:
+        return None
+    name = claim.inputs_name()
+    write_inputs(sink, name, source.store, fingerprint)
+    return name
 
 
 def _refuse_missing_results(index: RequestIndex, chosen: ChosenResults, stage: StageSummary, work: Store) -> None:

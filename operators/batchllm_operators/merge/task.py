@@ -42,6 +42,7 @@ def merge(
     fingerprint: Sequence[InputObject],
     max_error_fraction: float = 0.05,
     rewrite: bool = False,
+    slice_id: str | None = None,
 ) -> Manifest:
     """Join the results in the work folder to the input rows, write the output files, and the manifest last.
 
@@ -55,13 +56,14 @@ def merge(
         fingerprint: the input objects as they were when the job began.
         max_error_fraction: share of rows without an answer above which there is no output.
         rewrite: write this job's complete output again.
+        slice_id: tells the output from others of the sink, where it is added to them.
 
     Raises:
         TerminalError: see `merge_results`.
         TransientError: after the retries.
     """
     manifest = merge_results(
-        open_source(source),
+        open_source(source, only=fingerprint if source.new_objects_only else None),
         staged,
         Store(work_uri, sink.storage),
         Store(sink.uri, sink.storage),
@@ -71,6 +73,7 @@ def merge(
         fingerprint=fingerprint,
         max_error_fraction=max_error_fraction,
         rewrite=rewrite,
+        slice_id=slice_id,
     )
     get_run_logger().info(
         "merged %s into %s at %s", counted(manifest.rows, "row"), counted(len(manifest.files), "file"), sink.uri

@@ -49,6 +49,11 @@ class SourceSpec(SpecModel):
         description="`hive`: folders such as `dt=2026-11-01/` in the paths of objects are columns, as text, or as int64"
         " where all are integers; `schema` names another type",
     )
+    new_objects_only: bool = Field(
+        default=False,
+        description="only objects that no complete run of a job of this name has answered yet, in this version; needs "
+        "sink.mode `append` or `partition`, whose manifests say what was answered",
+    )
     limit: int | None = Field(default=None, ge=1, description="only the first rows, so many; default: all")
     storage: StorageOptions = StorageOptions()
 

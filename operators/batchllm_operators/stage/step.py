@@ -58,7 +58,7 @@ def stage_source(
         TerminalError: see `stage_rows`.
         TransientError: the store does not answer.
     """
-    rows = open_source(source)
+    rows = open_source(source, only=fingerprint if source.new_objects_only else None)
     # From the hub, or of a large vocabulary, that takes long.
     log(f"loading the tokenizer of {model.id}")
     with StageProgress(rows.rows, terminal(), log) as progress:

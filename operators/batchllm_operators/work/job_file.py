@@ -25,6 +25,8 @@ class JobFile(BaseModel):
     """The spec, as that version writes it."""
     answers: str | None = None
     """The scope in which its answers are kept, see `batchllm_operators.answers`; None: they are not."""
+    slice_id: str | None = None
+    """What tells its output from others that are added to its sink; None: it is the only one there."""
 
     @property
     def job_name(self) -> str | None:
@@ -39,7 +41,12 @@ class JobFile(BaseModel):
 
 
 def write_job_file(
-    work: Store, job_id: str, job: Mapping[str, Any], objects: Sequence[InputObject], answers: str | None
+    work: Store,
+    job_id: str,
+    job: Mapping[str, Any],
+    objects: Sequence[InputObject],
+    answers: str | None,
+    slice_id: str | None = None,
 ) -> None:
     """Say whose the work folder is.
 
@@ -49,6 +56,7 @@ def write_job_file(
         job: its spec, as JSON values.
         objects: of its input.
         answers: the scope in which its answers are kept; None: they are not.
+        slice_id: tells its output from others of the sink, where it is added to them.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -56,6 +64,7 @@ def write_job_file(
         "job": job,
         "input": [one.model_dump() for one in objects],
         "answers": answers,
+        "slice_id": slice_id,
     }
     work.write_bytes(JOB_FILE, canonical_json(content))
 

@@ -19,7 +19,8 @@
 | `quarantine/...` | `damage` | whoever sets a damaged object aside | report, verify |
 
 Beside the work folders `_batchllm/calibrations/` keeps what engines measured, and `_batchllm/answers/` the answers of
-all runs (`batchllm_operators.answers`). `_manifest.json` of the sink says that the output is complete.
+all runs (`batchllm_operators.answers`). `_manifest.json` of the sink says that the output is complete; where outputs
+are added to a sink, each has a manifest in `_manifests/`.
 
 A summary is written behind the objects it lists: without it they do not count. Objects of JSON are read and written by
 `json_objects`; `damage` says what is done with an object that is not what was written.
@@ -57,6 +58,17 @@ CALIBRATIONS_FOLDER = "_batchllm/calibrations"
 """The folder of the sink that holds calibrations for every job that writes there."""
 MANIFEST_FILE = "_manifest.json"
 """The object of the sink whose presence says that the output is complete."""
+MANIFESTS_FOLDER = "_manifests"
+"""The folder of a sink that outputs are added to: one manifest for each of them."""
+
+
+def manifest_name(slice_id: str | None) -> str:
+    """Name of the manifest of an output in its sink.
+
+    Args:
+        slice_id: of an output beside others; None: the sink holds one output.
+    """
+    return MANIFEST_FILE if slice_id is None else f"{MANIFESTS_FOLDER}/{slice_id}.json"
 
 
 def engine_log(index: int) -> str:
