@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchllm_flows.flows import batch_inference as batch_inference
     from batchllm_flows.job import BatchJob as BatchJob
+    from batchllm_flows.nights import nightly_inference as nightly_inference
     from batchllm_flows.report import JobReport as JobReport
 
 __version__ = "0.1.0"
@@ -19,9 +20,10 @@ _PUBLIC = {
     "BatchJob": "batchllm_flows.job",
     "JobReport": "batchllm_flows.report",
     "batch_inference": "batchllm_flows.flows",
+    "nightly_inference": "batchllm_flows.nights",
 }
 
-__all__ = ["BatchJob", "JobReport", "__version__", "batch_inference"]
+__all__ = ["BatchJob", "JobReport", "__version__", "batch_inference", "nightly_inference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -55,6 +55,10 @@ class TerminalError(BatchLLMError):
     """No further attempt can pass: a bad spec, a missing object, a model that does not load."""
 
 
+class NoInputError(TerminalError):
+    """A source in which nothing is to be read."""
+
+
 class SecretInJobError(TerminalError):
     """A job holds a password or a token, which would stand in databases, logs and work folders; names the field only.
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from fsspec.utils import glob_translate
 
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import NoInputError
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
@@ -56,7 +56,8 @@ def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> 
         suffixes: endings of data objects, in lower case; others below a folder are left out and named.
 
     Raises:
-        TerminalError: nothing matches, no such bucket, access denied.
+        NoInputError: nothing matches.
+        TerminalError: no such bucket, access denied.
     """
     again = partial(find_input, uri, options, suffixes)
     folder, _, name = Store(uri, options).uri.rpartition("/")
@@ -75,7 +76,7 @@ def find_input(uri: str, options: StorageOptions, suffixes: tuple[str, ...]) -> 
         others = [one for one in objects if not one.path.lower().endswith((*suffixes, *_NO_DATA_SUFFIXES))]
         objects = [one for one in objects if one.path.lower().endswith(suffixes)]
     if not objects:
-        raise TerminalError(f"source.uri: no object matches{_expected(pattern, suffixes, others)}", uri=uri)
+        raise NoInputError(f"source.uri: no object matches{_expected(pattern, suffixes, others)}", uri=uri)
     left_out = tuple(f"{one.path} (unknown ending)" for one in others)
     return FoundInput(store, tuple(objects), again, left_out, is_listed=not pattern)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from batchllm_operators.columns.arrow_values import json_values
 from batchllm_operators.columns.sql_filter import SqlFilter, SqlFilterError
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import NoInputError, TerminalError
 from batchllm_operators.formats.input_objects import FoundInput
 from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.wording import counted
@@ -95,7 +95,8 @@ def with_filtered_objects(spec: SourceSpec, found: FoundInput) -> FoundInput:
     """The objects whose partition columns do not rule out that `source.filter` takes a row of them.
 
     Raises:
-        TerminalError: none is left, or the condition does not go with the columns.
+        NoInputError: none is left.
+        TerminalError: the condition does not go with the columns.
     """
     if spec.filter is None or spec.partitioning == "none":
         return found
@@ -109,7 +110,7 @@ def with_filtered_objects(spec: SourceSpec, found: FoundInput) -> FoundInput:
                 raise TerminalError(f"source.filter: {error}", uri=spec.uri) from error
     objects = tuple(one for one, is_taken in zip(found.objects, taken, strict=True) if is_taken)
     if not objects:
-        raise TerminalError(
+        raise NoInputError(
             f"source.filter: {spec.filter!r} holds for no partition of {counted(len(found.objects), 'object')}",
             uri=spec.uri,
         )
