@@ -30,6 +30,7 @@ from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.reuse import leave_answers, take_answers
 from batchllm_flows.run import JobRun, StepClock, open_run
+from batchllm_flows.work_lease import WorkLease
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
 from batchllm_operators.execute.engine_work import EngineWork
@@ -70,15 +71,18 @@ def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.da
     """
     logger = get_run_logger()
     clock = StepClock()
-    run = open_run(_of_its_day(job, date), retry_errors=retry_errors)
+    job = _of_its_day(job, date)
+    run = open_run(job, retry_errors=retry_errors)
     if run.complete is not None:
-        why = "is complete already" if run.objects else "has the answers to all objects of the source"
-        logger.info("job %s: the output at %s %s, nothing to compute", run.job_id, run.sink.uri, why)
-        publish_earlier_run(run.complete, logger.warning)
-        return _completed(run.complete, report_line(run.complete))
+        return _completed_before(run, run.complete)
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
-    with remembered_failure(run.work, logger.warning):
-        report = _compute(run, clock)
+    with WorkLease(run.work, job.execution.on_concurrent, flow_run.id, logger.info) as lease:
+        if lease.waited:
+            run = open_run(job, retry_errors=retry_errors)
+            if run.complete is not None:
+                return _completed_before(run, run.complete)
+        with remembered_failure(run.work, logger.warning):
+            report = _compute(run, clock, lease)
     return _completed(report, report_line(report))
 
 
@@ -93,6 +97,15 @@ def plan_batch_inference(job: BatchJob, date: datetime.date | None = None) -> Pl
     return _completed(planned, plan_line(planned))
 
 
+def _completed_before(run: JobRun, report: JobReport) -> JobReport:
+    """The report of an earlier run, where there is nothing to compute."""
+    logger = get_run_logger()
+    why = "is complete already" if run.objects else "has the answers to all objects of the source"
+    logger.info("job %s: the output at %s %s, nothing to compute", run.job_id, run.sink.uri, why)
+    publish_earlier_run(report, logger.warning)
+    return _completed(report, report_line(report))
+
+
 def _of_its_day(job: BatchJob, day: datetime.date | None) -> BatchJob:
     """The job with its dates filled in, of the day that was asked for or that its flow run was scheduled for."""
     return dated_job(job, flow_run.scheduled_start_time if day is None else moment_of(day))
@@ -104,7 +117,7 @@ def _completed(result: Result, message: str) -> Result:
     return cast(Result, Completed(message=message, data=result))
 
 
-def _compute(run: JobRun, clock: StepClock) -> JobReport:
+def _compute(run: JobRun, clock: StepClock, lease: WorkLease) -> JobReport:
     """The steps of a run, one after the other."""
     job, logger = run.job, get_run_logger()
     with (
@@ -120,6 +133,7 @@ def _compute(run: JobRun, clock: StepClock) -> JobReport:
         executed = _plan_and_execute(run, staged, fleet, status, clock)
         fleet.release()
         with clock.merge:
+            lease.require()
             manifest = _merge(run, staged)
             leave_answers(run, logger.warning)
         report = build_report(

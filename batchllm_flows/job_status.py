@@ -9,6 +9,7 @@ from pydantic import Field
 from batchllm_flows.last_error import LastError, read_last_error
 from batchllm_flows.work_folders import find_work_folders, owned_folder
 from batchllm_operators.errors import TerminalError
+from batchllm_operators.machine.process_identity import is_surely_gone
 from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.records import PlanSummary, Record, StageSummary
 from batchllm_operators.spec_base import StorageOptions
@@ -16,6 +17,7 @@ from batchllm_operators.store import Store
 from batchllm_operators.wording import counted, size_text
 from batchllm_operators.work.json_objects import read_record
 from batchllm_operators.work.layout import PLAN_SUMMARY, RESULTS_FOLDER, STAGED_SUMMARY
+from batchllm_operators.work.lease import read_lease
 
 
 class JobStatus(Record):
@@ -43,6 +45,8 @@ class JobStatus(Record):
     """The bytes of the work folder."""
     not_counted: str | None = None
     """Why requests and answers could not be counted; None: they were, or nothing is staged."""
+    running: str | None = None
+    """The run that works on it, by its lease; None: none, or it has surely ended."""
     last_write: datetime
     last_error: LastError | None = None
     output_uri: str
@@ -69,6 +73,7 @@ def job_status(work: Store) -> JobStatus:
         staged = None
     planned = read_record(PlanSummary, work, PLAN_SUMMARY, only_looks=True)
     manifest = owner.manifest()
+    lease = read_lease(work)
     requests, answered, not_counted = _counted(work, staged)
     left = None if requests is None else requests - answered
     if manifest is not None:
@@ -86,6 +91,7 @@ def job_status(work: Store) -> JobStatus:
         bundles=None if planned is None else len(planned.bundles),
         parts=sum(name.startswith(f"{RESULTS_FOLDER}/") for name in names),
         bytes=sum(one.size for one in objects),
+        running=None if lease is None or is_surely_gone(lease.process) else lease.holder(),
         last_write=datetime.fromtimestamp(max(one.modified for one in objects), UTC),
         last_error=read_last_error(work),
         output_uri=owner.sink.uri,
@@ -114,6 +120,8 @@ def status_text(status: JobStatus) -> str:
         f"  work       {status.work_uri}",
         f"             {size_text(status.bytes)}, last written {status.last_write:%Y-%m-%d %H:%M:%S} UTC",
     ]
+    if status.running is not None:
+        lines.insert(1, f"  running    {status.running}")
     if status.not_counted is not None:
         lines.append(f"  not counted: {status.not_counted}")
     if status.last_error is not None:

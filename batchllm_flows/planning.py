@@ -9,6 +9,7 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.publish import Warn, publish_plan
 from batchllm_flows.reuse import take_answers
 from batchllm_flows.run import JobRun, open_run
+from batchllm_flows.work_lease import refuse_while_another_runs
 from batchllm_operators.cost import Calibration, engine_seconds
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.calibration_cache import CalibrationCache
@@ -49,11 +50,12 @@ def plan_job(
 
     Raises:
         TerminalError: the job cannot succeed as it stands, or more rows have errors than it allows.
-        TransientError: the store does not answer.
+        TransientError: the store does not answer, or a run of this job is under way.
     """
     run = open_run(job)
     if not run.objects:
         raise TerminalError("source.new_objects_only: no object is new, there is nothing to plan", uri=job.source.uri)
+    refuse_while_another_runs(run.work)
     staged, calibrated = stage_run(run, stage), kept_calibrations(run).latest()
     take_answers(run, staged)
     planned = plan_run(run, staged, calibrated, plan, attention=engine_attention(job.model, job.execution))

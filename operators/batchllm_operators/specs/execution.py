@@ -19,6 +19,9 @@ REUSES = ("sink", "same_job_name", "none")
 """The names that `execution.reuse` may have; all else is a URI."""
 
 
+OnConcurrent = Literal["wait", "join", "fail"]
+
+
 class ModelSpec(SpecModel):
     """The model that answers."""
 
@@ -94,6 +97,11 @@ class ExecutionSpec(SpecModel):
         default=False,
         description="reuse answers too that were sampled with a temperature and without a seed; else they are always "
         "sampled anew",
+    )
+    on_concurrent: OnConcurrent = Field(
+        default="wait",
+        description="what a run does while another run of the same job works: `wait` until it has ended, and take over "
+        "where it is not heard of any more; `fail`; or `join`: compute too, so that the faster one writes the output",
     )
     keep_days: float | None = Field(
         default=None, gt=0, description="days after which kept answers are deleted, at the end of a run; null: never"

@@ -3,6 +3,7 @@
 | object | module | written by | read by |
 |---|---|---|---|
 | `job.json` | `job_file` | a run, before anything else | a run, plan (earlier runs), status, clean, verify |
+| `lease.json` | `lease` | a run, from its begin to its end | runs of the same job, status |
 | `staged/part-NNNNN.parquet` | `staged` | stage | stage (taken up again), plan, merge, verify |
 | `staged/summary.json` | `staged` | stage, behind the parts | stage, status, verify |
 | `plan/bundle-NNNNN.parquet` | `bundles` | plan | execute, verify |
@@ -33,6 +34,7 @@ FORMAT_VERSION = 3
 finds objects of another version in its work folder. Raise it with whatever changes an object, or what a row becomes."""
 
 JOB_FILE = "job.json"
+LEASE_FILE = "lease.json"
 STAGED_FOLDER = "staged"
 STAGED_SUMMARY = "staged/summary.json"
 PLAN_FOLDER = "plan"
