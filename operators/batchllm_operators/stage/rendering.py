@@ -20,7 +20,7 @@ from batchllm_operators.specs.source import (
 from batchllm_operators.stage.faults import invalid_row
 from batchllm_operators.stage.field_text import fields_text
 from batchllm_operators.stage.messages import Message, conversation_of, named
-from batchllm_operators.stage.special_tokens import SpecialTokens
+from batchllm_operators.stage.special_tokens import SpecialTokens, texts_within
 from batchllm_operators.stage.templates import RowTemplate
 from batchllm_operators.stage.value_text import decoded
 
@@ -58,6 +58,13 @@ class TokenPrompt:
 
 
 Prompt: TypeAlias = TextPrompt | Conversation | TokenPrompt
+
+
+def characters_of(prompt: Prompt) -> int:
+    """Characters of a prompt's texts; of tokens none."""
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text)
+    return sum(map(len, texts_within(prompt.messages))) if isinstance(prompt, Conversation) else 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.specs.sampling import SamplingSpec
 from batchllm_operators.specs.source import PromptSpec, TokensPrompt
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
-from batchllm_operators.stage.rendering import Prompt, PromptRenderer, prompt_renderer
+from batchllm_operators.stage.rendering import Prompt, PromptRenderer, characters_of, prompt_renderer
 from batchllm_operators.stage.sampling import RowSampling, SampledRow
 from batchllm_operators.stage.special_tokens import SpecialTokens
 from batchllm_operators.stage.tokenizing import ModelLimits, PromptTokenizer
@@ -23,6 +24,9 @@ from batchllm_operators.stage.value_text import NotDataError, value_text
 from batchllm_operators.task_names import GENERATE
 from batchllm_operators.wording import counted
 from batchllm_operators.work.staged import ESTIMATE_FIELD, SOURCE_ROW_FIELD, STAGED_SCHEMA
+
+_CHARACTERS_AT_A_TIME = 16 << 20
+"""Characters of prompts above which they are tokenised before more are rendered, as tokens take far more memory."""
 
 
 class StagerSettings(Record):
@@ -76,7 +80,9 @@ class RowStager:
 
     def __init__(self, settings: StagerSettings) -> None:
         self._settings = settings
-        self._tokenizer = PromptTokenizer(settings.model, _special_tokens_of(settings.prompt))
+        self._tokenizer = PromptTokenizer(
+            settings.model, _special_tokens_of(settings.prompt), settings.limits.max_model_len
+        )
         self._renderer = settings.renderer(self._tokenizer.special_tokens)
         self._sampling = RowSampling(settings.sampling)
         self._keys = RequestKeys(settings.model.id, settings.model.revision, settings.task)
@@ -95,31 +101,46 @@ class RowStager:
         `SOURCE_ROW_FIELD` where the source has a filter.
         """
         records, errors = batch.readable()
-        sampling: dict[int, SampledRow] = {}
-        prompts: dict[int, Prompt] = {}
-        for offset, record in enumerate(records):
-            if offset in errors:
-                continue
-            try:
-                sampling[offset] = self._sampling.of(record)
-                prompts[offset] = self._renderer.render(record, batch.field_order_of(offset))
-            except RowFaultError as fault:
-                errors[offset] = fault.error
-            except RecursionError:
-                errors[offset] = invalid_row("a value is nested too deeply").error
         rows = [self._row_id(batch, offset, record) for offset, record in enumerate(records)]
-        for (offset, _), tokens in zip(prompts.items(), self._tokenizer.tokenize(list(prompts.values())), strict=True):
-            error = tokens.error if isinstance(tokens, RowFaultError) else self._too_long(len(tokens))
-            if error is not None:
-                errors[offset] = error
-            elif not isinstance(tokens, RowFaultError):
-                rows[offset] |= self._request(tokens, sampling[offset], batch.first_row + offset)
+        for prompts in self._rendered(batch, records, errors):
+            tokenized = self._tokenizer.tokenize([prompt for prompt, _ in prompts.values()])
+            for (offset, (_, sampling)), tokens in zip(prompts.items(), tokenized, strict=True):
+                error = tokens.error if isinstance(tokens, RowFaultError) else self._too_long(len(tokens))
+                if error is not None:
+                    errors[offset] = error
+                elif not isinstance(tokens, RowFaultError):
+                    rows[offset] |= self._request(tokens, sampling, batch.first_row + offset)
         for offset, error in errors.items():
             rows[offset]["error"] = {"code": error.code.value, "message": _writable(error.message)}
         return pa.table(
             [pa.array([row.get(field.name) for row in rows], field.type) for field in self._schema],
             schema=self._schema,
         )
+
+    def _rendered(
+        self, batch: RowBatch, records: list[dict[str, Any]], errors: dict[int, RowError]
+    ) -> Iterator[dict[int, tuple[Prompt, SampledRow]]]:
+        """The prompts of rows by offset, in pieces: few at a time where they are long; adds to the errors."""
+        prompts: dict[int, tuple[Prompt, SampledRow]] = {}
+        characters = 0
+        for offset, record in enumerate(records):
+            if offset in errors:
+                continue
+            try:
+                sampling = self._sampling.of(record)
+                prompt = self._renderer.render(record, batch.field_order_of(offset))
+            except RowFaultError as fault:
+                errors[offset] = fault.error
+                continue
+            except RecursionError:
+                errors[offset] = invalid_row("a value is nested too deeply").error
+                continue
+            prompts[offset] = prompt, sampling
+            characters += characters_of(prompt)
+            if characters > _CHARACTERS_AT_A_TIME:
+                yield prompts
+                prompts, characters = {}, 0
+        yield prompts
 
     def _row_id(self, batch: RowBatch, offset: int, record: dict[str, Any]) -> dict[str, Any]:
         row_index = batch.first_row + offset

@@ -19,6 +19,7 @@ import numpy as np
 from batchllm_operators.columns.arrays import Int32s
 from batchllm_operators.stage.faults import invalid_row
 from batchllm_operators.stage.special_tokens import SpecialTokens
+from batchllm_operators.stage.token_bytes import token_bytes
 
 TokenIds = Int32s
 
@@ -52,6 +53,7 @@ class TokenEncoder:
 
     Attributes:
         special_tokens: those that count; none where rows may make control tokens.
+        token_bytes: how much text a token can stand for; None where that is not bounded.
     """
 
     def __init__(self, tokenizer: Any, choice: Literal["as_text", "allow"]) -> None:
@@ -68,6 +70,7 @@ class TokenEncoder:
             if token.special or token.content in named or _LIKE_A_CONTROL_TOKEN.fullmatch(token.content)
         ]
         self.special_tokens = self._special_tokens() if choice == "as_text" else SpecialTokens()
+        self.token_bytes = None if self._backend is None else token_bytes(self._backend)
         self._marker_encoder: _MarkerEncoder | None = None
         first = self.encode([FinalText("", adds_special_tokens=True)])[0][:1].tolist()
         self._bos = tokenizer.bos_token if first == [tokenizer.bos_token_id] else None

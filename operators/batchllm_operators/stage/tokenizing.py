@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import RowErrorCode, TerminalError
 from batchllm_operators.models.model_files import looks_like_path
 from batchllm_operators.records import Record
 from batchllm_operators.specs.execution import ModelSpec
@@ -13,6 +13,7 @@ from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Conversation, Prompt, TextPrompt, TokenPrompt
 from batchllm_operators.stage.special_tokens import mapped_texts, texts_within
 from batchllm_operators.stage.token_encoding import FinalText, TokenEncoder, TokenIds, encodable
+from batchllm_operators.wording import counted
 
 # What model families call the length they were trained for; the same names as vLLM looks for.
 _LENGTH_FIELDS = (
@@ -63,6 +64,7 @@ class PromptTokenizer:
     Args:
         model: whose tokenizer to load.
         special_tokens: what becomes of text of rows that looks like a special token.
+        max_model_len: tokens into which a prompt must fit; a text that surely does not is not tokenised. None: all are.
 
     Attributes:
         special_tokens: the special tokens that prompts mark as their own.
@@ -71,7 +73,12 @@ class PromptTokenizer:
         TerminalError: no such model, or it has no tokenizer.
     """
 
-    def __init__(self, model: ModelSpec, special_tokens: Literal["as_text", "allow"] = "as_text") -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        special_tokens: Literal["as_text", "allow"] = "as_text",
+        max_model_len: int | None = None,
+    ) -> None:
         _refuse_missing_folder(model.id)
         from transformers import AutoTokenizer
 
@@ -84,6 +91,7 @@ class PromptTokenizer:
             raise _not_loaded("tokenizer", model.id, error) from error
         self.special_tokens = self._encoder.special_tokens
         self._name = model.id
+        self._max_model_len = max_model_len
 
     def require_chat_template(self) -> None:
         """Refuse a model without chat template.
@@ -98,7 +106,9 @@ class PromptTokenizer:
             )
 
     def tokenize(self, prompts: list[Prompt]) -> list[TokenIds | RowFaultError]:
-        """Token ids of each prompt, int32, or its fault (a conversation that the chat template refuses)."""
+        """Token ids of each prompt, int32, or its fault: a conversation that the chat template refuses, a text that is
+        surely too long.
+        """
         results: list[TokenIds | RowFaultError | None] = [None] * len(prompts)
         texts: dict[int, FinalText] = {}
         for index, prompt in enumerate(prompts):
@@ -106,7 +116,7 @@ class PromptTokenizer:
                 results[index] = prompt.token_ids
                 continue
             try:
-                texts[index] = (
+                texts[index] = self._not_hopeless(
                     self._encoder.text(prompt.text) if isinstance(prompt, TextPrompt) else self._chat_text(prompt)
                 )
             except RowFaultError as fault:
@@ -117,6 +127,18 @@ class PromptTokenizer:
             invalid_row("the prompt has no tokens") if result is None or _is_empty(result) else result
             for result in results
         ]
+
+    def _not_hopeless(self, text: FinalText) -> FinalText:
+        """The text; raises where it does not fit the model even in the largest tokens there are."""
+        known, limit = self._encoder.token_bytes, self._max_model_len
+        # A text has no fewer bytes than characters: what is short enough by these need not be looked at.
+        if known is None or limit is None or len(text.text) <= limit or known.fewest_tokens(text.text) <= limit:
+            return text
+        raise RowFaultError(
+            RowErrorCode.PROMPT_TOO_LONG,
+            f"the prompt has {counted(len(text.text), 'character')}, too many for {limit:,} tokens, and max_model_len"
+            f" is {limit}",
+        )
 
     def _chat_text(self, conversation: Conversation) -> FinalText:
         """The text of the chat template, with markers for its special tokens where text of the row looks like some."""
