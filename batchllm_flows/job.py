@@ -8,7 +8,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from batchllm_flows.job_yaml import RepeatedKeyError, load_yaml
+from batchllm_flows.job_yaml import RepeatedKeyError, TooLargeError, load_yaml
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import SecretInJobError, TerminalError
 from batchllm_operators.keys import canonical_json, job_id
@@ -31,6 +31,7 @@ class InvalidJobError(TerminalError):
 
 
 _SLICE_DIGITS = 16
+_SHOWN_CHARACTERS = 200
 _PARTS_WITHOUT_INFLUENCE = {"name", "execution", "sink", "planning"}
 _SOURCE_FIELDS_WITHOUT_INFLUENCE = {"filter": None, "partitioning": "none"}
 """Fields of the source with the values by which they change no answer: jobs without them keep their ids."""
@@ -64,7 +65,7 @@ class BatchJob(SpecModel):
             values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidJobError(f"cannot read job file: {error.strerror}", uri=str(path)) from error
-        except RepeatedKeyError as error:
+        except (RepeatedKeyError, TooLargeError) as error:
             raise InvalidJobError(f"job file: {error}", uri=str(path)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidJobError(f"job file is not YAML or JSON: {error}", uri=str(path)) from error
@@ -157,9 +158,15 @@ def explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors(include_url=False):
         field = ".".join(str(piece) for piece in fault["loc"]) or "job"
-        got = "" if isinstance(fault["input"], dict) or fault["type"] == "missing" else f" (got {fault['input']!r})"
+        is_shown = not isinstance(fault["input"], dict) and fault["type"] != "missing"
+        got = f" (got {_shown(fault['input'])})" if is_shown else ""
         lines.append(f"{field}: {fault_text(fault['msg'])}{got}")
     return "invalid job: " + "; ".join(lines)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

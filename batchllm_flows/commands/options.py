@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from batchllm_flows.job import BatchJob
+from batchllm_flows.job_yaml import RepeatedKeyError, TooLargeError, load_yaml
 
 JobFile = Annotated[Path, typer.Argument(help="job file, YAML or JSON", show_default=False)]
 Settings = Annotated[
@@ -52,7 +53,9 @@ def _value(path: str, text: str) -> Any:
     """The value of a setting: YAML, but a template is a text without quotes too."""
     is_template = any(mark in text for mark in _TEMPLATE_MARKS)
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
+    except (RepeatedKeyError, TooLargeError) as error:
+        raise typer.BadParameter(f"--set {path}: {error}") from error
     except yaml.YAMLError as error:
         if is_template:
             return text

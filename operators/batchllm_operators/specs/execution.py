@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -13,7 +14,8 @@ from batchllm_operators.spec_base import SpecModel, has_user_info
 
 _SECRET = re.compile(r"(^|_)(auth|(hf|auth|access)_token|(api|access)_key|secret\w*|password|credentials?)$")
 
-_DEEPEST_SETTING = 8
+_DEEPEST_SETTING = 16
+_MOST_SETTINGS = 10_000
 
 REUSES = ("sink", "same_job_name", "none")
 """The names that `execution.reuse` may have; all else is a URI."""
@@ -42,21 +44,35 @@ class ModelSpec(SpecModel):
     @field_validator("engine_args", mode="before")
     @classmethod
     def _refuse_secrets(cls, value: Any) -> Any:
-        _refuse_secrets_in(value, "model.engine_args")
+        for field, depth, inner in _settings_within(value, "model.engine_args"):
+            if depth > _DEEPEST_SETTING:
+                raise ValueError(f"{field}: expected settings within settings at most {_DEEPEST_SETTING} deep")
+            name = field.rpartition(".")[2]
+            if isinstance(inner, str) and (_SECRET.search(name) or has_user_info(inner)):
+                raise SecretInJobError(
+                    f"{field}: expected no secret in a job, it would stand in databases and logs; "
+                    "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
+                )
         return value
 
 
-def _refuse_secrets_in(value: Any, field: str, depth: int = 0) -> None:
-    """Refuse texts under the names of secrets, at any depth that a setting has."""
-    if not isinstance(value, dict) or depth > _DEEPEST_SETTING:
-        return
-    for name, inner in value.items():
-        if isinstance(inner, str) and (_SECRET.search(str(name)) or has_user_info(inner)):
-            raise SecretInJobError(
-                f"{field}.{name}: expected no secret in a job, it would stand in databases and logs; "
-                "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
-            )
-        _refuse_secrets_in(inner, f"{field}.{name}", depth + 1)
+def _settings_within(value: Any, field: str, depth: int = 0) -> Iterator[tuple[str, int, Any]]:
+    """All values of nested settings with their dotted names and depths; stops where there are too many.
+
+    Raises:
+        ValueError: more than any engine has.
+    """
+    waiting, seen = [(field, depth, value)], 0
+    while waiting:
+        field, depth, value = waiting.pop()
+        seen += 1
+        if seen > _MOST_SETTINGS:
+            raise ValueError(f"expected at most {_MOST_SETTINGS:,} values")
+        yield field, depth, value
+        if isinstance(value, dict):
+            waiting += [(f"{field}.{name}", depth + 1, inner) for name, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(field, depth + 1, inner) for inner in value]
 
 
 class ExecutionSpec(SpecModel):
