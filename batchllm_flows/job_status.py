@@ -16,7 +16,7 @@ from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.wording import counted, size_text
 from batchllm_operators.work.json_objects import read_record
-from batchllm_operators.work.layout import PLAN_SUMMARY, RESULTS_FOLDER, STAGED_SUMMARY
+from batchllm_operators.work.layout import PLAN_SUMMARY, REPORT_FILE, RESULTS_FOLDER, STAGED_SUMMARY
 from batchllm_operators.work.lease import read_lease
 
 
@@ -27,6 +27,8 @@ class JobStatus(Record):
     job_name: str
     complete: bool
     """Its output stands in the sink."""
+    replaced: bool = False
+    """It had been completed, and another output stands in its place now."""
     rows: int | None = None
     """Staged, or in the complete output."""
     error_rows: dict[str, int] = Field(default_factory=dict)
@@ -76,12 +78,13 @@ def job_status(work: Store) -> JobStatus:
     lease = read_lease(work)
     requests, answered, not_counted = _counted(work, staged)
     left = None if requests is None else requests - answered
-    if manifest is not None:
+    if manifest is not None or REPORT_FILE in names:
         left = 0
     return JobStatus(
         job_id=owner.job_id,
         job_name=owner.job_name,
         complete=manifest is not None,
+        replaced=manifest is None and REPORT_FILE in names,
         rows=manifest.rows if manifest is not None else staged.rows if staged is not None else None,
         error_rows=manifest.error_rows if manifest is not None else {} if staged is None else staged.error_rows,
         requests=requests,
@@ -112,7 +115,7 @@ def _counted(work: Store, staged: StageSummary | None) -> tuple[int | None, int,
 def status_text(status: JobStatus) -> str:
     """The status in a few lines for a person."""
     lines = [
-        f"{status.job_name}: {'complete' if status.complete else 'not complete'} (job {status.job_id})",
+        f"{status.job_name}: {_state(status)} (job {status.job_id})",
         f"  staged     {_staged(status)}",
         f"  planned    {'no' if status.bundles is None else counted(status.bundles, 'bundle')}",
         f"  answered   {_answered(status)}",
@@ -128,6 +131,12 @@ def status_text(status: JobStatus) -> str:
         error = status.last_error
         lines.append(f"  last error {error.time:%Y-%m-%d %H:%M:%S} UTC, {error.kind}: {error.message}")
     return "\n".join(lines)
+
+
+def _state(status: JobStatus) -> str:
+    if status.complete:
+        return "complete"
+    return "completed, its output was replaced since" if status.replaced else "not complete"
 
 
 def _staged(status: JobStatus) -> str:

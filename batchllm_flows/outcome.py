@@ -28,4 +28,4 @@ def plan_line(plan: PlanSummary) -> str:
     errors = counted(sum(plan.counts.error_rows.values()), "error")
     before = plan.counts.answered_before.requests
     earlier = f", {before:,} answered by earlier runs" if before else ""
-    return f"{requests}{earlier}, {errors}, {100 * plan.saving.planned:.0f} % to be saved"
+    return f"{requests}{earlier}, {errors}, {100 * plan.saving_to_come:.0f} % to be saved"

@@ -115,4 +115,4 @@ def _keep_those_of_others(run: JobRun, answers: AnswerStore) -> None:
             _LOGGER.warning("the answers in %s are left out: %s", work.uri, error.message)
             continue
         if kept:
-            _LOGGER.info("kept %d answers of the job in %s, which had not been completed", kept, work.uri)
+            _LOGGER.info("kept %d answers that the job in %s had computed and not kept", kept, work.uri)

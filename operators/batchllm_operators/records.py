@@ -268,6 +268,12 @@ class PlanSummary(Record):
     page_uri: str | None = None
     """Where the plan stands as a page with plots; None when none was written."""
 
+    @property
+    def saving_to_come(self) -> float:
+        """Share of the prompt tokens of the requests to compute that need not be computed."""
+        planned = self.counts.planned_prompt_tokens
+        return 1 - self.forecast.computed_prompt_tokens / planned if planned else 0.0
+
 
 class EngineSetting(Record):
     """A setting of the engine, and who chose it for which reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from batchllm_flows.cleaning import find_old_folders
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.job import BatchJob
+from batchllm_flows.job_status import job_statuses, status_text
 from batchllm_flows.outcome import plan_line, report_line
 from batchllm_flows.report import JobReport
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.backends.inline import Script
+from batchllm_operators.plan.markdown import plan_markdown
+from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import ANSWERS_FOLDER
 from tests.conftest import InlineEngines
@@ -197,3 +202,28 @@ def test_a_night_reads_and_writes_the_folders_of_its_day(nights: Nights) -> None
     assert len(read_output(second.output_uri)) == 25
     with pytest.raises(TerminalError, match=f"dt={datetime.now(UTC):%Y-%m-%d}"):
         batch_inference(nightly)
+
+
+def test_the_saving_of_a_plan_is_of_what_it_computes(nights: Nights) -> None:
+    nights.run(tickets(0, 100))
+    planned = plan_batch_inference(nights.job(tickets(0, 110)))
+    counts, forecast = planned.counts, planned.forecast
+    assert planned.saving_to_come == 1 - forecast.computed_prompt_tokens / counts.planned_prompt_tokens
+    assert 0 < planned.saving_to_come < planned.saving.planned
+    text = plan_markdown(planned)
+    assert f"Of {counts.planned_prompt_tokens:,} prompt tokens of the requests to compute" in text
+    assert (
+        f"**{planned.saving_to_come:.1%}** need not be computed. Of all {counts.prompt_tokens:,} prompt tokens" in text
+    )
+    assert plan_line(planned).endswith(f", {100 * planned.saving_to_come:.0f} % to be saved")
+
+
+def test_a_night_whose_output_was_replaced_was_completed_all_the_same(nights: Nights) -> None:
+    nights.run(tickets(0, 10))
+    nights.run(tickets(0, 11))
+    newest, oldest = job_statuses(str(nights.folder / "out"), StorageOptions())
+    assert (newest.complete, newest.replaced, oldest.complete, oldest.replaced) == (True, False, False, True)
+    assert "completed, its output was replaced since" in status_text(oldest)
+    in_a_month = time.time() + 30 * 86400
+    going = find_old_folders(str(nights.folder / "out"), StorageOptions(), 86400, now=in_a_month)
+    assert ["its output was replaced since" in one.line() for one in going] == [False, True]

@@ -131,11 +131,17 @@ def _avoided(plan: PlanSummary) -> str:
 
 
 def _saving(plan: PlanSummary) -> str:
-    saving = plan.saving
+    saving, counts = plan.saving, plan.counts
     stock = "" if saving.stock is None else f"; a stock engine on the rows as given: {saving.stock:.1%}"
+    whole = f"(possible: {saving.optimum:.1%}; with one prefix a request: {saving.single_level:.1%}{stock})."
+    if not counts.done_requests:
+        return (
+            f"Of {counted(counts.prompt_tokens, 'prompt token')} **{saving.planned:.1%}** need not be computed {whole}"
+        )
     return (
-        f"Of {counted(plan.counts.prompt_tokens, 'prompt token')} **{saving.planned:.1%}** need not be computed "
-        f"(possible: {saving.optimum:.1%}; with one prefix a request: {saving.single_level:.1%}{stock})."
+        f"Of {counted(counts.planned_prompt_tokens, 'prompt token')} of the requests to compute"
+        f" **{plan.saving_to_come:.1%}** need not be computed. Of all {counted(counts.prompt_tokens, 'prompt token')} of"
+        f" the job, those of earlier results included, it is {saving.planned:.1%} {whole}"
     )
 
 

@@ -63,9 +63,9 @@ def plan_staged(
         pilot=pilot,
         attention=attention,
     )
+    possible = "" if summary.counts.done_requests else f", possible {summary.saving.optimum:.1%}"
     log(
         f"planned {counted(summary.counts.requests, 'request')} in {counted(summary.shape.groups, 'group')} and "
-        f"{counted(len(summary.bundles), 'bundle')}: "
-        f"saving {summary.saving.planned:.1%} of prompt tokens, possible {summary.saving.optimum:.1%}"
+        f"{counted(len(summary.bundles), 'bundle')}: saving {summary.saving_to_come:.1%} of their prompt tokens{possible}"
     )
     return summary
