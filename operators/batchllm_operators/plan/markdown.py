@@ -134,14 +134,13 @@ def _saving(plan: PlanSummary) -> str:
     saving, counts = plan.saving, plan.counts
     stock = "" if saving.stock is None else f"; a stock engine on the rows as given: {saving.stock:.1%}"
     whole = f"(possible: {saving.optimum:.1%}; with one prefix a request: {saving.single_level:.1%}{stock})."
+    all_tokens = counted(counts.prompt_tokens, "prompt token")
     if not counts.done_requests:
-        return (
-            f"Of {counted(counts.prompt_tokens, 'prompt token')} **{saving.planned:.1%}** need not be computed {whole}"
-        )
+        return f"Of {all_tokens} **{saving.planned:.1%}** need not be computed {whole}"
     return (
-        f"Of {counted(counts.planned_prompt_tokens, 'prompt token')} of the requests to compute"
-        f" **{plan.saving_to_come:.1%}** need not be computed. Of all {counted(counts.prompt_tokens, 'prompt token')} of"
-        f" the job, those of earlier results included, it is {saving.planned:.1%} {whole}"
+        f"Of {counted(counts.planned_prompt_tokens, 'prompt token')} of the requests to compute "
+        f"**{plan.saving_to_come:.1%}** need not be computed. Of all {all_tokens} of the job, those of earlier results "
+        f"included, it is {saving.planned:.1%} {whole}"
     )
 
 

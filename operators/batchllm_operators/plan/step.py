@@ -64,8 +64,9 @@ def plan_staged(
         attention=attention,
     )
     possible = "" if summary.counts.done_requests else f", possible {summary.saving.optimum:.1%}"
+    saving = f"saving {summary.saving_to_come:.1%} of their prompt tokens{possible}"
     log(
         f"planned {counted(summary.counts.requests, 'request')} in {counted(summary.shape.groups, 'group')} and "
-        f"{counted(len(summary.bundles), 'bundle')}: saving {summary.saving_to_come:.1%} of their prompt tokens{possible}"
+        f"{counted(len(summary.bundles), 'bundle')}: {saving}"
     )
     return summary
