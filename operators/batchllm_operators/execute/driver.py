@@ -232,7 +232,8 @@ class EngineDriver:
     def _lost(self, death: Death | None) -> _End:
         if death is None:
             return _End(EngineDiedError, f"{self._name} died while {self._doing}: closed its channel")
-        message = f"{self._name} died while {self._doing}: {death.how}{death.log_tail}"
+        cause = f" ({death.cause})" if death.cause else ""
+        message = f"{self._name} died while {self._doing}: {death.how}{cause}{death.log_tail}"
         return _End(EngineDiedError, message, death.exit_code)
 
     def _failure_of_load(self, event: Failed) -> BatchLLMError:
@@ -256,6 +257,9 @@ class EngineDriver:
             seen = " ".join(message.split())
             if death.root_cause and death.root_cause not in seen:
                 message = f"{seen}; {death.root_cause}"
+        ended = death or self.link.death()
+        if ended is not None and ended.cause:
+            message += f" ({ended.cause})"
         if death is not None and not event.explained:
             message += death.log_tail
         return kind(message, uri=event.uri, bundle=event.bundle)

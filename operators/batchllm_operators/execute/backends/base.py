@@ -45,11 +45,14 @@ class Death:
     """The last lines of its log, ready to stand behind an error message; empty where there are none."""
     root_cause: str = ""
     """The error in its log that the others follow from; empty where none is found."""
+    cause: str = ""
+    """What the machine did to it, and what can be done about that; empty where nothing tells."""
 
     @classmethod
-    def by_exit_code(cls, code: int, *, log_tail: str = "", root_cause: str = "") -> Death:
+    def by_exit_code(cls, code: int, *, log_tail: str = "", root_cause: str = "", cause: str = "") -> Death:
         """The death of a process with this exit code, or minus the signal that killed it."""
-        return cls(f"killed by signal {-code}" if code < 0 else f"exit code {code}", code, log_tail, root_cause)
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return cls(how, code, log_tail, root_cause, cause)
 
 
 class EngineLink(Protocol):

@@ -10,6 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from batchllm_operators.execute.backends.death_causes import cause_of_death
+from batchllm_operators.machine.memory_kills import memory_kills
+
 GROUP_END_SECONDS = 10.0
 LOG_LINES = 16
 _LOG_BYTES = 65_536
@@ -38,6 +41,7 @@ class EngineSubprocess:
     ) -> None:
         self.log_file = log_file
         self._lock = threading.Lock()
+        self._kills_before = memory_kills()
         with log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 arguments,
@@ -95,6 +99,10 @@ class EngineSubprocess:
         """The last error the engine core's own process logged; vLLM's exception says only that it failed."""
         causes = [line for line in self._log_tail() if line.startswith("(EngineCore") and "Error: " in line]
         return " ".join(causes[-1].split()) if causes else ""
+
+    def cause_of_death(self) -> str:
+        """What the machine did to it, see `death_causes`."""
+        return cause_of_death(self._log_tail(), self._kills_before, memory_kills())
 
     def _log_tail(self) -> list[str]:
         if not self.log_file.exists():

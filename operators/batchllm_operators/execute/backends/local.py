@@ -119,8 +119,12 @@ class LocalLink:
         """How the process has ended, by its exit code; its group may go on until it is killed."""
         code = self._process.exit_code(wait_s)
         if code is not None and self._death is None:
-            last_lines, root_cause = self._process.last_lines(), self._process.root_cause()
-            self._death = Death.by_exit_code(code, log_tail=last_lines, root_cause=root_cause)
+            self._death = Death.by_exit_code(
+                code,
+                log_tail=self._process.last_lines(),
+                root_cause=self._process.root_cause(),
+                cause=self._process.cause_of_death(),
+            )
         return self._death
 
     def silence(self) -> str:
