@@ -30,6 +30,7 @@ from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.reuse import leave_answers, take_answers
 from batchllm_flows.run import JobRun, StepClock, open_run
+from batchllm_flows.terminations import ended_by_exit
 from batchllm_flows.work_lease import WorkLease
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
@@ -76,7 +77,7 @@ def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.da
     if run.complete is not None:
         return _completed_before(run, run.complete)
     logger.info("job %s: %s, work folder %s", run.job_id, counted(len(run.objects), "input object"), run.work.uri)
-    with WorkLease(run.work, job.execution.on_concurrent, flow_run.id, logger.info) as lease:
+    with ended_by_exit(), WorkLease(run.work, job.execution.on_concurrent, flow_run.id, logger.info) as lease:
         if lease.waited:
             run = open_run(job, retry_errors=retry_errors)
             if run.complete is not None:

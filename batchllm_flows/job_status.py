@@ -9,8 +9,8 @@ from pydantic import Field
 from batchllm_flows.last_error import LastError, read_last_error
 from batchllm_flows.work_folders import find_work_folders, owned_folder
 from batchllm_operators.errors import TerminalError
-from batchllm_operators.machine.process_identity import is_surely_gone
 from batchllm_operators.plan.unanswered import count_requests
+from batchllm_operators.process_identity import is_surely_gone
 from batchllm_operators.records import PlanSummary, Record, StageSummary
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from batchllm_operators.errors import TerminalError
 
@@ -17,6 +20,15 @@ STARTUP_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 
 OUR_LOGGERS = ("batchllm_flows", "batchllm_operators")
 """The loggers above those of all our modules."""
+
+_WATCH = """
+import os, signal, sys
+server = os.pidfd_open(int(sys.argv[1]))
+sys.stdin.buffer.read()
+signal.pidfd_send_signal(server, signal.SIGTERM)
+"""
+_WATCHED_PIPES: list[int] = []
+"""Descriptors that stay open as long as this process lives."""
 
 _LOGGER = logging.getLogger(__name__)
 _ADVICE = (
@@ -104,12 +116,35 @@ def _start_temporary_server(timeout_s: int) -> None:
             # It is there, but too busy to answer within httpx's few seconds, which Prefect takes for a failure.
             _wait_for_answer(f"{server.api_url}/health", deadline)
             server.running = True
+        _end_with_this_process(server.server_process)
     except (RuntimeError, httpx.HTTPError) as error:
         server.stop()
         raise TerminalError(
             f"no temporary Prefect server after {timeout_s} s ({type(error).__name__}): give it longer with "
             f"--server-timeout; {_ADVICE}"
         ) from error
+
+
+def _end_with_this_process(server: subprocess.Popen[Any] | None) -> None:
+    """Let the server end with this process also where that is killed and cannot end it.
+
+    A process of its own waits for the end of a pipe that nobody writes to. It holds the server by a descriptor, so that
+    it never ends another process that got the server's number.
+    """
+    if server is None:
+        return
+    reading, writing = os.pipe()  # which closes when this process ends, however it does
+    try:
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _WATCH, str(server.pid)],
+            stdin=reading,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        os.close(reading)
+    _WATCHED_PIPES.append(writing)
 
 
 def _without_interrupts(start: Callable[[], None], stop: Callable[[], None]) -> None:

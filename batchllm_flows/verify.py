@@ -86,7 +86,7 @@ def verify_output(sink: SinkSpec) -> Verification:
     if not manifests:
         raise TerminalError(f"no complete output here: expected {MANIFEST_FILE} or {MANIFESTS_FOLDER}/", uri=output.uri)
     works = [work_of_output(output, manifest) for manifest in manifests]
-    checks: list[Check] = [partial(_files_beside, output, manifests)]
+    checks: list[Check] = [partial(_outputs_as_a_whole, output, manifests)]
     for manifest, work in zip(manifests, works, strict=True):
         checks += [*_output_checks(output, manifest), *_work_checks(work, manifest)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers:
@@ -127,7 +127,6 @@ def _output_checks(output: Store, manifest: Manifest) -> Iterator[Check]:
         yield partial(_output_file, output, file, changed.get(file.name), manifest.layout.format)
     if manifest.inputs is not None:
         yield partial(_readable, output, manifest.inputs, lambda name: _scan(output, name))
-    yield partial(_rows_as_a_whole, output, manifest)
 
 
 def _output_file(output: Store, file: OutputFile, known: str | None, form: str) -> list[Fault]:
@@ -142,23 +141,21 @@ def _output_file(output: Store, file: OutputFile, known: str | None, form: str) 
     return [_fault(output, file.name, f"expected {counted(file.rows, 'row')}, found {rows:,}")]
 
 
-def _files_beside(output: Store, manifests: Sequence[Manifest]) -> list[Fault]:
-    """Files that no manifest lists."""
+def _outputs_as_a_whole(output: Store, manifests: Sequence[Manifest]) -> list[Fault]:
+    """Files that no manifest lists, and manifests whose files have other rows in sum."""
     listed = {file.name for manifest in manifests for file in manifest.files}
     with_folders = any(manifest.slice_id is not None for manifest in manifests)
-    return [
+    faults = [
         _fault(output, name, "no manifest lists it: another run writes it now, or was stopped")
         for name in data_files(output, with_folders=with_folders)
         if name not in listed
     ]
-
-
-def _rows_as_a_whole(output: Store, manifest: Manifest) -> list[Fault]:
-    rows = sum(file.rows for file in manifest.files)
-    if rows == manifest.rows:
-        return []
-    name = manifest_name(manifest.slice_id)
-    return [_fault(output, name, f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}")]
+    for manifest in manifests:
+        rows = sum(file.rows for file in manifest.files)
+        if rows != manifest.rows:
+            what = f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}"
+            faults.append(_fault(output, manifest_name(manifest.slice_id), what))
+    return faults
 
 
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from types import TracebackType
 from uuid import uuid4
 
 from batchllm_operators.errors import BatchLLMError, TerminalError, TransientError
-from batchllm_operators.machine.process_identity import is_surely_gone, this_process
+from batchllm_operators.process_identity import is_surely_gone, this_process
 from batchllm_operators.specs.execution import OnConcurrent
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import LEASE_FILE

@@ -36,8 +36,9 @@ SINGLE_MODULES = {
         *("filesystems", "disk_space"),
     ),
     "ground": (
-        *("backend_names", "batch_sizes", "digests", "errors", "format_names", "keys", "records", "registry"),
-        *("retry", "row_errors", "schemes", "spec_base", "svg", "task_names", "terminal", "wording"),
+        *("backend_names", "batch_sizes", "digests", "errors", "format_names", "keys", "process_identity", "records"),
+        *("registry", "retry", "row_errors", "schemes", "spec_base", "svg", "task_names", "temporary_folders"),
+        *("terminal", "wording"),
     ),
 }
 """Rooms that are modules directly in `batchllm_operators`; every other room is a folder there of the same name."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from batchllm_operators.schemes import is_foreign, refusing_unknown_schemes
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store_entries import StoredObject, input_object, modified, version_of
 from batchllm_operators.store_errors import FaultPlace, store_text, translated
+from batchllm_operators.temporary_folders import upload_folder
 
 PARTIAL_PREFIX = ".partial-"
 _LOCAL_SCHEMES = ("", "file", "local")
@@ -204,16 +204,14 @@ class ObjectStore:
     @contextmanager
     def _temporary(self, name: str) -> Iterator[tuple[DigestedFile, Path]]:
         """A file that is gone after the block, beside the object on a local disk; else in the temporary folder."""
-        if self._local:
-            path = Path(self._path(name)).parent / f"{PARTIAL_PREFIX}{uuid4().hex}"
-        else:
-            path = Path(tempfile.gettempdir()) / f"batchllm-{uuid4().hex}"
 
         def fault(error: OSError) -> Exception:
             return self._translated(error, name) or error
 
         with self._errors(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(self._path(name)).parent if self._local else upload_folder()
+            path = folder / f"{PARTIAL_PREFIX}{uuid4().hex}"
+            folder.mkdir(parents=True, exist_ok=True)
             file = DigestedFile(path, fault)
         try:
             yield file, path

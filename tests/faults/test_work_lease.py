@@ -20,7 +20,7 @@ from batchllm_flows.job_status import job_statuses, status_text
 from batchllm_flows.work_lease import LostLeaseError, WorkLease
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.backends.inline import Script
-from batchllm_operators.machine.process_identity import ProcessIdentity, is_surely_gone, this_process
+from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone, this_process
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import LEASE_FILE
@@ -94,7 +94,7 @@ def test_who_waits_goes_on_when_the_other_has_ended(
 def test_a_run_of_a_process_that_has_ended_is_taken_over_at_once(
     work: Store, lease: Callable[..., WorkLease], lines: list[str]
 ) -> None:
-    script = "from batchllm_operators.machine.process_identity import this_process as t; print(t().model_dump_json())"
+    script = "from batchllm_operators.process_identity import this_process as t; print(t().model_dump_json())"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     ended = ProcessIdentity.model_validate_json(told.stdout)
     assert is_surely_gone(ended)

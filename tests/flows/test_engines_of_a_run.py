@@ -97,6 +97,22 @@ def test_a_bundle_that_fails_does_not_end_the_others_and_alone_is_left_to_comput
     assert (report.rows_out, output["completion"].null_count) == (80, 0)
 
 
+def state_of_run(name: str) -> str:
+    """What Prefect's server knows of the last run of a job."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        (found,) = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
+        )
+    assert found.state is not None
+    return found.state.type.value
+
+
 # A shell that starts the tests in the background lets them ignore SIGINT, and all that they start.
 RUN = """
 import signal, sys
@@ -142,6 +158,7 @@ def test_a_signal_ends_a_run_and_its_engines_and_keeps_what_was_finished(
             time.sleep(0.05)
         run.send_signal(number)
         assert run.wait(60) != 0
+        assert state_of_run(slow.name) == "CRASHED", (tmp_path / "run.log").read_text()
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)

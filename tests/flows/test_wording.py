@@ -73,7 +73,7 @@ def test_one_row_without_answer_is_no_rows() -> None:
 
 
 def test_one_object_and_one_row_are_verified_as_one() -> None:
-    found = Verification(output_uri="out", work_uri="work", objects=1, rows=1, faults=(), set_aside=())
+    found = Verification(output_uri="out", work_uris=("work",), objects=1, rows=1, faults=(), set_aside=())
     assert verification_markdown(found) == "out: whole. 1 object read, 1 row.\n"
     found = found.model_copy(update={"faults": (Fault(uri="out/part", what="it is missing"),)})
     assert verification_markdown(found).startswith("out: 1 of 1 check failed.\n")

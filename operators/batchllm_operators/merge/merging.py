@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -34,6 +33,7 @@ from batchllm_operators.row_errors import ErrorExamples, refuse_too_many_errors
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.tasks import task_named
+from batchllm_operators.temporary_folders import OwnedFolder
 from batchllm_operators.wording import counted
 from batchllm_operators.work.json_objects import write_record
 from batchllm_operators.work.layout import FORMAT_VERSION, RESULTS_FOLDER, SAMPLES_FILE
@@ -108,7 +108,7 @@ def merge_results(
             return complete
         with (
             full_disk_told("merge"),
-            tempfile.TemporaryDirectory(prefix="batchllm-merge-") as folder,
+            OwnedFolder("merge") as folder,
             AnswerSpill(Path(folder), stage.rows, task) as spill,
         ):
             spill_staged_errors(stage, work, spill)

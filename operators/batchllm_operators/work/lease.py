@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from batchllm_operators.machine.process_identity import ProcessIdentity
+from batchllm_operators.process_identity import ProcessIdentity
 from batchllm_operators.records import InputObject, Record
 from batchllm_operators.store import Store
 from batchllm_operators.work.json_objects import read_record

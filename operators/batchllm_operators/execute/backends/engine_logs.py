@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.store import Store
+from batchllm_operators.temporary_folders import OwnedFolder
 from batchllm_operators.work.layout import engine_log
 
 KEPT_BYTES = 1024 * 1024
@@ -20,7 +20,7 @@ class EngineLogs:
     """The log files of the engines of one run, in a local folder of their own, which goes at the end."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="batchllm-engines-")
+        self._folder = OwnedFolder("engines")
         self._files: dict[int, Path] = {}
 
     @property

@@ -1,0 +1,53 @@
+"""Temporary folders that do not outlive their process for long: the next one removes what a killed one has left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone, this_process
+
+_OWNER_FILE = ".owner.json"
+
+
+class OwnedFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder of this process; a context manager, as the class above it.
+
+    Folders of the same kind whose processes have ended go when one is made.
+
+    Args:
+        kind: what the folder is for, `engines`; its name begins with `batchllm-engines-`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        prefix = f"batchllm-{kind}-"
+        _remove_abandoned(prefix)
+        super().__init__(prefix=prefix)
+        (Path(self.name) / _OWNER_FILE).write_text(this_process().model_dump_json())
+
+
+def upload_folder() -> Path:
+    """Where this process keeps files until they are uploaded."""
+    return Path(_uploads_of(os.getpid(), tempfile.gettempdir()).name)
+
+
+@cache
+def _uploads_of(process: int, folder: str) -> OwnedFolder:
+    """One for a process, which ends with it; another process that began as a copy of this one has its own."""
+    del process, folder
+    return OwnedFolder("uploads")
+
+
+def _remove_abandoned(prefix: str) -> None:
+    for owner_file in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_OWNER_FILE}"):
+        try:
+            owner = ProcessIdentity.model_validate_json(owner_file.read_text())
+        except (OSError, ValidationError):
+            continue  # another process removes or makes it now, or it is another user's
+        if is_surely_gone(owner):
+            shutil.rmtree(owner_file.parent, ignore_errors=True)  # another process may do the same

@@ -1,0 +1,82 @@
+"""What a process leaves that is killed ends with it, or goes with the next one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone
+from batchllm_operators.temporary_folders import OwnedFolder
+
+SERVER = """
+import subprocess, sys, time
+from batchllm_flows.prefect_server import _end_with_this_process
+from batchllm_operators.process_identity import this_process
+server = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"],
+    stdout=subprocess.PIPE, start_new_session=True)
+server.stdout.readline()
+_end_with_this_process(server)
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+FOLDER = """
+import sys, time
+from batchllm_operators.temporary_folders import OwnedFolder
+folder = OwnedFolder("of-a-test")
+print(folder.name, flush=True)
+time.sleep(600)
+"""
+
+
+def started(script: str) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_the_temporary_server_of_a_killed_run_ends() -> None:
+    run, pid = started(SERVER)
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    place = ProcessIdentity.model_validate_json(
+        subprocess.run(
+            [sys.executable, "-c", "from batchllm_operators.process_identity import this_process as t;"
+             "print(t().model_dump_json())"], capture_output=True, text=True, check=True,
+        ).stdout
+    )  # fmt: skip
+    server = place.model_copy(update={"pid": int(pid), "started": fields[19]})
+    assert not is_surely_gone(server)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    deadline = time.monotonic() + 60
+    while not is_surely_gone(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_folders_of_killed_processes_go_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    killed, left = started(FOLDER)
+    living, kept = started(FOLDER)
+    try:
+        killed.kill()
+        killed.wait()
+        (tmp_path / "batchllm-of-a-test-foreign").mkdir()
+        assert Path(left).exists()
+        with OwnedFolder("of-a-test") as own:
+            assert not Path(left).exists()
+            assert Path(kept).exists()
+            assert Path(own).exists()
+        assert not Path(own).exists()
+        assert (tmp_path / "batchllm-of-a-test-foreign").exists(), "whose that is nobody says"
+    finally:
+        living.kill()
+        living.wait()
