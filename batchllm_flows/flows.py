@@ -44,6 +44,7 @@ from batchllm_operators.plan.task import plan
 from batchllm_operators.plan.unanswered import has_requests_left
 from batchllm_operators.records import BundleResult, Manifest, PlanSummary, StageSummary
 from batchllm_operators.stage.task import stage
+from batchllm_operators.storage_retries import storage_retries
 from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import artifact_slug, counted
 from batchllm_operators.work.damage import quarantined
@@ -120,7 +121,7 @@ def _completed(result: Result, message: str) -> Result:
 
 def _compute(run: JobRun, clock: StepClock, lease: WorkLease) -> JobReport:
     """The steps of a run, one after the other."""
-    job, logger = run.job, get_run_logger()
+    job, logger, retries_before = run.job, get_run_logger(), storage_retries()
     with (
         EngineStatus(logger.info) as status,
         open_engines(job.execution, run.work, on_status=status.tell, log_error=logger.error) as fleet,
@@ -135,7 +136,7 @@ def _compute(run: JobRun, clock: StepClock, lease: WorkLease) -> JobReport:
         fleet.release()
         with clock.merge:
             lease.require()
-            manifest = _merge(run, staged)
+            manifest = _merge(run, staged, executed)
             leave_answers(run, logger.warning)
         report = build_report(
             manifest,
@@ -149,6 +150,7 @@ def _compute(run: JobRun, clock: StepClock, lease: WorkLease) -> JobReport:
             outline=JobOutline.of(job, len(run.objects), staged.left_out_text()),
             samples=read_samples(run.work),
             set_aside=quarantined(run.work),
+            storage_retries=storage_retries() - retries_before,
         )
         write_record(run.work, REPORT_FILE, report)
         publish_run(run.work, report, executed, logger.warning)
@@ -183,8 +185,9 @@ def _plan_and_execute(
     return executed
 
 
-def _merge(run: JobRun, staged: StageSummary) -> Manifest:
+def _merge(run: JobRun, staged: StageSummary, executed: Sequence[ExecutedPlan]) -> Manifest:
     job = run.job
+    known_parts = tuple(part for one in executed for result in one.results for part in result.parts)
     return merge(
         job.source,
         staged,
@@ -196,6 +199,7 @@ def _merge(run: JobRun, staged: StageSummary) -> Manifest:
         max_error_fraction=job.execution.max_error_fraction,
         rewrite=run.reopened,
         slice_id=run.slice_id,
+        known_parts=known_parts,
     )
 
 

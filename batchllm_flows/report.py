@@ -153,6 +153,8 @@ class JobReport(Record):
     engine_settings: tuple[EngineSetting, ...] = ()
     set_aside: tuple[str, ...] = ()
     """Objects of the work folder that were damaged and stand in its `quarantine/`; what they held was made again."""
+    storage_retries: int = 0
+    """Requests to object stores that the process of the flow run sent again; those of engines are not counted."""
     seconds: StepSeconds
     output_uri: str
     work_uri: str
@@ -197,6 +199,7 @@ def build_report(
     outline: JobOutline | None = None,
     samples: OutputSamples | None = None,
     set_aside: Sequence[str] = (),
+    storage_retries: int = 0,
 ) -> JobReport:
     """Put together what the steps returned.
 
@@ -212,6 +215,7 @@ def build_report(
         outline: what was asked.
         samples: some of the output.
         set_aside: damaged objects, as they stand in the work folder now.
+        storage_retries: requests to object stores that were sent again.
     """
     plan = executed[-1].plan
     results = [result for one in executed for result in one.results]
@@ -260,6 +264,7 @@ def build_report(
         engine_wait_seconds=wait_seconds,
         engine_settings=loads[-1].settings if loads else (),
         set_aside=tuple(set_aside),
+        storage_retries=storage_retries,
         seconds=seconds,
         output_uri=output_uri,
         work_uri=work_uri,

@@ -53,6 +53,8 @@ def report_markdown(report: JobReport) -> str:
     ]
     if report.samples is not None:
         lines += _samples_markdown(report.samples)
+    if report.storage_retries:
+        lines += ["", f"{counted(report.storage_retries, 'request')} to object stores were sent again."]
     if report.set_aside:
         lines += ["", "Damaged objects of the work folder, set aside and made again:", ""]
         lines += [f"- {markdown_code(name)}" for name in report.set_aside]

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.storage_retries import client_settings, counted_session
 
 S3_SCHEMES = ("s3", "s3a")
 
@@ -42,7 +43,8 @@ def _s3_filesystem(options: StorageOptions, environment: tuple[tuple[str, str], 
     return fsspec.filesystem(
         "s3",
         anon=options.anonymous,
-        profile=options.profile,
+        session=counted_session(options.profile),
+        config_kwargs=client_settings(),
         endpoint_url=options.endpoint_url,
         use_listings_cache=False,
         # Arrow asks for just the bytes it needs: the default, 50 MB of read-ahead, made scans 7 times slower.

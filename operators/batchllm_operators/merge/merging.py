@@ -56,6 +56,7 @@ def merge_results(
     max_error_fraction: float,
     rewrite: bool = False,
     slice_id: str | None = None,
+    known_parts: Sequence[str] = (),
 ) -> Manifest:
     """Join the results to the input rows, write the output files, and the manifest last.
 
@@ -75,6 +76,7 @@ def merge_results(
         max_error_fraction: share of rows without an answer above which there is no output.
         rewrite: write this job's output again, from results that are newer than it.
         slice_id: tells the output from others of the sink, where it is added to them.
+        known_parts: result parts that this run has seen written, which a store may not list yet.
 
     Raises:
         TerminalError: the sink is another job's, the input changed, requests have no result, too many rows have errors,
@@ -89,7 +91,7 @@ def merge_results(
     refuse_changed_input(source, source.objects, fingerprint)
     task = task_named(stage.task)
     index = index_requests(stage, work)
-    parts = part_names(work)
+    parts = part_names(work, known_parts)
     chosen = choose_results(index, parts, work, task)
     _refuse_missing_results(index, chosen, stage, work)
     error_rows = Counter(stage.error_rows) + chosen.error_rows

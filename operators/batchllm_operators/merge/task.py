@@ -43,6 +43,7 @@ def merge(
     max_error_fraction: float = 0.05,
     rewrite: bool = False,
     slice_id: str | None = None,
+    known_parts: Sequence[str] = (),
 ) -> Manifest:
     """Join the results in the work folder to the input rows, write the output files, and the manifest last.
 
@@ -57,6 +58,7 @@ def merge(
         max_error_fraction: share of rows without an answer above which there is no output.
         rewrite: write this job's complete output again.
         slice_id: tells the output from others of the sink, where it is added to them.
+        known_parts: result parts that this run has seen written.
 
     Raises:
         TerminalError: see `merge_results`.
@@ -74,6 +76,7 @@ def merge(
         max_error_fraction=max_error_fraction,
         rewrite=rewrite,
         slice_id=slice_id,
+        known_parts=known_parts,
     )
     get_run_logger().info(
         "merged %s into %s at %s", counted(manifest.rows, "row"), counted(len(manifest.files), "file"), sink.uri

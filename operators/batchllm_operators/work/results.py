@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from uuid import uuid4
 
 import pyarrow as pa
@@ -119,9 +119,15 @@ def encoded_part(table: pa.Table) -> tuple[str, bytes]:
     return f"{RESULTS_FOLDER}/part-{uuid4().hex[:12]}-{digest_of_bytes(content.getvalue())}.parquet", content.getvalue()
 
 
-def part_names(work: Store) -> list[str]:
-    """Names of all result parts of a work folder, sorted; what else stands among them turns out when it is read."""
-    return work.names(RESULTS_FOLDER)
+def part_names(work: Store, known: Collection[str] = ()) -> list[str]:
+    """Names of all result parts of a work folder, sorted; what else stands among them turns out when it is read.
+
+    Args:
+        work: the work folder.
+        known: parts that were written; a store whose listings lag behind is asked for each that it does not list.
+    """
+    listed = set(work.names(RESULTS_FOLDER))
+    return sorted(listed | {name for name in known if name not in listed and work.exists(name)})
 
 
 def read_result_parts(
