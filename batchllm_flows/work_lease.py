@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from uuid import uuid4
 
@@ -26,6 +26,8 @@ RENEW_SECONDS = 15.0
 """Seconds between two renewals."""
 STALE_SECONDS = 90.0
 """Seconds that a run looks at a lease which nobody renews, before it takes it over."""
+SURELY_SILENT = timedelta(minutes=30)
+"""Age of a lease by the clocks of two machines, which may differ by minutes, above which its run has ended."""
 POLL_SECONDS = 2.0
 """Seconds between two looks at the lease of another run."""
 
@@ -174,10 +176,11 @@ def refuse_while_another_runs(work: Store) -> None:
     """Refuse work on a folder in which a run is under way.
 
     Raises:
-        TransientError: one is, as far as can be told at once.
+        TransientError: one is, as far as can be told at once: not so where it was not heard of for `SURELY_SILENT`.
     """
     other = read_lease(work)
-    if other is not None and not is_surely_gone(other.process):
-        raise TransientError(
-            f"a run of this job is under way: {other.holder()}; `batchllm status` shows how far it is", uri=work.uri
-        )
+    if other is None or is_surely_gone(other.process) or datetime.now(UTC) - other.renewed > SURELY_SILENT:
+        return
+    raise TransientError(
+        f"a run of this job is under way: {other.holder()}; `batchllm status` shows how far it is", uri=work.uri
+    )

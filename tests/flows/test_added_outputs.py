@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,23 @@ def test_nights_of_a_dated_job_stand_beside_each_other_and_one_may_be_run_again(
 def test_fields_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         job(str(tmp_path / "in"), str(tmp_path / "out"), "model", **changes)
+
+
+def test_objects_that_another_run_answers_meanwhile_are_not_added_twice(folder: Tickets) -> None:
+    folder.write("a.parquet", range(3))
+    this_job, context, others = folder.job(**NEW_ONLY), copy_context(), []
+
+    def answer(_request: Any) -> str:
+        if not others:
+            others.append("b.parquet")
+            folder.write("b.parquet", range(3, 5))
+            with ThreadPoolExecutor(1) as another:
+                others.append(another.submit(context.run, batch_inference, this_job).result())
+        return "an answer"
+
+    folder.engines.script = Script(answer=answer)
+    with pytest.raises(TerminalError, match=r"another run has answered a\.parquet meanwhile; run the job again"):
+        batch_inference(this_job)
+    assert others[1].rows_out == 5
+    assert folder.ids() == tickets(5)
+    assert batch_inference(this_job).already_complete

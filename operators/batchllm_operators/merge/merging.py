@@ -25,7 +25,7 @@ from batchllm_operators.merge.requests import (
     index_requests,
 )
 from batchllm_operators.merge.samples import SampleCollector
-from batchllm_operators.merge.seen_inputs import write_inputs
+from batchllm_operators.merge.seen_inputs import refuse_inputs_seen_meanwhile, write_inputs
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.merge.writers import output_rows, write_in_folders, write_output
 from batchllm_operators.records import InputObject, Manifest, RowErrorExample, StageSummary
@@ -128,6 +128,8 @@ def merge_results(
                 f"merge: {counted(stage.rows, 'row')} went in, {written:,} came out", job_id=job_id, uri=sink.uri
             )
         refuse_changed_input(source, source.look_again(), fingerprint)
+        if source.spec.new_objects_only:
+            refuse_inputs_seen_meanwhile(sink, job_name, slice_id, source.store, fingerprint)
         samples = seen.samples(_row_ids(np.array(seen.rows, np.int64), stage, work), examples)
         write_record(work, SAMPLES_FILE, samples)
         manifest = Manifest(

@@ -33,7 +33,7 @@ class Lease(Record):
         flow = f", flow run {self.flow_run}" if self.flow_run else ""
         return (
             f"process {self.process.pid} on {self.process.host}{flow}, since {self.since:%Y-%m-%d %H:%M:%S} UTC,"
-            f" last heard of at {self.renewed:%H:%M:%S} UTC"
+            f" last heard of {self.renewed:%Y-%m-%d %H:%M:%S} UTC"
         )
 
 
