@@ -144,9 +144,22 @@ class BatchJob(SpecModel):
         return Store(f"{place.rstrip('/')}/{identity}", self.sink.storage)
 
     def answers_store(self) -> Store | None:
-        """The folder of kept answers, where the job names one; None: they are kept beside the output, or not at all."""
-        reuse = self.execution.reuse
-        return None if reuse in REUSES else Store(reuse, self.sink.storage)
+        """The folder of kept answers, where the job names one; None: they are kept beside the output, or not at all.
+
+        Raises:
+            TerminalError: what it names can be no folder; names the field.
+        """
+        if self.execution.reuse in REUSES:
+            return None
+        try:
+            store = Store(self.execution.reuse, self.sink.storage)
+            folder, _, name = store.uri.rpartition("/")
+            is_object = bool(folder) and not folder.endswith("/") and Store(folder, store.options).exists(name)
+        except TerminalError as error:
+            raise TerminalError(f"execution.reuse: {error.message}", uri=error.uri) from error
+        if is_object:
+            raise TerminalError("execution.reuse: expected a folder, got an object", uri=store.uri)
+        return store
 
     def sink_store(self) -> Store:
         """The folder of the output."""

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from batchllm_operators.errors import SecretInJobError
 from batchllm_operators.wording import did_you_mean
 
-_USER_INFO = re.compile(r"\s*[a-zA-Z][\w+.-]*://[^/?#\s]*@\S*\s*")
+_URL = r"\s*[a-zA-Z][\w+.-]*://"
+_USER_INFO = re.compile(rf"{_URL}[^/?#\s]*@\S*\s*")
+_SIGNED = re.compile(
+    rf"{_URL}\S*[?&](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|access_token)=\S*\s*",
+    re.IGNORECASE,
+)
+_DEEPEST_PART = 4
+"""Parts of a job within parts; deeper are settings of engines, which are looked at by themselves."""
+_NUMBERS = (int, float)
 
 
-def has_user_info(text: str) -> bool:
-    """Whether a text is a URL with user and password."""
-    return _USER_INFO.fullmatch(text) is not None
+def is_secret_url(text: str) -> bool:
+    """Whether a text is a URL that lets in whoever has it: with user and password, or signed."""
+    return _USER_INFO.fullmatch(text) is not None or _SIGNED.fullmatch(text) is not None
+
+
+def _refuse_secret_urls(values: dict[Any, Any], prefix: str = "", depth: int = 1) -> None:
+    for key, value in values.items():
+        if isinstance(value, str) and is_secret_url(value):
+            raise SecretInJobError(
+                f"{prefix}{key}: expected a URL without user, password or signature, which would stand in databases and"
+                " logs; credentials come from the environment, a profile or an instance role"
+            )
+        if isinstance(value, dict) and depth < _DEEPEST_PART:
+            _refuse_secret_urls(value, f"{prefix}{key}.", depth + 1)
+
+
+def _takes(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether one of these types, just so, is among those of a field."""
+    inner = get_args(annotation)
+    return annotation in kinds if not inner else any(_takes(one, kinds) for one in inner)
 
 
 class SpecModel(BaseModel):
     """A frozen part of the job spec that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for key, value in values.items():
-            if isinstance(value, str) and has_user_info(value):
-                raise SecretInJobError(
-                    f"{key}: expected a URL without user and password, which would stand in databases and logs; "
-                    "credentials come from the environment, a profile or an instance role"
-                )
+        _refuse_secret_urls(values)
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in values:
             if key not in known and key not in cls.model_fields:
                 hint = did_you_mean(str(key), known, f"valid keys: {', '.join(known)}")
                 raise ValueError(f"unknown key {key!r}; {hint}")
+        for name, field in cls.model_fields.items():
+            value = values.get(field.alias or name)
+            # To Python `true` is a 1.
+            if isinstance(value, bool) and _takes(field.annotation, _NUMBERS) and not _takes(field.annotation, (bool,)):
+                raise ValueError(f"{field.alias or name}: expected a number, got {str(value).lower()}")
         return values
 
 

@@ -148,10 +148,10 @@ def test_errors_survive_pickling_with_where_they_happened() -> None:
 @pytest.mark.parametrize(
     ("dotted", "value", "field"),
     [
-        ("sink.storage.endpoint_url", "http://admin:hunter2@minio:9000", "endpoint_url"),
-        ("source.uri", "s3://admin:hunter2@bucket/in/", "uri"),
-        ("execution.work_uri", "https://hunter2@store/work", "work_uri"),
-        ("execution.reuse", "s3://admin:hunter2@bucket/answers", "reuse"),
+        ("sink.storage.endpoint_url", "http://admin:hunter2@minio:9000", "sink.storage.endpoint_url"),
+        ("source.uri", "s3://admin:hunter2@bucket/in/", "source.uri"),
+        ("execution.work_uri", "https://hunter2@store/work", "execution.work_uri"),
+        ("execution.reuse", "s3://admin:hunter2@bucket/answers", "execution.reuse"),
         ("model.engine_args.hf_token", "hunter2", "model.engine_args.hf_token"),
         ("model.engine_args.api_key", "hunter2", "model.engine_args.api_key"),
         ("model.engine_args.hf_overrides.auth", "hunter2", "model.engine_args.hf_overrides.auth"),

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from batchllm_operators.backend_names import BackendName
 from batchllm_operators.errors import SecretInJobError
-from batchllm_operators.spec_base import SpecModel, has_user_info
+from batchllm_operators.spec_base import SpecModel, is_secret_url
 
 _SECRET = re.compile(r"(^|_)(auth|(hf|auth|access)_token|(api|access)_key|secret\w*|password|credentials?)$")
 
@@ -48,7 +48,7 @@ class ModelSpec(SpecModel):
             if depth > _DEEPEST_SETTING:
                 raise ValueError(f"{field}: expected settings within settings at most {_DEEPEST_SETTING} deep")
             name = field.rpartition(".")[2]
-            if isinstance(inner, str) and (_SECRET.search(name) or has_user_info(inner)):
+            if isinstance(inner, str) and (_SECRET.search(name) or is_secret_url(inner)):
                 raise SecretInJobError(
                     f"{field}: expected no secret in a job, it would stand in databases and logs; "
                     "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
@@ -122,6 +122,16 @@ class ExecutionSpec(SpecModel):
     keep_days: float | None = Field(
         default=None, gt=0, description="days after which kept answers are deleted, at the end of a run; null: never"
     )
+
+    @field_validator("reuse", mode="before")
+    @classmethod
+    def _reuse_is_no_switch(cls, value: Any) -> Any:
+        # To YAML, `off` and `no` are false.
+        if isinstance(value, bool):
+            got = str(value).lower()
+            message = f"expected {', '.join(REUSES)} or a URI, got {got}: to reuse no answers, write none"
+            raise ValueError(message)  # noqa: TRY004 - pydantic tells of no other
+        return value
 
     @field_validator("reuse")
     @classmethod
