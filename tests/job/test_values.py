@@ -87,3 +87,31 @@ def test_a_place_that_can_hold_no_answers_is_named(tmp_path: Path, place: str, m
         job.answers_store()
     assert str(told.value).startswith("execution.reuse: ")
     assert message in str(told.value)
+
+
+CODE = [
+    {"trust_remote_code": True},
+    {"worker_cls": "evil.Worker"},
+    {"scheduler_cls": "evil.Scheduler"},
+    {"worker_extension_cls": "evil.Extension"},
+    {"logits_processors": ["evil.Processor"]},
+    {"tool_parser_plugin": "evil.py"},
+    {"kv_transfer_config": {"kv_connector_module_path": "evil"}},
+    {"io_processor_plugin": "evil"},
+    {"distributed_executor_backend": "evil.Executor"},
+]
+
+
+@pytest.mark.parametrize("arguments", CODE)
+def test_code_runs_only_where_the_job_allows_it(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"model\.engine_args\.{name}.* names code that the engines would run"):
+        BatchJob.model_validate(values(model__engine_args=arguments, model__id="m"))
+    allowed = BatchJob.model_validate(values(model__engine_args=arguments, model__allow_code=True, model__id="m"))
+    assert allowed.model.engine_args == arguments
+
+
+def test_a_permission_that_is_not_given_changes_no_id() -> None:
+    job = BatchJob.model_validate(values(model__engine_args={"trust_remote_code": False}, model__id="m"))
+    assert "allow_code" not in job.model_dump(mode="json")["model"]
+    assert BatchJob.model_validate(job.model_dump(mode="json")) == job

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from batchllm_operators.backend_names import BackendName
 from batchllm_operators.errors import SecretInJobError
@@ -14,6 +14,11 @@ from batchllm_operators.spec_base import SpecModel, is_secret_url
 
 _SECRET = re.compile(r"(^|_)(auth|(hf|auth|access)_token|(api|access)_key|secret\w*|password|credentials?)$")
 
+_CODE = re.compile(
+    r"trust_remote_code|\w+_cls|\w*plugins?|logits_processors|kv_connector_module_path|\w*module_path|io_processor\w*"
+    r"|model_class_overrides"
+)
+"""Names of settings whose values are code, or name code to import."""
 _DEEPEST_SETTING = 16
 _MOST_SETTINGS = 10_000
 
@@ -40,6 +45,10 @@ class ModelSpec(SpecModel):
         "vLLM on a GPU it was seen on one card and without torch.compile only",
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="further vLLM EngineArgs, passed through")
+    allow_code: bool = Field(
+        default=False,
+        description="let `engine_args` name code to run: `trust_remote_code`, plugins, classes by dotted path",
+    )
 
     @field_validator("engine_args", mode="before")
     @classmethod
@@ -54,6 +63,26 @@ class ModelSpec(SpecModel):
                     "give it to the engines by their environment (a token of the Hugging Face hub: HF_TOKEN)"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _code_is_allowed(self) -> Self:
+        if not self.allow_code:
+            for field, _, value in _settings_within(self.engine_args, "model.engine_args"):
+                name = field.rpartition(".")[2]
+                is_class = name == "distributed_executor_backend" and "." in str(value)
+                if value and (_CODE.fullmatch(name) or is_class):
+                    raise ValueError(
+                        f"{field} names code that the engines would run: set model.allow_code to true if you trust it"
+                    )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_changes_no_answer(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Ids of jobs, and what is kept for a model, do not depend on a permission."""
+        written: dict[str, Any] = write(self)
+        if not self.allow_code:
+            written.pop("allow_code", None)
+        return written
 
 
 def _settings_within(value: Any, field: str, depth: int = 0) -> Iterator[tuple[str, int, Any]]:
