@@ -46,7 +46,7 @@ def main() -> None:
         "kv_cache_memory_bytes": 64 * 1024**2,
         "scheduler_cls": "__main__.CountingScheduler",
     }
-    model = ModelSpec(id=sys.argv[1], dtype="float32", max_model_len=512, engine_args=arguments)
+    model = ModelSpec(id=sys.argv[1], dtype="float32", max_model_len=512, engine_args=arguments, allow_code=True)
     engine = VllmEngine(model, block_size=32, gpus=1)
     runs = []
     measured = measure(engine, seconds=600)
