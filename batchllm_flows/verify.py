@@ -27,11 +27,13 @@ from batchllm_operators.work.damage import quarantined
 from batchllm_operators.work.job_file import JobFile, checked_job_file
 from batchllm_operators.work.json_objects import checked_record
 from batchllm_operators.work.layout import (
+    ANSWERS_FOLDER,
     ATTENTION_TRACE_FOLDER,
     JOB_FILE,
     MANIFEST_FILE,
     MANIFESTS_FOLDER,
     PLAN_SUMMARY,
+    QUARANTINE_FOLDER,
     REPORT_FILE,
     RESULTS_FOLDER,
     STAGED_FOLDER,
@@ -87,6 +89,7 @@ def verify_output(sink: SinkSpec) -> Verification:
         raise TerminalError(f"no complete output here: expected {MANIFEST_FILE} or {MANIFESTS_FOLDER}/", uri=output.uri)
     works = [work_of_output(output, manifest) for manifest in manifests]
     checks: list[Check] = [partial(_outputs_as_a_whole, output, manifests)]
+    checks += _checks_of_answers(output)
     for manifest, work in zip(manifests, works, strict=True):
         checks += [*_output_checks(output, manifest), *_work_checks(work, manifest)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as readers:
@@ -156,6 +159,13 @@ def _outputs_as_a_whole(output: Store, manifests: Sequence[Manifest]) -> list[Fa
             what = f"expected {counted(manifest.rows, 'row')} in all files, it lists {rows:,}"
             faults.append(_fault(output, manifest_name(manifest.slice_id), what))
     return faults
+
+
+def _checks_of_answers(output: Store) -> Iterator[Check]:
+    """Of the answers that are kept beside the output for later runs."""
+    for name in output.names(ANSWERS_FOLDER):
+        if name.endswith(".parquet") and f"/{QUARANTINE_FOLDER}/" not in name:
+            yield partial(_readable, output, name, lambda name: _scan(output, name))
 
 
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:

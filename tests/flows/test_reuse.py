@@ -16,10 +16,12 @@ from batchllm_flows.job import BatchJob
 from batchllm_flows.job_status import job_statuses, status_text
 from batchllm_flows.outcome import plan_line, report_line
 from batchllm_flows.report import JobReport
+from batchllm_flows.verify import verify_output
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.backends.inline import Script
 from batchllm_operators.plan.markdown import plan_markdown
 from batchllm_operators.spec_base import StorageOptions
+from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import ANSWERS_FOLDER
 from tests.conftest import InlineEngines
@@ -227,3 +229,12 @@ def test_a_night_whose_output_was_replaced_was_completed_all_the_same(nights: Ni
     in_a_month = time.time() + 30 * 86400
     going = find_old_folders(str(nights.folder / "out"), StorageOptions(), 86400, now=in_a_month)
     assert ["its output was replaced since" in one.line() for one in going] == [False, True]
+
+
+def test_verify_reads_the_kept_answers_too(nights: Nights) -> None:
+    sink = SinkSpec(uri=nights.run(tickets(0, 10)).output_uri)
+    whole = verify_output(sink)
+    assert whole.faults == ()
+    (kept,) = nights.folder.glob("out/_batchllm/answers/*/*.answers.parquet")
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert [fault.uri for fault in verify_output(sink).faults] == [str(kept)]
