@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone, this_process
 
 _OWNER_FILE = ".owner.json"
+_MAKING = threading.Lock()
 
 
 class OwnedFolder(tempfile.TemporaryDirectory[str]):
@@ -33,7 +35,9 @@ class OwnedFolder(tempfile.TemporaryDirectory[str]):
 
 def upload_folder() -> Path:
     """Where this process keeps files until they are uploaded."""
-    return Path(_uploads_of(os.getpid(), tempfile.gettempdir()).name)
+    # Two threads that ask at the same moment would make two, of which one would end with its only user's call.
+    with _MAKING:
+        return Path(_uploads_of(os.getpid(), tempfile.gettempdir()).name)
 
 
 @cache

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone
-from batchllm_operators.temporary_folders import OwnedFolder
+from batchllm_operators.temporary_folders import OwnedFolder, upload_folder
 
 SERVER = """
 import subprocess, sys, time
@@ -80,3 +82,20 @@ def test_folders_of_killed_processes_go_and_those_of_living_ones_stay(
     finally:
         living.kill()
         living.wait()
+
+
+def test_threads_that_upload_at_the_same_moment_share_a_folder_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    waiting = threading.Barrier(8)
+
+    def ask(_number: int) -> Path:
+        waiting.wait(60)
+        return upload_folder()
+
+    with ThreadPoolExecutor(8) as threads:
+        folders = set(threads.map(ask, range(8)))
+    assert len(folders) == 1
+    assert folders.pop().exists()
+    assert len(list(tmp_path.iterdir())) == 1
