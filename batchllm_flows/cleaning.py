@@ -105,7 +105,7 @@ def _judged(work: Store, written_before: float) -> FoundFolder:
     if _holds_data(owner, objects):
         return FoundFolder(work, owner.job_name, "input or output of the job stands in it")
     if owner.manifest() is None:
-        what = "its output was replaced since" if work.exists(REPORT_FILE) else "abandoned"
+        what = "its output was replaced or removed since" if work.exists(REPORT_FILE) else "abandoned"
         return _going(owner, f"{what}, last written {written}", (".",), objects)
     if not work.exists(REPORT_FILE):
         # Without it a run would compute the complete job again, for which it needs what is here.

@@ -28,7 +28,7 @@ class JobStatus(Record):
     complete: bool
     """Its output stands in the sink."""
     replaced: bool = False
-    """It had been completed, and another output stands in its place now."""
+    """It had been completed, and its output does not stand there any more."""
     rows: int | None = None
     """Staged, or in the complete output."""
     error_rows: dict[str, int] = Field(default_factory=dict)
@@ -136,7 +136,7 @@ def status_text(status: JobStatus) -> str:
 def _state(status: JobStatus) -> str:
     if status.complete:
         return "complete"
-    return "completed, its output was replaced since" if status.replaced else "not complete"
+    return "completed, its output was replaced or removed since" if status.replaced else "not complete"
 
 
 def _staged(status: JobStatus) -> str:

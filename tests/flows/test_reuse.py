@@ -225,10 +225,10 @@ def test_a_night_whose_output_was_replaced_was_completed_all_the_same(nights: Ni
     nights.run(tickets(0, 11))
     newest, oldest = job_statuses(str(nights.folder / "out"), StorageOptions())
     assert (newest.complete, newest.replaced, oldest.complete, oldest.replaced) == (True, False, False, True)
-    assert "completed, its output was replaced since" in status_text(oldest)
+    assert "completed, its output was replaced or removed since" in status_text(oldest)
     in_a_month = time.time() + 30 * 86400
     going = find_old_folders(str(nights.folder / "out"), StorageOptions(), 86400, now=in_a_month)
-    assert ["its output was replaced since" in one.line() for one in going] == [False, True]
+    assert ["its output was replaced or removed since" in one.line() for one in going] == [False, True]
 
 
 def test_verify_reads_the_kept_answers_too(nights: Nights) -> None:

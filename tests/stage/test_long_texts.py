@@ -103,5 +103,10 @@ def test_only_where_all_text_becomes_tokens_is_there_a_bound() -> None:
     assert token_bytes(with_parts(bpe)) is None, "unknown characters are left out"
     assert token_bytes(with_parts(bpe, normalizers.Strip(), of_bytes)) is None
     assert token_bytes(with_parts(bpe, normalizers.Replace("aa", "a"), of_bytes)) is None
+    assert token_bytes(with_parts(bpe, normalizers.Replace("é", "a"), of_bytes)) is None, "bytes count, not characters"
+    cuts = pre_tokenizers.Split(" ", "isolated")
+    assert token_bytes(with_parts(bpe, None, pre_tokenizers.Sequence([cuts, of_bytes]))) == plain
+    for drops in (pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(" ", "removed")):
+        assert token_bytes(with_parts(bpe, None, pre_tokenizers.Sequence([drops, of_bytes]))) is None
     unigram = models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)
     assert token_bytes(with_parts(unigram)) is None, "unknown characters beside each other are one token"

@@ -43,6 +43,8 @@ def token_bytes(backend: Any) -> TokenBytes | None:
     is_of_bytes = any(part["type"] == "ByteLevel" for part in _parts(backend.pre_tokenizer))
     if not isinstance(model, BPE) or not (is_of_bytes or model.byte_fallback):
         return None
+    if not all(_keeps_text(part) for part in _parts(backend.pre_tokenizer)):
+        return None
     normalizers = _parts(backend.normalizer)
     if any(_shrinks_without_bound(part) for part in normalizers):
         return None
@@ -72,8 +74,15 @@ def _parts(component: Any) -> list[dict[str, Any]]:
     return list(inner) if inner is not None else [settings]
 
 
+def _keeps_text(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer leaves no text out; one that is not known may."""
+    if pre_tokenizer["type"] in ("Split", "Punctuation"):
+        return bool(pre_tokenizer["behavior"] != "Removed")
+    return pre_tokenizer["type"] in ("ByteLevel", "Digits", "Metaspace")
+
+
 def _shrinks_without_bound(normalizer: dict[str, Any]) -> bool:
     if normalizer["type"] == "Replace":
         pattern: dict[str, str] = normalizer["pattern"]
-        return "String" not in pattern or len(normalizer["content"]) < len(pattern["String"])
+        return "String" not in pattern or len(normalizer["content"].encode()) < len(pattern["String"].encode())
     return normalizer["type"] not in _SHRINKING
