@@ -37,8 +37,10 @@ from batchllm_flows import BatchJob, batch_inference
 from batchllm_flows.demo.model import tiny_llama_folder
 from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_operators.errors import BatchLLMError
+from batchllm_operators.merge.claim import IN_PROGRESS_FILE
 from batchllm_operators.merge.sink import read_manifest
 from batchllm_operators.store import Store
+from batchllm_operators.work.layout import LEASE_FILE
 from benchmarks.fault_proxy import FaultProxy
 from benchmarks.faults_run import register_scripted
 
@@ -136,8 +138,8 @@ def kills(count: int, chance: random.Random, folder: Path, model: str) -> dict[s
                 break
         totals += Counter() | differences(expected, output(Store(str(folder / name))))
         left = [path for path in (folder / name).rglob("*") if path.name.startswith(".partial-")]
-        left += [folder / name / "_in_progress.json"] if (folder / name / "_in_progress.json").exists() else []
-        left += list((folder / name).rglob("lease.json"))
+        left += [path for path in [folder / name / IN_PROGRESS_FILE] if path.exists()]
+        left += list((folder / name).rglob(LEASE_FILE))
         totals["leftover_files"] += len(left)
     totals["orphans"] += sum(b"benchmarks.faults_run" in command for command in _commands())
     named = {name: totals[name] for name in ("rows_lost", "rows_twice", "rows_wrong", "orphans", "leftover_files")}

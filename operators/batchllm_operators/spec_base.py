@@ -18,7 +18,6 @@ _SIGNED = re.compile(
 )
 _DEEPEST_PART = 4
 """Parts of a job within parts; deeper are settings of engines, which are looked at by themselves."""
-_NUMBERS = (int, float)
 
 
 def is_secret_url(text: str) -> bool:
@@ -37,10 +36,10 @@ def _refuse_secret_urls(values: dict[Any, Any], prefix: str = "", depth: int = 1
             _refuse_secret_urls(value, f"{prefix}{key}.", depth + 1)
 
 
-def _takes(annotation: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether one of these types, just so, is among those of a field."""
-    inner = get_args(annotation)
-    return annotation in kinds if not inner else any(_takes(one, kinds) for one in inner)
+def _is_number(annotation: Any) -> bool:
+    """Whether a field takes numbers, or none, and nothing else; others say themselves what they take."""
+    kinds = set(get_args(annotation)) or {annotation}
+    return kinds <= {int, float, type(None)} and kinds != {type(None)}
 
 
 class SpecModel(BaseModel):
@@ -62,7 +61,7 @@ class SpecModel(BaseModel):
         for name, field in cls.model_fields.items():
             value = values.get(field.alias or name)
             # To Python `true` is a 1.
-            if isinstance(value, bool) and _takes(field.annotation, _NUMBERS) and not _takes(field.annotation, (bool,)):
+            if isinstance(value, bool) and _is_number(field.annotation):
                 raise ValueError(f"{field.alias or name}: expected a number, got {str(value).lower()}")
         return values
 
