@@ -1,16 +1,22 @@
-"""Work folders that nobody needs any more: found, listed and deleted; never one whose job may be running."""
+"""What nobody needs any more, found, listed and deleted: work folders, kept answers and unfinished writes.
+
+A folder whose job may be running is never touched.
+"""
 
 from __future__ import annotations
 
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from batchllm_flows.work_folders import OwnedFolder, find_work_folders, owned_folder
+from batchllm_flows.work_folders import JobFolder, find_work_folders, job_folder
+from batchllm_operators.answers import old_answers
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.store_entries import StoredObject
+from batchllm_operators.unfinished_writes import UnfinishedWrite
 from batchllm_operators.wording import counted, size_text
 from batchllm_operators.work.layout import MANIFEST_FILE, REPORT_FILE
 
@@ -64,7 +70,7 @@ def parse_age(text: str) -> float:
 
 
 def find_old_folders(
-    uri: str, storage: StorageOptions, older_than_s: float, now: float | None = None
+    uri: str, storage: StorageOptions, older_than_s: float, now: float | None = None, *, required: bool = True
 ) -> list[FoundFolder]:
     """What `remove_folders` would delete of the work folders that a URI stands for, and what stays for which reason.
 
@@ -78,11 +84,11 @@ def find_old_folders(
         now: seconds since the epoch; default: the clock.
 
     Raises:
-        TerminalError: there is no work folder.
+        TerminalError: there is no work folder, and one is required.
     """
     clock = time.time() if now is None else now
     age = max(older_than_s, RUNNING_SECONDS)
-    return [_judged(work, clock - age) for work in find_work_folders(uri, storage)]
+    return [_judged(work, clock - age) for work in find_work_folders(uri, storage, required=required)]
 
 
 def remove_folders(found: list[FoundFolder]) -> None:
@@ -92,9 +98,63 @@ def remove_folders(found: list[FoundFolder]) -> None:
             (one.work if name == "." else one.work.folder(name)).remove()
 
 
+@dataclass(frozen=True)
+class Leftovers:
+    """Kept answers that are too old, and what killed runs have left of objects that they did not finish."""
+
+    folder: Store
+    answers: tuple[StoredObject, ...]
+    unfinished: tuple[UnfinishedWrite, ...]
+
+    @property
+    def objects(self) -> int:
+        """How many objects go."""
+        return len(self.answers) + len(self.unfinished)
+
+    @property
+    def bytes(self) -> int:
+        """Their size, as far as a store tells it: that of unfinished writes is not known."""
+        return sum(one.size for one in self.answers)
+
+    def lines(self) -> list[str]:
+        """What is deleted, for a person; nothing where there is nothing."""
+        lines = []
+        if self.answers:
+            lines.append(f"delete  kept answers: {size_text(self.bytes)} in {counted(len(self.answers), 'object')}")
+        if self.unfinished:
+            lines.append(f"delete  what killed runs have left of {counted(len(self.unfinished), 'object')}")
+        return [f"{line}, in {self.folder.uri}" for line in lines]
+
+    def remove(self) -> None:
+        """Delete them."""
+        self.folder.delete([one.path for one in self.answers])
+        self.folder.discard_writes(self.unfinished)
+
+
+def find_leftovers(
+    uri: str, storage: StorageOptions, older_than_s: float, answers_older_than_s: float | None, now: float | None = None
+) -> Leftovers:
+    """What `Leftovers.remove` would delete in a folder and below it.
+
+    Args:
+        uri: of a sink, of a folder of work folders, or of one of kept answers, as `execution.reuse` may name.
+        storage: how to reach it.
+        older_than_s: age of unfinished writes in seconds; at least `RUNNING_SECONDS`.
+        answers_older_than_s: age in seconds above which kept answers go; None: they stay.
+        now: seconds since the epoch; default: the clock.
+    """
+    folder, clock = Store(uri, storage), time.time() if now is None else now
+    began_before = clock - max(older_than_s, RUNNING_SECONDS)
+    answers: list[StoredObject] = []
+    if answers_older_than_s is not None:
+        answers = old_answers(folder, datetime.fromtimestamp(clock - answers_older_than_s, UTC))
+    unfinished = [write for write in folder.unfinished_writes() if write.began < began_before]
+    return Leftovers(folder, tuple(answers), tuple(unfinished))
+
+
 def _judged(work: Store, written_before: float) -> FoundFolder:
     try:
-        owner = owned_folder(work)
+        owner = job_folder(work)
     except TerminalError as error:
         return FoundFolder(work, "unknown job", error.message)
     objects = work.stored_objects()
@@ -117,11 +177,11 @@ def _judged(work: Store, written_before: float) -> FoundFolder:
     return _going(owner, f"complete, last written {written}", folders, inside)
 
 
-def _going(owner: OwnedFolder, reason: str, folders: tuple[str, ...], objects: list[StoredObject]) -> FoundFolder:
+def _going(owner: JobFolder, reason: str, folders: tuple[str, ...], objects: list[StoredObject]) -> FoundFolder:
     return FoundFolder(owner.work, owner.job_name, reason, folders, sum(one.size for one in objects), len(objects))
 
 
-def _holds_data(owner: OwnedFolder, objects: list[StoredObject]) -> bool:
+def _holds_data(owner: JobFolder, objects: list[StoredObject]) -> bool:
     """Whether the output, or the input, is in the folder: then nothing in it is ours to delete."""
     inside = f"{owner.work.uri}/"
     sink = Store(owner.sink.uri, owner.sink.storage).uri

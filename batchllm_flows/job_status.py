@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from batchllm_flows.last_error import LastError, read_last_error
-from batchllm_flows.work_folders import find_work_folders, owned_folder
+from batchllm_flows.work_folders import find_work_folders, job_folder
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.plan.unanswered import count_requests
 from batchllm_operators.process_identity import is_surely_gone
@@ -67,7 +67,7 @@ def job_statuses(uri: str, storage: StorageOptions) -> list[JobStatus]:
 
 def job_status(work: Store) -> JobStatus:
     """How far the job of a work folder is."""
-    owner = owned_folder(work)
+    owner = job_folder(work)
     objects = work.stored_objects()
     names = {one.path for one in objects}
     staged = read_record(StageSummary, work, STAGED_SUMMARY, only_looks=True)

@@ -17,7 +17,7 @@ from batchllm_operators.work.layout import JOB_FILE, WORK_FOLDER
 
 
 @dataclass(frozen=True)
-class OwnedFolder:
+class JobFolder:
     """A work folder and what its `job.json` says."""
 
     work: Store
@@ -47,11 +47,11 @@ class OwnedFolder:
             return None  # outputs of another kind have taken the place of this one
 
 
-def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
+def find_work_folders(uri: str, storage: StorageOptions, *, required: bool = True) -> list[Store]:
     """The work folders that a URI stands for: of a sink, of a folder of work folders, or one itself; the newest first.
 
     Raises:
-        TerminalError: there is none.
+        TerminalError: there is none, and one is required.
     """
     root = Store(uri, storage)
     if is_work_folder(root):
@@ -61,14 +61,14 @@ def find_work_folders(uri: str, storage: StorageOptions) -> list[Store]:
     known = {one.uri for one in found}
     found = [one for one in _works_of_outputs(root) if one.uri not in known] + found
     found = found or [root.folder(name) for name in work_folders_in(root)]
-    if not found:
+    if required and not found:
         raise TerminalError(
             f"no job here: expected the folder of a job's output, or a work folder with its {JOB_FILE}", uri=root.uri
         )
     return found
 
 
-def owned_folder(work: Store) -> OwnedFolder:
+def job_folder(work: Store) -> JobFolder:
     """Whose a work folder is.
 
     Raises:
@@ -80,7 +80,7 @@ def owned_folder(work: Store) -> OwnedFolder:
             raise TerminalError(f"no {JOB_FILE} here", uri=work.uri)
         job = file.job
         sink = {name: value for name, value in job["sink"].items() if name in SinkSpec.model_fields}
-        return OwnedFolder(
+        return JobFolder(
             work=work,
             job_id=file.job_id,
             job_name=str(job["name"]),
@@ -114,5 +114,5 @@ def _is_of(work: Store, sink: Store) -> bool:
         return False
     if work.path_from(sink) is not None:
         return True
-    owner = owned_folder(work)
+    owner = job_folder(work)
     return Store(owner.sink.uri, owner.sink.storage).uri == sink.uri

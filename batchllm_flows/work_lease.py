@@ -19,6 +19,7 @@ from batchllm_operators.errors import BatchLLMError, TerminalError, TransientErr
 from batchllm_operators.process_identity import is_surely_gone, this_process
 from batchllm_operators.specs.execution import OnConcurrent
 from batchllm_operators.store import Store
+from batchllm_operators.unfinished_removal import discard_unfinished
 from batchllm_operators.work.layout import LEASE_FILE
 from batchllm_operators.work.lease import Lease, read_lease, write_lease
 
@@ -76,6 +77,7 @@ class WorkLease:
         """
         if not self._take():
             return self
+        discard_unfinished(self._work)
         self._renewing = threading.Thread(target=self._renew_until_end, name="work-lease", daemon=True)
         self._renewing.start()
         return self

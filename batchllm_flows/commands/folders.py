@@ -70,23 +70,40 @@ def clean(
     older_than: Annotated[
         str, typer.Option(metavar="AGE", help="without a write for so long: 12h, 7d, 2w; at least 2h, as a job may run")
     ] = "7d",
-    yes: Annotated[bool, typer.Option("--yes", help="delete; without it the folders are only listed")] = False,
+    answers_older_than: Annotated[
+        str | None, typer.Option(metavar="AGE", help="delete answers that were kept for later runs before this, as 90d")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it what goes is only listed")] = False,
     endpoint_url: EndpointUrl = None,
 ) -> None:
-    """List, and with --yes delete, work folders of complete or abandoned jobs; reports and outputs stay."""
-    from batchllm_flows.cleaning import find_old_folders, parse_age, remove_folders
+    """List, and with --yes delete, work folders of complete or abandoned jobs; reports and outputs stay.
 
-    try:
-        age = parse_age(older_than)
-    except ValueError as error:
-        raise typer.BadParameter(f"--older-than: {error}") from error
-    found = find_old_folders(uri, StorageOptions(endpoint_url=endpoint_url), age)
-    for one in found:
-        typer.echo(one.line())
+    What killed runs have left of objects that they did not finish goes too: uploads, which S3 charges for and does not
+    list, and temporary files.
+    """
+    from batchllm_flows.cleaning import find_leftovers, find_old_folders, remove_folders
+
+    storage, age = StorageOptions(endpoint_url=endpoint_url), _age("--older-than", older_than)
+    answers_age = None if answers_older_than is None else _age("--answers-older-than", answers_older_than)
+    leftovers = find_leftovers(uri, storage, age, answers_age)
+    found = find_old_folders(uri, storage, age, required=answers_age is None and not leftovers.objects)
+    for line in [*(one.line() for one in found), *leftovers.lines()]:
+        typer.echo(line)
     going = [one for one in found if one.goes]
-    total = f"{size_text(sum(one.bytes for one in going))} in {counted(sum(one.objects for one in going), 'object')}"
+    size = sum(one.bytes for one in going) + leftovers.bytes
+    total = f"{size_text(size)} in {counted(sum(one.objects for one in going) + leftovers.objects, 'object')}"
     if yes:
         remove_folders(going)
+        leftovers.remove()
         typer.echo(f"deleted {total}")
     else:
         typer.echo(f"{total} to delete; nothing is deleted without --yes")
+
+
+def _age(option: str, text: str) -> float:
+    from batchllm_flows.cleaning import parse_age
+
+    try:
+        return parse_age(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from error

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 from botocore import exceptions as boto
 from fsspec.implementations.local import LocalFileSystem
@@ -30,8 +29,15 @@ from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store_entries import StoredObject, input_object, modified, version_of
 from batchllm_operators.store_errors import FaultPlace, store_text, translated
 from batchllm_operators.temporary_folders import upload_folder
+from batchllm_operators.unfinished_writes import (
+    PARTIAL_PREFIX,
+    UnfinishedWrite,
+    abort_upload,
+    partial_name,
+    unfinished_files,
+    unfinished_uploads,
+)
 
-PARTIAL_PREFIX = ".partial-"
 _LOCAL_SCHEMES = ("", "file", "local")
 _SEQUENTIAL_BYTES = 4 << 20
 
@@ -210,7 +216,7 @@ class ObjectStore:
 
         with self._errors(name):
             folder = Path(self._path(name)).parent if self._local else upload_folder()
-            path = folder / f"{PARTIAL_PREFIX}{uuid4().hex}"
+            path = folder / partial_name(name.rpartition("/")[2])
             folder.mkdir(parents=True, exist_ok=True)
             file = DigestedFile(path, fault)
         try:
@@ -266,6 +272,28 @@ class ObjectStore:
                 return
         # Not fsspec's `rm`: it takes a folder with `*`, `?` or `[` in its name for a pattern, and deletes what matches.
         self.delete(names)
+
+    def unfinished_writes(self) -> list[UnfinishedWrite]:
+        """What writers at and below this folder have begun and not finished: they were killed, or write now."""
+        if not self._local and not self._is_s3:
+            return []  # other stores have no uploads that last, or let them expire
+        with self._errors(""):
+            if self._local:
+                return list(unfinished_files(self._root))
+            try:
+                return list(unfinished_uploads(self._fs, self._root))
+            except FileNotFoundError:  # what rclone answers where there is none
+                self._refuse_missing_bucket()
+                return []
+
+    def discard_writes(self, writes: Iterable[UnfinishedWrite]) -> None:
+        """Remove what is left of unfinished writes; whoever writes one of these at this moment fails."""
+        with self._errors(""):
+            for write in writes:
+                if self._local:
+                    Path(write.remains).unlink(missing_ok=True)
+                else:
+                    abort_upload(self._fs, self._root, write)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -152,6 +152,37 @@ def test_clean_keeps_folders_that_hold_data_or_that_it_does_not_understand(half_
     assert "job.json is not as this version" in reasons()[0]
 
 
+def test_clean_deletes_kept_answers_only_when_asked(batchllm: Batchllm, done: JobRun) -> None:
+    names = ("20260101T000000-0123456789ab", "20991231T000000-0123456789ab")
+    answers = Store(done.sink.uri).folder("_batchllm/answers/0f")
+    for segment in names:
+        for ending in (".answers.parquet", ".filter", ".keys.parquet"):
+            answers.write_bytes(segment + ending, b"x")
+    answers.write_bytes("job.parts.json", b"[]")
+    kept = answers.names()
+    assert "kept answers" not in batchllm("clean", done.sink.uri, "--yes").stdout
+    assert answers.names() == kept
+    listed = batchllm("clean", done.sink.uri, "--answers-older-than", "90d").stdout
+    assert "delete  kept answers: 3 bytes in 3 objects" in listed
+    assert answers.names() == kept
+    # Their folder may also be named alone, as `execution.reuse` can.
+    assert batchllm("clean", answers.uri, "--answers-older-than", "90d", "--yes").exit_code == 0
+    assert answers.names() == [name for name in kept if not name.startswith("2026")]
+    grow_old(answers, 100)
+    assert batchllm("clean", answers.uri, "--answers-older-than", "90d", "--yes").exit_code == 0
+    assert not answers.exists("job.parts.json"), "the note of a job that has not run since"
+    assert batchllm("clean", answers.uri, "--answers-older-than", "soon").exit_code == 2
+
+
+def test_clean_removes_what_killed_runs_have_left_unfinished(batchllm: Batchllm, done: JobRun) -> None:
+    left = [Path(done.sink.uri, f".partial-0123456789ab-part-{number}.parquet") for number in range(2)]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[0], (time.time() - 8 * DAY, time.time() - 8 * DAY))
+    assert "what killed runs have left of 1 object, in" in batchllm("clean", done.sink.uri, "--yes").stdout
+    assert [path.exists() for path in left] == [False, True], "the other may be written now"
+
+
 def test_clean_leaves_a_complete_job_without_report_as_it_is(done: JobRun) -> None:
     done.work.delete([REPORT_FILE])
     grow_old(done.work, 10)

@@ -14,6 +14,7 @@ with others in the meantime is passed over for the same reason.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,7 +35,9 @@ from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.parquet_objects import parquet_writer
 from batchllm_operators.specs.execution import ModelSpec
 from batchllm_operators.store import Store
+from batchllm_operators.store_entries import StoredObject
 from batchllm_operators.tasks.base import Task
+from batchllm_operators.unfinished_removal import discard_unfinished
 from batchllm_operators.work.damage import set_aside
 from batchllm_operators.work.results import result_schema
 
@@ -51,6 +54,7 @@ KEYS_SCHEMA = pa.schema([("first", pa.uint64()), ("second", pa.uint64()), ("row"
 
 _ANSWERS, _FILTER, _KEYS, _PARTS = ".answers.parquet", ".filter", ".keys.parquet", ".parts.json"
 _TIME = "%Y%m%dT%H%M%S"
+_DAY_S = 24 * 3600.0
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -176,10 +180,9 @@ class AnswerStore:
 
     def delete_older(self, days: float) -> int:
         """Delete the segments that were kept longer ago than this many days; returns how many."""
-        before = f"{datetime.now(UTC) - timedelta(days=days):{_TIME}}"
-        old = [segment for segment in self.segments() if segment.partition("-")[0] < before]
-        self._delete(old)
-        return len(old)
+        old = old_answers(self._folder, datetime.now(UTC) - timedelta(days=days))
+        self._folder.delete([one.path for one in old])
+        return sum(one.path.endswith(_KEYS) for one in old)
 
     def _write(self, segment: str, tables: Iterable[pa.Table]) -> int:
         known: list[UInt64s] = [np.zeros((0, 2), dtype=np.uint64)]
@@ -254,11 +257,35 @@ class AnswerStore:
         begun = {name.removesuffix(suffix) for name in names for suffix in (_ANSWERS, _FILTER) if name.endswith(suffix)}
         a_day_ago = f"{datetime.now(UTC) - timedelta(days=1):{_TIME}}"
         whole = set(self.segments())
+        discard_unfinished(self._folder, lambda write: time.time() - write.began > _DAY_S)
         self._delete([one for one in begun - whole if "/" not in one and one.partition("-")[0] < a_day_ago])
 
     def _delete(self, segments: list[str]) -> None:
         for segment in segments:
             self._folder.delete([segment + _KEYS, segment + _FILTER, segment + _ANSWERS])
+
+
+def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
+    """The objects of the segments in a folder that were kept before a time, and the notes of jobs that ran before it.
+
+    Args:
+        folder: of one scope, or above those of several.
+        before: with a time zone.
+
+    Returns:
+        In the order in which they are to be deleted: the keys, which make a segment count, first.
+    """
+    stamp = f"{before.astimezone(UTC):{_TIME}}"
+    old = []
+    for one in folder.stored_objects():
+        name = one.path.rpartition("/")[2]
+        if name.endswith((_KEYS, _FILTER, _ANSWERS)):
+            is_old = name.partition("-")[0] < stamp
+        else:
+            is_old = name.endswith(_PARTS) and one.modified < before.timestamp()
+        if is_old:
+            old.append(one)
+    return sorted(old, key=lambda one: not one.path.endswith(_KEYS))
 
 
 def _is_segment(name: str) -> bool:

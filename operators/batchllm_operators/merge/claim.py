@@ -21,7 +21,9 @@ from batchllm_operators.keys import canonical_json
 from batchllm_operators.records import Manifest
 from batchllm_operators.specs.sink import SinkMode
 from batchllm_operators.store import Store
-from batchllm_operators.work.layout import MANIFESTS_FOLDER, manifest_name
+from batchllm_operators.unfinished_removal import discard_unfinished
+from batchllm_operators.unfinished_writes import UnfinishedWrite
+from batchllm_operators.work.layout import MANIFESTS_FOLDER, WORK_FOLDER, manifest_name
 
 IN_PROGRESS_FILE = "_in_progress.json"
 ADVICE = "choose another sink.uri, or set sink.mode to overwrite"
@@ -70,6 +72,7 @@ class SinkClaim:
             if self._mode == "error":
                 refuse_claim_of_another(self._sink, self._job_id)
             if self._sink.write_if(self._claim_name, self._content, found):
+                discard_unfinished(self._sink, self._is_of_this_output)
                 return self
         raise TransientError("sink: other runs claim it at the same moment", job_id=self._job_id, uri=self._sink.uri)
 
@@ -195,6 +198,13 @@ class SinkClaim:
         inputs = [] if self._slice_id is None else [self.inputs_name()]
         self._sink.delete([*mine, *inputs])
         self.release()
+
+    def _is_of_this_output(self, write: UnfinishedWrite) -> bool:
+        """Whether what was begun would be of the output that is claimed: then its run has lost the claim."""
+        if self._slice_id is None:
+            return not write.name.startswith(f"{WORK_FOLDER}/")
+        own = owner_of_file(write.name) == self._owner
+        return own or write.name.startswith(f"{MANIFESTS_FOLDER}/{self._owner}")
 
     def _is_own(self) -> bool:
         return self._sink.content(self._claim_name) == self._content
