@@ -26,6 +26,7 @@ from batchllm_flows.planning import (
     stage_run,
     usd_per_engine_hour,
 )
+from batchllm_flows.prefect_server import reported_when_server_is_back
 from batchllm_flows.publish import load_page_ahead, publish_earlier_run, publish_run
 from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_report, read_samples
 from batchllm_flows.reuse import leave_answers, take_answers
@@ -71,9 +72,27 @@ def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.da
         TerminalError: the job cannot succeed as it stands.
         TransientError: an engine or the store failed more often than `execution.retries` allows; run again to go on.
     """
+    with reported_when_server_is_back(get_run_logger().warning):
+        return _answered(_of_its_day(job, date), retry_errors=retry_errors)
+
+
+@flow(name="plan-batch-inference", flow_run_name="{job.name}", validate_parameters=True)
+def plan_batch_inference(job: BatchJob, date: datetime.date | None = None) -> PlanSummary:
+    """Stage and plan the job, and stop before any engine second is spent; `date` as for `batch_inference`.
+
+    The work is not lost: `batch_inference` of the same job finds the staged rows.
+    """
+    logger = get_run_logger()
+    with reported_when_server_is_back(logger.warning):
+        job = _of_its_day(job, date)
+        planned = plan_job(job, stage=stage, plan=_plan_task(job), warn=logger.warning)
+        return _completed(planned, plan_line(planned))
+
+
+def _answered(job: BatchJob, *, retry_errors: bool) -> JobReport:
+    """The report of a job with its dates filled in: of this run, or of the one that has completed it before."""
     logger = get_run_logger()
     clock = StepClock()
-    job = _of_its_day(job, date)
     run = open_run(job, retry_errors=retry_errors)
     if run.complete is not None:
         return _completed_before(run, run.complete)
@@ -86,17 +105,6 @@ def batch_inference(job: BatchJob, retry_errors: bool = False, date: datetime.da
         with remembered_failure(run.work, logger.warning):
             report = _compute(run, clock, lease)
     return _completed(report, report_line(report))
-
-
-@flow(name="plan-batch-inference", flow_run_name="{job.name}", validate_parameters=True)
-def plan_batch_inference(job: BatchJob, date: datetime.date | None = None) -> PlanSummary:
-    """Stage and plan the job, and stop before any engine second is spent; `date` as for `batch_inference`.
-
-    The work is not lost: `batch_inference` of the same job finds the staged rows.
-    """
-    job = _of_its_day(job, date)
-    planned = plan_job(job, stage=stage, plan=_plan_task(job), warn=get_run_logger().warning)
-    return _completed(planned, plan_line(planned))
 
 
 def _completed_before(run: JobRun, report: JobReport) -> JobReport:

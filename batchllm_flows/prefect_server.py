@@ -16,6 +16,10 @@ from typing import Any
 from batchllm_operators.errors import TerminalError
 
 STARTUP_SECONDS = 120
+PATIENCE_SECONDS = 1800.0
+"""How long a run that has ended waits for a server that is gone."""
+POLL_SECONDS = 5.0
+"""Between two looks whether a server is back."""
 STARTUP_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
 
 OUR_LOGGERS = ("batchllm_flows", "batchllm_operators")
@@ -87,7 +91,45 @@ def no_heartbeat_to_temporary_server() -> Iterator[None]:
         yield
 
 
-def _require_answer(api_url: str) -> None:
+@contextmanager
+def reported_when_server_is_back(warn: Callable[..., None], patience_s: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Let a flow end only when Prefect's server answers, so that the end of the run is reported.
+
+    Steps need no server: a run computes on while it is gone. Only its last state is lost, and with it the knowledge
+    that it has ended, if the server does not answer within Prefect's own retries, which are a minute. A temporary
+    server is not waited for: nobody starts it again.
+
+    Args:
+        warn: takes a warning, as `logging.Logger.warning`.
+        patience_s: seconds to wait at most; then Prefect's own error ends the run.
+    """
+    try:
+        yield
+    except Exception:
+        _wait_for_server(warn, patience_s)
+        raise
+    _wait_for_server(warn, patience_s)
+
+
+def _wait_for_server(warn: Callable[..., None], patience_s: float) -> None:
+    from prefect.settings import get_current_settings
+
+    api_url = get_current_settings().api.url
+    if api_url is None:
+        return
+    deadline, warned = time.monotonic() + patience_s, False
+    while (error := _failure_to_answer()) is not None and time.monotonic() < deadline:
+        if not warned:
+            warn(
+                "the run is over; Prefect's server at %s does not answer (%s), and is waited for up to %d min to tell"
+                " it so", api_url, type(error).__name__, patience_s // 60,
+            )  # fmt: skip
+        warned = True
+        time.sleep(POLL_SECONDS)
+
+
+def _failure_to_answer() -> Exception | None:
+    """Why the server that is set does not answer; None where it does, be it with an error."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -95,7 +137,12 @@ def _require_answer(api_url: str) -> None:
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     # Another answer than health is an answer: what the flow asks for says more about it.
-    if isinstance(error, httpx.TransportError):
+    return error if isinstance(error, httpx.TransportError) else None
+
+
+def _require_answer(api_url: str) -> None:
+    error = _failure_to_answer()
+    if error is not None:
         raise TerminalError(
             f"the Prefect server at {api_url} does not answer ({type(error).__name__}): start it with `prefect server "
             "start`, or unset PREFECT_API_URL for a temporary one"
