@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from batchllm_flows import __version__
-from batchllm_flows.commands import folders, job_files, jobs
+from batchllm_flows.commands import automations, folders, job_files, jobs
 from batchllm_flows.commands.failures import DEBUG_OPTION, CommandGroup
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     folders.report,
     folders.verify,
     folders.clean,
+    automations.setup_automations,
     job_files.schema,
     jobs.demo,
 ):

@@ -33,7 +33,7 @@ SINGLE_MODULES = {
     "cost": ("cost",),
     "store": (
         *("store", "object_store", "store_entries", "store_errors", "conditional_write", "parquet_objects"),
-        *("filesystems", "disk_space", "storage_retries"),
+        *("filesystems", "disk_space", "storage_retries", "unfinished_removal", "unfinished_writes"),
     ),
     "ground": (
         *("backend_names", "batch_sizes", "digests", "errors", "format_names", "keys", "process_identity", "records"),

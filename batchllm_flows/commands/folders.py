@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from batchllm_flows.commands.failures import EXIT_FAILED, fail
-from batchllm_flows.commands.options import AsJson, EndpointUrl
+from batchllm_flows.commands.options import AsJson, EndpointUrl, parsed_age
 from batchllm_flows.commands.output import print_result, set_up_logs
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.wording import counted, size_text
@@ -83,8 +83,8 @@ def clean(
     """
     from batchllm_flows.cleaning import find_leftovers, find_old_folders, remove_folders
 
-    storage, age = StorageOptions(endpoint_url=endpoint_url), _age("--older-than", older_than)
-    answers_age = None if answers_older_than is None else _age("--answers-older-than", answers_older_than)
+    storage, age = StorageOptions(endpoint_url=endpoint_url), parsed_age("--older-than", older_than)
+    answers_age = None if answers_older_than is None else parsed_age("--answers-older-than", answers_older_than)
     leftovers = find_leftovers(uri, storage, age, answers_age)
     found = find_old_folders(uri, storage, age, required=answers_age is None and not leftovers.objects)
     for line in [*(one.line() for one in found), *leftovers.lines()]:
@@ -98,12 +98,3 @@ def clean(
         typer.echo(f"deleted {total}")
     else:
         typer.echo(f"{total} to delete; nothing is deleted without --yes")
-
-
-def _age(option: str, text: str) -> float:
-    from batchllm_flows.cleaning import parse_age
-
-    try:
-        return parse_age(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option}: {error}") from error

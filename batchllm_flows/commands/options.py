@@ -67,3 +67,13 @@ def _value(path: str, text: str) -> Any:
     begin = text.lstrip()
     is_mapping = begin.startswith("{") and not begin.startswith(_TEMPLATE_MARKS)
     return text if is_template and isinstance(value, dict) and not is_mapping else value
+
+
+def parsed_age(option: str, text: str) -> float:
+    """Seconds of an age that an option gives, as `90m`, `12h`, `7d` or `2w`; another text is an error of usage."""
+    from batchllm_flows.cleaning import parse_age
+
+    try:
+        return parse_age(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from error
