@@ -32,6 +32,8 @@ SURELY_SILENT = timedelta(minutes=30)
 POLL_SECONDS = 2.0
 """Seconds between two looks at the lease of another run."""
 
+_HELD: set[str] = set()
+"""Tokens of the leases that runs of this process hold."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -85,10 +87,12 @@ class WorkLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._renewing is not None:
+            self._renewing.join()
+        _HELD.discard(self._lease.token)
         if self._renewing is None:
             return
-        self._ended.set()
-        self._renewing.join()
         try:
             if self._is_own(read_lease(self._work)):
                 self._work.delete([LEASE_FILE])
@@ -118,9 +122,10 @@ class WorkLease:
         while True:
             there = self._work.object(LEASE_FILE)
             other = read_lease(self._work)
-            if other is None or is_surely_gone(other.process) or self._is_silent(seen, other, silent_since):
+            if other is None or _is_surely_over(other) or self._is_silent(seen, other, silent_since):
                 fence = 1 if other is None else other.fence + 1
                 self._lease = self._lease.model_copy(update={"fence": fence})
+                _HELD.add(self._lease.token)  # before others of this process can see the lease
                 if write_lease(self._work, self._lease, there):
                     if other is not None:
                         self._log("work folder: taken over from %s, which has ended", other.holder())
@@ -174,6 +179,13 @@ class WorkLease:
         return lease is not None and lease.token == self._lease.token
 
 
+def _is_surely_over(lease: Lease) -> bool:
+    """Whether the run of a lease has ended and could not give it up; False where that cannot be known."""
+    if lease.process == this_process():
+        return lease.token not in _HELD
+    return is_surely_gone(lease.process)
+
+
 def refuse_while_another_runs(work: Store) -> None:
     """Refuse work on a folder in which a run is under way.
 
@@ -181,7 +193,7 @@ def refuse_while_another_runs(work: Store) -> None:
         TransientError: one is, as far as can be told at once: not so where it was not heard of for `SURELY_SILENT`.
     """
     other = read_lease(work)
-    if other is None or is_surely_gone(other.process) or datetime.now(UTC) - other.renewed > SURELY_SILENT:
+    if other is None or _is_surely_over(other) or datetime.now(UTC) - other.renewed > SURELY_SILENT:
         return
     raise TransientError(
         f"a run of this job is under way: {other.holder()}; `batchllm status` shows how far it is", uri=work.uri

@@ -39,11 +39,13 @@ class FaultProxy:
     Attributes:
         url: of the endpoint.
         faults: how many of each kind, `stale_listing` included.
+        expired: whether the credentials have expired: then every request is refused.
     """
 
     def __init__(self, backend: str, *, rate: float, seed: int, lag_seconds: float = 0.0) -> None:
         self.rate = rate
         self.faults: Counter[str] = Counter()
+        self.expired = False
         self.url = ""
         self._backend = backend.rstrip("/")
         self._random = random.Random(seed)
@@ -84,6 +86,8 @@ class FaultProxy:
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await request.read()
+        if self.expired:
+            return web.Response(status=400, text=_XML.format("ExpiredToken"), content_type="application/xml")
         if fault is not None:
             self.faults[fault] += 1
         if fault == "slow_down":

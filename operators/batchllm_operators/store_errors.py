@@ -15,6 +15,7 @@ from batchllm_operators.errors import BatchLLMError, DamagedObjectError, Termina
 from batchllm_operators.schemes import is_foreign
 from batchllm_operators.spec_base import StorageOptions
 
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,6 +40,12 @@ def translated(error: Exception, place: FaultPlace) -> BatchLLMError | None:
         return DamagedObjectError(f"not a readable {place.content}: {error}", uri=uri)
     if isinstance(error, boto.NoCredentialsError):
         return TerminalError(f"no credentials found for {where}", uri=uri)
+    if _code(error) in _EXPIRED:
+        return TerminalError(
+            f"the credentials for {where} have expired: renew them and run again, which goes on from here; those of a "
+            "role, or of a profile with credential_process, are renewed in mid-run",
+            uri=uri,
+        )
     if isinstance(error, FileNotFoundError):
         missing = "bucket does not exist: " if place.bucket_is_missing() else "no such object on "
         return TerminalError(f"{missing}{where}", uri=uri)
@@ -116,3 +123,12 @@ def _status(error: OSError) -> int | None:
         return None
     status: int = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     return status
+
+
+def _code(error: Exception) -> str | None:
+    """S3's name of the error that a store answered with; None where it gave none."""
+    cause = error if isinstance(error, boto.ClientError) else error.__cause__
+    if not isinstance(cause, boto.ClientError):
+        return None
+    code: str | None = cause.response.get("Error", {}).get("Code")
+    return code

@@ -1,11 +1,11 @@
-"""Removal of what killed runs have left, where it is no reason to fail if a store does not allow it."""
+"""Removal of what killed runs have left, which is no reason to fail where a store does not allow it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.store import Store
 from batchllm_operators.unfinished_writes import UnfinishedWrite
 from batchllm_operators.wording import counted
@@ -14,7 +14,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def discard_unfinished(folder: Store, chosen: Callable[[UnfinishedWrite], bool] = lambda _write: True) -> int:
-    """Remove what killed writers have left at and below a folder; that a store refuses it is only warned of.
+    """Remove what killed writers have left at and below a folder; that it fails is only warned of.
 
     Args:
         folder: to look in.
@@ -26,7 +26,7 @@ def discard_unfinished(folder: Store, chosen: Callable[[UnfinishedWrite], bool] 
     try:
         going = [write for write in folder.unfinished_writes() if chosen(write)]
         folder.discard_writes(going)
-    except TerminalError as error:
+    except BatchLLMError as error:
         # The rights to list and abort uploads (s3:ListBucketMultipartUploads, s3:AbortMultipartUpload) are no others'.
         _LOGGER.warning("uploads that killed runs have left are not looked for: %s", error.message)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from batchllm_flows import BatchJob
 from batchllm_flows.flows import batch_inference
 from batchllm_flows.report_text import report_markdown
-from batchllm_operators.errors import TransientError
+from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.backends.inline import Script
+from batchllm_operators.execute.engine import Request
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.storage_retries import storage_retries
 from batchllm_operators.store import Store
@@ -90,3 +92,55 @@ def test_a_job_on_a_store_that_fails_has_the_output_of_an_undisturbed_one(
     assert report.computed_requests == 59, "nothing is computed twice"
     assert f"{report.storage_retries} requests to object stores were sent again" in report_markdown(report)
     assert read_output(f"{bucket}/out") == expected
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_credentials_that_expire_end_the_run_which_goes_on_when_they_are_renewed(
+    bucket: str, tiny_llama: str, inline_engines: InlineEngines
+) -> None:
+    write_input(f"{bucket}/in", questions(40))
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"], rate=0.0, seed=1) as proxy:
+        storage = {"endpoint_url": proxy.url}
+        execution = {"backend": "inline", "calibrate": False, "part_rows": 3, "retries": 0}
+        values = job_values(f"{bucket}/in", f"{bucket}/out", tiny_llama, execution=execution)
+        values["source"] |= {"storage": storage}
+        values["sink"] |= {"storage": storage}
+        answered: list[bytes] = []
+
+        def answer(request: Request) -> str:
+            answered.append(request.key)
+            if len(answered) == 20:
+                proxy.expired = True
+            return "an answer"
+
+        inline_engines.script = Script(answer=answer)
+        with pytest.raises(TerminalError, match=r"credentials for endpoint .* have expired: renew them and run again"):
+            batch_inference(BatchJob.model_validate(values))
+        proxy.expired = False
+        report = batch_inference(BatchJob.model_validate(values))
+    assert 0 < report.computed_requests < 39, "what was written before is not computed again"
+    assert len(read_output(f"{bucket}/out")) == 40
+
+
+def test_credentials_of_a_process_are_renewed_before_they_expire(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    keys = {"AccessKeyId": os.environ["AWS_ACCESS_KEY_ID"], "SecretAccessKey": os.environ["AWS_SECRET_ACCESS_KEY"]}
+    process = tmp_path / "process.py"
+    process.write_text(
+        "import datetime, json\n"
+        f"open({str(calls)!r}, 'a').write('x')\n"
+        "end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=2)\n"
+        f"print(json.dumps({{'Version': 1, **{keys!r}, 'Expiration': end.isoformat()}}))\n"
+    )
+    config = tmp_path / "config"
+    config.write_text(f"[profile renewing]\ncredential_process = {sys.executable} {process}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = Store(f"{bucket}/folder", StorageOptions(profile="renewing"))
+    store.write_bytes("first", b"x")
+    after_one = len(calls.read_text())
+    store.write_bytes("second", b"x")
+    assert len(calls.read_text()) > after_one >= 1, "so close to their end they are asked for anew"
