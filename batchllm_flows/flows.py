@@ -32,7 +32,7 @@ from batchllm_flows.report import ExecutedPlan, JobOutline, JobReport, build_rep
 from batchllm_flows.reuse import leave_answers, take_answers
 from batchllm_flows.run import JobRun, StepClock, open_run
 from batchllm_flows.terminations import ended_by_exit
-from batchllm_flows.work_lease import WorkLease
+from batchllm_flows.work_lease import WorkLease, clear_after_killed_run
 from batchllm_operators.cost import Calibration
 from batchllm_operators.execute.dispatch import measured_rates, open_engines, run_bundles
 from batchllm_operators.execute.engine_work import EngineWork
@@ -112,6 +112,7 @@ def _completed_before(run: JobRun, report: JobReport) -> JobReport:
     logger = get_run_logger()
     why = "is complete already" if run.objects else "has the answers to all objects of the source"
     logger.info("job %s: the output at %s %s, nothing to compute", run.job_id, run.sink.uri, why)
+    clear_after_killed_run(run.work)
     publish_earlier_run(report, logger.warning)
     return _completed(report, report_line(report))
 

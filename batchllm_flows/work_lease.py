@@ -41,6 +41,10 @@ class LostLeaseError(TerminalError):
     """Another run has taken the work folder over, because this one was not heard of for too long."""
 
 
+def _unread(*_line: object) -> None:
+    pass
+
+
 class WorkLease:
     """The lease of one run; a context manager.
 
@@ -49,14 +53,14 @@ class WorkLease:
         on_concurrent: what to do where another run has it: `wait` until it ends or falls silent, `fail`, or `join`, go
             on without it.
         flow_run: id of the run in Prefect, for whoever looks.
-        log: takes a line for a person, as `logging.Logger.info`.
+        log: takes a line for a person, as `logging.Logger.info`; default: nobody reads it.
 
     Attributes:
         waited: whether another run had it at first: what it has done meanwhile is to be looked at.
     """
 
     def __init__(
-        self, work: Store, on_concurrent: OnConcurrent, flow_run: str | None = None, log: Callable[..., None] = print
+        self, work: Store, on_concurrent: OnConcurrent, flow_run: str | None = None, log: Callable[..., None] = _unread
     ) -> None:
         self._work = work
         self._on_concurrent = on_concurrent
@@ -177,6 +181,13 @@ class WorkLease:
 
     def _is_own(self, lease: Lease | None) -> bool:
         return lease is not None and lease.token == self._lease.token
+
+
+def clear_after_killed_run(work: Store) -> None:
+    """Remove what a run that was killed just before its end has left in a work folder whose job is complete."""
+    if work.exists(LEASE_FILE):
+        with WorkLease(work, "join"):
+            pass
 
 
 def _is_surely_over(lease: Lease) -> bool:

@@ -1,4 +1,7 @@
-"""One run of the job of `faults.py`, in a process that may be killed: python -m benchmarks.faults_run JOB LOG STEP."""
+"""One run of the job of `faults.py` on a scripted engine, in a process that may be killed.
+
+As a command: python -m benchmarks.faults_run JOB LOG STEP_SECONDS.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,15 @@ def register_scripted(log: Path, step_seconds: float = 0.0) -> None:
     register_backend(BackendKind("scripted", start))
 
 
+def run_once(job: Path, answered: Path, step_seconds: float, output: Path | None = None) -> None:
+    """Run a job; what it prints goes to a file, where one is given."""
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    register_scripted(answered, step_seconds)
+    batch_inference(BatchJob.model_validate_json(job.read_text()))
+
+
 if __name__ == "__main__":
-    register_scripted(Path(sys.argv[2]), float(sys.argv[3]))
-    job = BatchJob.model_validate_json(Path(sys.argv[1]).read_text())
-    print(os.getpid(), flush=True)
-    batch_inference(job)
+    run_once(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

@@ -26,7 +26,7 @@ from pydantic import SecretStr
 
 from batchllm_flows.automations import CRASHED_NAME, FAILURE_NAME, crashed_automation, set_up_automations
 from batchllm_operators.errors import TerminalError
-from benchmarks import faults
+from benchmarks import fault_jobs
 from tests.commands.conftest import Batchllm
 
 
@@ -105,9 +105,9 @@ def until(holds: Callable[[], object], what: str) -> None:
 
 
 def test_a_run_that_is_killed_becomes_crashed(own_server: dict[str, str], tiny_llama: str, tmp_path: Path) -> None:
-    pq.write_table(faults.rows(), tmp_path / "in.parquet")
+    pq.write_table(fault_jobs.rows(), tmp_path / "in.parquet")
     job = tmp_path / "job.json"
-    job.write_text(json.dumps(faults.job(str(tmp_path / "in.parquet"), str(tmp_path / "out"), tiny_llama)))
+    job.write_text(json.dumps(fault_jobs.job(str(tmp_path / "in.parquet"), str(tmp_path / "out"), tiny_llama)))
     with (
         temporary_settings({PREFECT_API_URL: own_server["PREFECT_API_URL"]}),
         get_client(sync_client=True) as client,
@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_becomes_crashed(own_server: dict[str, str], tiny_l
         automation = crashed_automation(timedelta(seconds=31))
         automation.create()
         command = [sys.executable, "-m", "benchmarks.faults_run", str(job), str(tmp_path / "answered"), "1"]
-        run = subprocess.Popen(command, env=own_server, cwd=Path(faults.__file__).parents[1])
+        run = subprocess.Popen(command, env=own_server, cwd=Path(fault_jobs.__file__).parents[1])
         until(lambda: (tmp_path / "answered").exists() and run_of_the_job() is not None, "the run computes")
         run.kill()
         run.wait()
