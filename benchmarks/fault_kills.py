@@ -23,13 +23,16 @@ import pyarrow.parquet as pq
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import LEASE_FILE
-from benchmarks.fault_jobs import differences, job, output, rows
+from benchmarks.fault_jobs import differences, job, output
+from benchmarks.fault_jobs import rows as rows_of_documents
 from benchmarks.faults_run import run_once
 
 STEP_SECONDS = 0.01
 FIGURES = ("rows_lost", "rows_twice", "rows_wrong", "orphans", "leftover_files")
 ORPHAN_SECONDS = 30.0
 """How long a process that belonged to a killed run may take to notice that, before it counts as an orphan."""
+_IMPORTED_LATER = ("transformers.models.auto.tokenization_auto", "numba", "matplotlib.figure")
+"""What a run imports when it needs it."""
 MARK = "BATCHLLM_FAULTS_RUN"
 """Variable of the environment by which processes of a run are found."""
 
@@ -61,9 +64,11 @@ class Kills:
         Whenever a run completes, its output is held against that of the undisturbed one, and the next job begins.
         """
         self.folder.mkdir()
-        pq.write_table(rows(self.rows), self.folder / "in.parquet")
+        pq.write_table(rows_of_documents(self.rows), self.folder / "in.parquet")
         log = self.folder / "answered"
         log.touch()
+        self._complete("warm")
+        log.write_text("")
         began = time.monotonic()
         self._complete("undisturbed")
         seconds, expected = time.monotonic() - began, output(Store(str(self.folder / "undisturbed")))
@@ -111,10 +116,10 @@ class Kills:
         return [path for path in sink.rglob("*") if path.name.startswith(".partial-") or path.name in names]
 
 
-def scripted_kills(folder: Path, model: str) -> Kills:
+def scripted_kills(folder: Path, model: str, rows: int = 240) -> Kills:
     """Runs on a scripted engine, each in a process that was prepared by one which has all modules loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.faults_run", "torch", "transformers", "numba", "matplotlib.figure"])
+    context.set_forkserver_preload(["benchmarks.faults_run", *_IMPORTED_LATER])
 
     def start(path: Path) -> Run:
         arguments = (path, folder / "answered", STEP_SECONDS, folder / "log")
@@ -122,10 +127,10 @@ def scripted_kills(folder: Path, model: str) -> Kills:
         process.start()
         return _PreparedRun(process)
 
-    return Kills(start, lambda source, sink: job(source, sink, model), 240, folder)
+    return Kills(start, lambda source, sink: job(source, sink, model), rows, folder)
 
 
-def real_kills(folder: Path, model: str) -> Kills:
+def real_kills(folder: Path, model: str, rows: int = 120) -> Kills:
     """Runs of the command line on the real engine, with the tiny model."""
 
     def values(source: str, sink: str) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def real_kills(folder: Path, model: str) -> Kills:
         with (folder / "log").open("ab") as log:
             return _CommandRun(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
 
-    return Kills(start, values, 120, folder)
+    return Kills(start, values, rows, folder)
 
 
 class _PreparedRun:
