@@ -9,7 +9,7 @@ DEMO_FLAGS = $(if $(FRESH),--fresh)
 PIP = $(VENV)/bin/pip install --disable-pip-version-check --no-cache-dir --quiet $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help install demo test lint types tests format clean
+.PHONY: help install demo test lint types tests audit format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,10 @@ types: $(INSTALLED)
 # A file's tests share engines and servers, so they stay in one process.
 tests: $(INSTALLED)
 	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+audit: $(INSTALLED)  ## look for known vulnerabilities in what is installed (asks PyPI)
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet 'pip-audit>=2.9,<3'
+	$(VENV)/bin/pip-audit --local --skip-editable
 
 format: $(INSTALLED)  ## format the code and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .

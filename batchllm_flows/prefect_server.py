@@ -18,6 +18,8 @@ from batchllm_operators.errors import TerminalError
 STARTUP_SECONDS = 120
 PATIENCE_SECONDS = 1800.0
 """How long a run that has ended waits for a server that is gone."""
+LOOK_SECONDS = 0.1
+"""Between two looks whether a temporary server has begun."""
 POLL_SECONDS = 5.0
 """Between two looks whether a server is back."""
 STARTUP_VARIABLE = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
@@ -156,14 +158,22 @@ def _start_temporary_server(timeout_s: int) -> None:
     # The one that Prefect's clients ask for when no URL is set.
     server = SubprocessASGIServer()
     deadline = time.monotonic() + timeout_s
+    watched: set[int] = set()
+
+    def watch() -> None:
+        """From its begin on: it takes seconds to start, and where its port is taken it begins anew."""
+        process = server.server_process
+        if process is not None and process.pid not in watched:
+            watched.add(process.pid)
+            _end_with_this_process(process)
+
     try:
         try:
-            _without_interrupts(lambda: server.start(timeout_s), server.stop)
+            _without_interrupts(lambda: server.start(timeout_s), server.stop, watch)
         except httpx.TimeoutException:
             # It is there, but too busy to answer within httpx's few seconds, which Prefect takes for a failure.
             _wait_for_answer(f"{server.api_url}/health", deadline)
             server.running = True
-        _end_with_this_process(server.server_process)
     except (RuntimeError, httpx.HTTPError) as error:
         server.stop()
         raise TerminalError(
@@ -172,14 +182,12 @@ def _start_temporary_server(timeout_s: int) -> None:
         ) from error
 
 
-def _end_with_this_process(server: subprocess.Popen[Any] | None) -> None:
+def _end_with_this_process(server: subprocess.Popen[Any]) -> None:
     """Let the server end with this process also where that is killed and cannot end it.
 
     A process of its own waits for the end of a pipe that nobody writes to. It holds the server by a descriptor, so that
     it never ends another process that got the server's number.
     """
-    if server is None:
-        return
     reading, writing = os.pipe()  # which closes when this process ends, however it does
     try:
         subprocess.Popen(
@@ -194,11 +202,16 @@ def _end_with_this_process(server: subprocess.Popen[Any] | None) -> None:
     _WATCHED_PIPES.append(writing)
 
 
-def _without_interrupts(start: Callable[[], None], stop: Callable[[], None]) -> None:
+def _without_interrupts(start: Callable[[], None], stop: Callable[[], None], look: Callable[[], None]) -> None:
     """Start a process that Ctrl-C does not reach, in another thread, so that it ends the waiting here.
 
     A terminal sends Ctrl-C to all processes of a command. Prefect's server would end at once, and the flow run, which
     tells it that it was interrupted, would try for minutes. A process inherits the signals that its thread blocks.
+
+    Args:
+        start: starts it and waits until it is up.
+        stop: ends it.
+        look: is called again and again meanwhile, and once more when it is up.
     """
     failed: list[BaseException] = []
 
@@ -212,7 +225,9 @@ def _without_interrupts(start: Callable[[], None], stop: Callable[[], None]) -> 
     thread = threading.Thread(target=blocking, name="prefect-server", daemon=True)
     thread.start()
     try:
-        thread.join()
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            look()
     except KeyboardInterrupt:
         stop()
         raise

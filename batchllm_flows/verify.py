@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from batchllm_flows.report import JobReport
+from batchllm_operators.answers import check_answers_object
 from batchllm_operators.batch_sizes import NUMBERS_AT_A_TIME
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.formats import format_named
@@ -164,8 +165,12 @@ def _outputs_as_a_whole(output: Store, manifests: Sequence[Manifest]) -> list[Fa
 def _checks_of_answers(output: Store) -> Iterator[Check]:
     """Of the answers that are kept beside the output for later runs."""
     for name in output.names(ANSWERS_FOLDER):
-        if name.endswith(".parquet") and f"/{QUARANTINE_FOLDER}/" not in name:
+        if f"/{QUARANTINE_FOLDER}/" in name:
+            continue
+        if name.endswith(".parquet"):
             yield partial(_readable, output, name, lambda name: _scan(output, name))
+        else:
+            yield partial(_readable, output, name, lambda name: check_answers_object(output, name))
 
 
 def _work_checks(work: Store, manifest: Manifest) -> Iterator[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, get_args
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +14,8 @@ from batchllm_operators.wording import did_you_mean
 _URL = r"\s*[a-zA-Z][\w+.-]*://"
 _USER_INFO = re.compile(rf"{_URL}[^/?#\s]*@\S*\s*")
 _SIGNED = re.compile(
-    rf"{_URL}\S*[?&](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|access_token)=\S*\s*",
+    rf"{_URL}\S*[?&#](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|\w*token|(api|access|secret)_?key"
+    r"|password|secret)=\S*\s*",
     re.IGNORECASE,
 )
 _DEEPEST_PART = 4
@@ -22,7 +24,7 @@ _DEEPEST_PART = 4
 
 def is_secret_url(text: str) -> bool:
     """Whether a text is a URL that lets in whoever has it: with user and password, or signed."""
-    return _USER_INFO.fullmatch(text) is not None or _SIGNED.fullmatch(text) is not None
+    return any(form.fullmatch(way) for form in (_USER_INFO, _SIGNED) for way in (text, unquote(text)))
 
 
 def _refuse_secret_urls(values: dict[Any, Any], prefix: str = "", depth: int = 1) -> None:

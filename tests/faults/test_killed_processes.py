@@ -9,11 +9,12 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone
+from batchllm_operators.process_identity import is_surely_gone, this_process
 from batchllm_operators.temporary_folders import OwnedFolder, upload_folder
 
 SERVER = """
@@ -36,6 +37,16 @@ time.sleep(600)
 """
 
 
+STARTING = """
+import os
+os.environ.pop("PREFECT_API_URL", None)
+from batchllm_flows.prefect_server import prepare_prefect, require_server
+prepare_prefect(120)
+print("prepared", flush=True)
+require_server()
+"""
+
+
 def started(script: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -44,19 +55,38 @@ def started(script: str) -> tuple[subprocess.Popen[str], str]:
 
 def test_the_temporary_server_of_a_killed_run_ends() -> None:
     run, pid = started(SERVER)
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    place = ProcessIdentity.model_validate_json(
-        subprocess.run(
-            [sys.executable, "-c", "from batchllm_operators.process_identity import this_process as t;"
-             "print(t().model_dump_json())"], capture_output=True, text=True, check=True,
-        ).stdout
-    )  # fmt: skip
-    server = place.model_copy(update={"pid": int(pid), "started": fields[19]})
-    assert not is_surely_gone(server)
+    kill_and_wait_for(run, int(pid))
+
+
+def test_a_temporary_server_that_is_still_starting_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    run, said = started(STARTING)
+    assert said == "prepared"
+    deadline = time.monotonic() + 120
+    while (server := server_that_is_watched(run.pid)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill_and_wait_for(run, server)
+
+
+def server_that_is_watched(pid: int) -> int | None:
+    """The server that the watcher, a child of the main thread of a process, has been told to end."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if any(b"pidfd_open" in word for word in command):
+                return int(command[-2])
+    return None
+
+
+def kill_and_wait_for(run: subprocess.Popen[str], child: int) -> None:
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    identity = this_process().model_copy(update={"pid": child, "started": fields[19]})
+    assert not is_surely_gone(identity)
     run.send_signal(signal.SIGKILL)
     run.wait()
     deadline = time.monotonic() + 60
-    while not is_surely_gone(server):
+    while not is_surely_gone(identity):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

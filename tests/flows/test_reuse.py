@@ -237,4 +237,8 @@ def test_verify_reads_the_kept_answers_too(nights: Nights) -> None:
     assert whole.faults == ()
     (kept,) = nights.folder.glob("out/_batchllm/answers/*/*.answers.parquet")
     kept.write_bytes(kept.read_bytes()[:-40])
-    assert [fault.uri for fault in verify_output(sink).faults] == [str(kept)]
+    (bits,) = nights.folder.glob("out/_batchllm/answers/*/*.filter")
+    bits.write_bytes(b"")
+    (parts,) = nights.folder.glob("out/_batchllm/answers/*/*.parts.json")
+    parts.write_bytes(b"{}")
+    assert {fault.uri for fault in verify_output(sink).faults} == {str(kept), str(bits), str(parts)}

@@ -52,6 +52,10 @@ SECRETS = [
     "https://bucket.host/rows?X-Amz-Algorithm=A&X-Amz-Signature=secret-word",
     "https://host/bucket?sv=1&sig=secret-word",
     "https://host/rows?token=secret-word&x=1",
+    "https://host/rows?api_key=secret-word",
+    "https://host/rows#id_token=secret-word",
+    "https://host/rows?x=1&%74oken=secret-word",
+    "https://host/rows?password=secret-word",
 ]
 
 

@@ -142,15 +142,11 @@ class AnswerStore:
 
     def parts_of(self, job_id: str) -> list[str]:
         """Names of the result parts of a job that are kept."""
-        content = self._folder.content(job_id + _PARTS)
         try:
-            names = [] if content is None else orjson.loads(content)
-        except orjson.JSONDecodeError:
-            names = None
-        if not isinstance(names, list):
-            set_aside(self._folder, job_id + _PARTS, "expected a list of names")
+            return _kept_parts(self._folder, job_id + _PARTS)
+        except DamagedObjectError as error:
+            set_aside(self._folder, job_id + _PARTS, error)
             return []
-        return [str(name) for name in names]
 
     def note_parts(self, job_id: str, parts: Iterable[str]) -> None:
         """Note which result parts of a job are kept, in the place of what was noted before."""
@@ -207,12 +203,7 @@ class AnswerStore:
 
     def _in_segment(self, segment: str, keys: UInt64s) -> Iterator[tuple[Int64s, pa.Table]]:
         """The answers to some keys that a segment has, and which of the keys these are."""
-        bits = self._folder.content(segment + _FILTER)
-        if bits is None:
-            raise TerminalError("its filter is gone", uri=self._folder.uri_of(segment + _FILTER))
-        if 8 * len(bits) < LEAST_BITS:
-            raise DamagedObjectError(f"expected a filter, got {len(bits)} bytes", uri=self._folder.uri_of(segment))
-        candidates = np.flatnonzero(KeyFilter(bits).may_have(keys))
+        candidates = np.flatnonzero(_key_filter(self._folder, segment + _FILTER).may_have(keys))
         if not len(candidates):
             return
         with self._folder.parquet(segment + _KEYS) as file:
@@ -286,6 +277,42 @@ def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
         if is_old:
             old.append(one)
     return sorted(old, key=lambda one: not one.path.endswith(_KEYS))
+
+
+def check_answers_object(folder: Store, name: str) -> None:
+    """Look whether an object beside the Parquet objects of kept answers is what was written.
+
+    Args:
+        folder: above it.
+        name: of the object there; of other objects nothing is known.
+
+    Raises:
+        DamagedObjectError: it is not.
+    """
+    if name.endswith(_FILTER):
+        _key_filter(folder, name)
+    elif name.endswith(_PARTS):
+        _kept_parts(folder, name)
+
+
+def _key_filter(folder: Store, name: str) -> KeyFilter:
+    bits = folder.content(name)
+    if bits is None:
+        raise TerminalError("its filter is gone", uri=folder.uri_of(name))
+    if 8 * len(bits) < LEAST_BITS:
+        raise DamagedObjectError(f"expected a filter, got {len(bits)} bytes", uri=folder.uri_of(name))
+    return KeyFilter(bits)
+
+
+def _kept_parts(folder: Store, name: str) -> list[str]:
+    content = folder.content(name)
+    try:
+        names = [] if content is None else orjson.loads(content)
+    except orjson.JSONDecodeError:
+        names = None
+    if not isinstance(names, list):
+        raise DamagedObjectError("expected a list of names", uri=folder.uri_of(name))
+    return [str(one) for one in names]
 
 
 def _is_segment(name: str) -> bool:
