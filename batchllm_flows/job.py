@@ -12,6 +12,7 @@ from batchllm_flows.job_yaml import RepeatedKeyError, TooLargeError, load_yaml
 from batchllm_operators.digests import digest_of_bytes
 from batchllm_operators.errors import SecretInJobError, TerminalError
 from batchllm_operators.keys import canonical_json, job_id
+from batchllm_operators.models.generation_defaults import with_model_defaults
 from batchllm_operators.models.model_files import model_versions
 from batchllm_operators.records import InputObject
 from batchllm_operators.spec_base import SpecModel
@@ -98,6 +99,7 @@ class BatchJob(SpecModel):
                 del spec["source"][name]
         spec["model_versions"] = model_versions(pinned or self.model)
         spec["format_version"] = FORMAT_VERSION
+        spec["sampling"] = self.sampling.values | {"override_column": self.sampling.override_column}
         if self.task == GENERATE:
             del spec["task"]  # its ids are older than the other tasks
         if isinstance(self.prompt, FieldsPrompt):
@@ -128,6 +130,14 @@ class BatchJob(SpecModel):
         if self.sink.carry == "key_only" and self.source.id_column is None:
             raise ValueError("sink.carry: key_only carries source.id_column, expected a column there, got none")
         return self
+
+    def with_model_defaults(self) -> Self:
+        """This job with all of its sampling said, also where it leaves that to the model (`sampling.defaults`).
+
+        Raises:
+            TerminalError: the model's recommendation cannot be read, or is not one.
+        """
+        return self.model_copy(update={"sampling": with_model_defaults(self.sampling, self.model)})
 
     def first_rows(self, rows: int) -> BatchJob:
         """This job on the first rows of its input only: another job, whose output is `{sink}/_first_{rows}`.

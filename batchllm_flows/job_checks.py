@@ -13,6 +13,7 @@ from batchllm_operators.formats import Source, open_source
 from batchllm_operators.merge.sink import check_sink, refuse_overlap
 from batchllm_operators.stage.rendering import prompt_renderer
 from batchllm_operators.stage.row_stager import StagerSettings
+from batchllm_operators.stage.sampling import refuse_unknown_tokens
 from batchllm_operators.stage.tokenizing import PromptTokenizer, model_limits
 from batchllm_operators.tasks import task_named
 from batchllm_operators.wording import counted, size_text
@@ -33,6 +34,10 @@ def check_job(job: BatchJob) -> Iterator[Check]:
 
     What depends on a check that failed is left out.
     """
+    try:
+        job = job.with_model_defaults()
+    except BatchLLMError as error:
+        yield Check("sampling", False, str(error))
     source: list[Source] = []
     settings: list[StagerSettings] = []
     needed: list[dict[str, frozenset[str]]] = []
@@ -74,6 +79,7 @@ def _engine_arguments(job: BatchJob) -> str:
 
 def _model(job: BatchJob, found: list[StagerSettings]) -> str:
     limits = model_limits(job.model)
+    refuse_unknown_tokens(job.sampling, limits.vocab_size)
     settings = StagerSettings(
         prompt=job.prompt, sampling=job.sampling, model=job.model, limits=limits, id_column=job.source.id_column
     )

@@ -105,6 +105,9 @@ class JobOutline(Record):
             pieces.append(f"top_p {sampling.top_p:g}")
         if sampling.seed is not None:
             pieces.append(f"seed {sampling.seed}")
+        said = ("temperature", "top_p", "seed", "max_tokens", "stop")
+        more = {name: value for name, value in sampling.values.items() if name not in said}
+        pieces += [f"{name} {orjson.dumps(value).decode()}" for name, value in more.items()]
         pieces.append(f"at most {counted(sampling.max_tokens, 'token')}")
         if sampling.stop:
             pieces.append(f"stop at {', '.join(map(repr, sampling.stop))}")

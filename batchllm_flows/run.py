@@ -60,6 +60,7 @@ def open_run(job: BatchJob, *, retry_errors: bool = False) -> JobRun:
             job, a complete output whose report another version wrote, or one to open again whose results are gone.
     """
     check_engine_arguments(job.model)
+    job = job.with_model_defaults()
     found = input_of(job)
     if not found.objects:
         work, report = last_report(job)

@@ -43,7 +43,9 @@ def test_every_python_block_runs_as_it_stands_but_for_the_model(
 
 def test_the_readme_and_the_help_name_the_same_commands_and_exit_codes() -> None:
     of_readme = {line.split()[1] for text in blocks("sh") for line in text.splitlines() if line.startswith("batchllm ")}
-    assert of_readme == {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert of_readme == {
+        command.callback.__name__.replace("_", "-") for command in app.registered_commands if command.callback
+    }
     shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout.split())
     for code in ("0 all rows answered", "3 finished with row errors", "1 failed", "2 usage", "130 interrupted"):
         assert code in shown

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from batchllm_operators.errors import TerminalError
 from batchllm_operators.execute.messages import AllRead, BundleCounts, BundleEvent, PartWritten, Progress
 from batchllm_operators.specs.sampling import SamplingParameters
+from batchllm_operators.specs.structured_outputs import StructuredOutputs
 from tests.execute.engines import StartedEngine
 
 pytestmark = pytest.mark.engine
@@ -36,6 +39,75 @@ def test_every_request_of_a_bundle_is_answered_in_parts_of_limited_rows(warm_eng
     assert done.counts.cached_tokens == sum(row["cached_tokens"] for row in answers.values()) >= 12 * 64
     assert next(event.counts for event in events if isinstance(event, Progress)) == BundleCounts()
     assert sum(isinstance(event, AllRead) for event in events) == 1
+
+
+def test_every_request_is_sampled_as_it_says(warm_engine: StartedEngine, work: Any) -> None:
+    wanted: list[dict[str, Any]] = [
+        {"allowed_token_ids": [7]},
+        {"logit_bias": {"11": 100.0}},
+        {"logit_bias": {"11": 100.0}, "stop_token_ids": [11]},
+        {"logit_bias": {"11": 100.0}, "stop_token_ids": [11], "min_tokens": 3},
+        {"ignore_eos": True, "repetition_penalty": 50.0},
+        {"logit_bias": {"11": 100.0}, "repetition_detection": {"max_pattern_size": 1, "min_count": 4}},
+        {"temperature": 1.5, "seed": 1, "top_k": 1},
+        {},
+    ]
+    texts = {row: SamplingParameters.model_validate(fields).to_json() for row, fields in enumerate(wanted)}
+    bundle = work.write_bundle(requests=len(wanted), max_tokens=6, sampling=texts)
+    answers = work.answers(warm_engine.run(work.run_command(bundle)).parts)
+    tokens = {row: answers[row]["output_token_ids"] for row in answers}
+    assert tokens[0] == [7] * 6
+    assert tokens[1] == [11] * 6
+    assert (tokens[2], answers[2]["finish_reason"]) == ([11], "stop")
+    assert (len(tokens[3]), answers[3]["finish_reason"]) == (4, "stop"), tokens[3]
+    assert len(tokens[4]) == len(set(tokens[4])) == 6
+    assert tokens[5] == [11] * 4
+    greedy = work.write_bundle("greedy", requests=8, max_tokens=6)
+    assert tokens[7] == work.answers(warm_engine.run(work.run_command(greedy)).parts)[7]["output_token_ids"]
+
+
+def test_structured_outputs_are_all_as_they_must_be(warm_engine: StartedEngine, work: Any) -> None:
+    marks = {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 1, "maxItems": 3}
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["bug", "wish"]}, "marks": marks},
+        "required": ["kind", "marks"],
+        "additionalProperties": False,
+    }
+    wanted = [
+        {"json_schema": schema},
+        {"choice": ["yes", "no", "perhaps not"]},
+        {"regex": "[0-9]{3}-[a-f]{2}"},
+        {"grammar": 'root ::= "x" ("y" | "z") "!"'},
+    ]
+    count = 100
+    texts = {
+        row: SamplingParameters(
+            temperature=1.0, seed=row, structured_outputs=StructuredOutputs.model_validate(wanted[row % len(wanted)])
+        ).to_json()
+        for row in range(count)
+    }
+    bundle = work.write_bundle(requests=count, max_tokens=200, sampling=texts)
+    answers = work.answers(warm_engine.run(work.run_command(bundle)).parts)
+    assert len(answers) == count
+    for row, answer in answers.items():
+        assert answer["error"] is None
+        assert answer["finish_reason"] == "stop", (row, answer["completion"][:100])
+        text = answer["completion"]
+        if row % len(wanted) == 0:
+            Draft202012Validator(schema).validate(json.loads(text))
+        else:
+            assert re.fullmatch("yes|no|perhaps not|[0-9]{3}-[a-f]{2}|x[yz]!", text)
+
+
+@pytest.mark.parametrize("wrong", [{"regex": "a(b"}, {"grammar": "root ::= nothing"}])
+def test_a_constraint_that_vllm_does_not_take_is_the_error_of_its_row(
+    warm_engine: StartedEngine, work: Any, wrong: dict[str, Any]
+) -> None:
+    text = SamplingParameters(structured_outputs=StructuredOutputs.model_validate(wrong)).to_json()
+    answers = work.answers(warm_engine.run(work.run_command(work.write_bundle(requests=3, sampling={1: text}))).parts)
+    assert [answers[row]["error"] is None for row in range(3)] == [True, False, True]
+    assert answers[1]["error"]["code"] == "engine_error"
 
 
 def test_a_bundle_on_s3_is_computed_to_parts_on_s3(warm_engine: StartedEngine, work_on_s3: Any) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchllm_operators.errors import TerminalError
@@ -87,6 +89,10 @@ def test_a_row_may_override_sampling(stage: Stage, as_json: bool) -> None:
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, got 0"),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"logit_bias": {"99999": 1.0}}, "logit_bias: expected token ids from 0 to 49,151, got 99999"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids: expected token ids from 0 to 49,151, got -1"),
+        ({"allowed_token_ids": []}, "allowed_token_ids: expected at least one token, got none"),
+        ({"min_tokens": 300}, "min_tokens: expected at most max_tokens 256, got 300"),
         ({"expected_output_tokens": 0}, "expected_output_tokens: Input should be greater than or equal to 1, got 0"),
         ({"expected_output_tokens": -7}, "expected_output_tokens: Input should be greater than or equal to 1, got -7"),
         ({"expected_output_tokens": 2.5}, "expected_output_tokens: Input should be a valid integer"),
@@ -103,6 +109,41 @@ def test_a_bad_override_is_an_invalid_row(stage: Stage, override: Any, message: 
     assert bad[0] == "invalid_row"
     assert "column 's'" in bad[1]
     assert message in bad[1]
+
+
+def test_every_sampling_field_of_a_row_counts_in_its_request(stage: Stage) -> None:
+    overrides: list[Any] = [
+        None, {"top_k": 5}, {"top_k": -1}, {"logit_bias": {"7": 1.5}}, {"bad_words": "no"},
+        {"repetition_detection": {"max_pattern_size": 3, "min_count": 2}},
+    ]  # fmt: skip
+    rows = stage(
+        json_lines(*({"text": "x", "s": override} for override in overrides)), sampling={"override_column": "s"}
+    ).rows
+    keys = [row["request_key"] for row in rows]
+    assert keys[2] == keys[0], "another way to say that all tokens count"
+    assert len(set(keys)) == 5
+    assert orjson.loads(rows[3]["sampling"])["logit_bias"] == {"7": 1.5}
+    assert "top_k" not in orjson.loads(rows[3]["sampling"]), "what is not set changes no key, and no key of old"
+
+
+def test_a_struct_and_a_map_of_parquet_override_too(stage: Stage, tmp_path: Path) -> None:
+    kind = pa.struct({"logit_bias": pa.map_(pa.int32(), pa.float64()), "top_k": pa.int64()})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x"], "s": pa.array([{"logit_bias": [(7, 1.5)], "top_k": None}], kind)}), path)
+    (row,) = stage(path, format="parquet", sampling={"override_column": "s"}).rows
+    assert orjson.loads(row["sampling"])["logit_bias"] == {"7": 1.5}
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
+def test_token_ids_that_the_model_does_not_have_are_refused_in_a_job(stage: Stage, field: str) -> None:
+    with pytest.raises(TerminalError, match=rf"sampling\.{field}: expected token ids from 0 to 49,151, got 49152"):
+        stage([{"text": "x"}], sampling={field: [49151, 49152]})
+
+
+def test_a_shorter_completion_needs_no_more_tokens_than_it_has(stage: Stage) -> None:
+    rows = [{"ids": list(range(7)), "s": {"min_tokens": 5}}]
+    (row,) = stage(rows, TOKENS, model={"max_model_len": 10}, sampling={"override_column": "s"}).rows
+    assert orjson.loads(row["sampling"]) | {"max_tokens": 3, "min_tokens": 3} == orjson.loads(row["sampling"])
 
 
 ESTIMATES = "expected_output_tokens"

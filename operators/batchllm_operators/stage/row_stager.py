@@ -84,7 +84,7 @@ class RowStager:
             settings.model, _special_tokens_of(settings.prompt), settings.limits.max_model_len
         )
         self._renderer = settings.renderer(self._tokenizer.special_tokens)
-        self._sampling = RowSampling(settings.sampling)
+        self._sampling = RowSampling(settings.sampling, settings.limits.vocab_size)
         self._keys = RequestKeys(settings.model.id, settings.model.revision, settings.task)
         self._schema = STAGED_SCHEMA
         if settings.sampling.override_column is not None:
@@ -165,8 +165,8 @@ class RowStager:
         generates = self._settings.generates
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens) if generates else 1
-        effective = wanted if wanted.max_tokens <= room else wanted.model_copy(update={"max_tokens": room})
-        sampling = effective.model_dump(mode="json") if generates else {}
+        effective = wanted.within(room)
+        sampling = effective.values if generates else {}
         own_answer = generates and not wanted.deterministic
         return {
             "request_key": self._keys.key(tokens, sampling, row_index=row_index if own_answer else None),

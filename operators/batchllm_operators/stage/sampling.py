@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from batchllm_operators.errors import TerminalError
 from batchllm_operators.specs.sampling import SamplingParameters, SamplingSpec
 from batchllm_operators.stage.faults import invalid_row
 from batchllm_operators.wording import fault_text
@@ -29,12 +30,17 @@ class SampledRow:
 class RowSampling:
     """Gives each row its sampling parameters.
 
+    Args:
+        spec: the sampling part of the job.
+        vocabulary: tokens that the model has.
+
     Attributes:
         base: the job's parameters, for rows without an override.
     """
 
-    def __init__(self, spec: SamplingSpec) -> None:
+    def __init__(self, spec: SamplingSpec, vocabulary: int) -> None:
         self._column = spec.override_column
+        self._vocabulary = vocabulary
         self.base = spec.parameters
 
     def of(self, record: dict[str, Any]) -> SampledRow:
@@ -50,6 +56,9 @@ class RowSampling:
             row = self.base.with_override(override)
         except ValidationError as error:
             raise invalid_row(f"column {self._column!r}: {_explained(error)}") from error
+        unknown = row.unknown_tokens(self._vocabulary)
+        if unknown is not None:
+            raise invalid_row(f"column {self._column!r}: {unknown}")
         return SampledRow(row.parameters, row.expected_output_tokens)
 
     def _override(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +74,17 @@ class RowSampling:
             raise invalid_row(f"column {self._column!r}: expected sampling fields, got {type(value).__name__}")
         # A column of structs has every field in every row, null where a row overrides nothing.
         return {key: item for key, item in value.items() if item is not None}
+
+
+def refuse_unknown_tokens(sampling: SamplingSpec, vocabulary: int) -> None:
+    """Refuse token ids in a job that its model does not have.
+
+    Raises:
+        TerminalError: names the field and the first one.
+    """
+    unknown = sampling.unknown_tokens(vocabulary)
+    if unknown is not None:
+        raise TerminalError(f"sampling.{unknown}")
 
 
 def _explained(error: ValidationError) -> str:

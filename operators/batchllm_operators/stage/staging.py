@@ -27,6 +27,7 @@ from batchllm_operators.specs.source import ChatPrompt, FieldsPrompt, PromptSpec
 from batchllm_operators.stage.field_scan import scan_fields, with_field_order
 from batchllm_operators.stage.progress import StageStep
 from batchllm_operators.stage.row_stager import StagerSettings
+from batchllm_operators.stage.sampling import refuse_unknown_tokens
 from batchllm_operators.stage.tokenizer_pool import staged_tables
 from batchllm_operators.stage.tokenizing import model_limits
 from batchllm_operators.store import Store
@@ -87,7 +88,7 @@ def stage_rows(
             | {
                 "source": source.spec.model_dump(mode="json", exclude={"uri", "storage"}),
                 "prompt": prompt.model_dump(mode="json"),
-                "sampling": sampling.model_dump(mode="json"),
+                "sampling": sampling.values | {"override_column": sampling.override_column},
                 "model": model.model_dump(mode="json"),
                 "model_versions": model_versions(model),
                 "field_order": field_order,
@@ -103,11 +104,13 @@ def stage_rows(
         # A name that a late row brings may be an output column's, or what an expression of a template could mean.
         source.find_all_columns(partial(progress, StageStep.FIND_COLUMNS))
     refuse_output_names(task, source.carried(), output_prefix)
+    limits = model_limits(model)
+    refuse_unknown_tokens(sampling, limits.vocab_size)
     settings = StagerSettings(
         prompt=prompt,
         sampling=sampling,
         model=model,
-        limits=model_limits(model),
+        limits=limits,
         id_column=source.spec.id_column,
         task=task.name,
         generates=task.generates,

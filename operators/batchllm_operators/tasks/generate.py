@@ -34,15 +34,18 @@ class Generation(Task):
     def to_vllm(self, request: TaskRequest) -> SamplingParams:
         """The sampling parameters of the request; only the finished output is wanted."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
-        sampling = request.sampling
+        fields = request.sampling.model_dump(exclude_defaults=True)
+        # Where our default is not vLLM's.
+        fields |= {"temperature": request.sampling.temperature, "max_tokens": request.sampling.max_tokens}
+        lists = {name: list(value) for name, value in fields.items() if isinstance(value, tuple)}
+        if "repetition_detection" in fields:
+            fields["repetition_detection"] = RepetitionDetectionParams(**fields["repetition_detection"])
+        if request.sampling.structured_outputs is not None:
+            fields["structured_outputs"] = StructuredOutputsParams(**request.sampling.structured_outputs.to_vllm())
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop=list(sampling.stop),
+            **(fields | lists),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=None if request.plan is None else dict(request.plan),
         )
