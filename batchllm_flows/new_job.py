@@ -53,13 +53,20 @@ def _opened(uri: str, storage: StorageOptions) -> Source:
     """The source, in the format of the objects that the URI names."""
     first_fault: TerminalError | None = None
     # A glob or a single object names any ending: what it says itself goes first.
-    for form in sorted(format_names(), key=lambda form: form not in uri.lower()):
+    for form in sorted(format_names(), key=lambda name: (not _has_ending(uri, name), name not in uri.lower())):
         try:
             if format_named(form).reader is not None:
                 return open_source(SourceSpec(uri=uri, format=form, storage=storage))
         except TerminalError as error:
             first_fault = first_fault or error
     raise first_fault or TerminalError("no format")
+
+
+def _has_ending(uri: str, form: str) -> bool:
+    try:
+        return uri.lower().endswith(format_named(form).suffixes)
+    except TerminalError:
+        return False  # its package cannot be imported, which is told when it is opened
 
 
 def _schema(source: Source) -> pa.Schema:

@@ -18,6 +18,9 @@ FORMATS = Registry(
     built_in={
         "parquet": "batchllm_operators.formats.parquet:PARQUET",
         "jsonl": "batchllm_operators.formats.jsonl:JSONL",
+        "csv": "batchllm_operators.formats.delimited:CSV",
+        "tsv": "batchllm_operators.formats.delimited:TSV",
+        "arrow": "batchllm_operators.formats.arrow:ARROW",
     },
 )
 

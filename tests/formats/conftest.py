@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from batchllm_operators.formats import register_format, unregister_format
-from tests.formats.tsv import TSV
+from tests.formats.tabbed import TABBED
 
 
 @pytest.fixture
-def tsv() -> Iterator[None]:
-    """The format `tsv`, registered in this process as long as a test runs."""
-    register_format(TSV)
+def tabbed() -> Iterator[None]:
+    """The format `tabbed`, registered in this process as long as a test runs."""
+    register_format(TABBED)
     yield
-    unregister_format("tsv")
+    unregister_format("tabbed")

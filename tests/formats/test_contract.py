@@ -1,4 +1,4 @@
-"""What holds for every format: the two that are built in, and one from outside."""
+"""What holds for every format: those that are built in, and one from outside."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batchllm_operators.formats import ROW_JSON, FileFormat, format_named, forma
 from batchllm_operators.specs.source import SourceSpec
 from batchllm_operators.store import Store
 
-pytestmark = pytest.mark.usefixtures("tsv")
-FORMATS = ["parquet", "jsonl", "tsv"]
+pytestmark = pytest.mark.usefixtures("tabbed")
+FORMATS = ["parquet", "jsonl", "csv", "tsv", "arrow", "tabbed"]
 ANSWER = pa.field("completion", pa.string())
 
 

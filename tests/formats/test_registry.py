@@ -29,16 +29,16 @@ from batchllm_operators.formats import (
 )
 from batchllm_operators.specs.sink import SinkSpec
 from batchllm_operators.specs.source import SourceSpec
-from tests.formats import tsv as toy
-from tests.formats.tsv import TSV, TsvReader
+from tests.formats import tabbed as toy
+from tests.formats.tabbed import TABBED, TabbedReader
 from tests.installed_packages import install_entry_point
 
 JOB = """
 name: from-outside
-source: {uri: in, format: tsv}
+source: {uri: in, format: tabbed}
 prompt: {kind: template, template: "{{ text }}"}
 model: {id: some/model}
-sink: {uri: out, format: tsv}
+sink: {uri: out, format: tabbed}
 """
 
 
@@ -65,13 +65,14 @@ def install(place: Path, package: str, entry: str, module: str | None = None) ->
 
 
 def test_parquet_and_json_lines_are_built_in() -> None:
-    assert format_names()[:2] == ["parquet", "jsonl"]
-    assert [format_named(name).suffixes[0] for name in ("parquet", "jsonl")] == [".parquet", ".jsonl"]
+    assert format_names()[:5] == ["parquet", "jsonl", "csv", "tsv", "arrow"]
+    assert [format_named(name).suffixes[0] for name in ("parquet", "jsonl", "csv")] == [".parquet", ".jsonl", ".csv"]
 
 
 def test_a_name_that_no_format_has_is_refused_with_those_there_are() -> None:
     expected = (
-        r"expected a format among parquet, jsonl, got 'avro'; others come with packages .* batchllm_flows\.formats"
+        r"expected a format among parquet, jsonl, csv, tsv, arrow, got 'avro'; "
+        r"others come with packages .* batchllm_flows\.formats"
     )
     with pytest.raises(ValidationError, match=expected):
         SourceSpec(uri="in", format="avro")
@@ -82,7 +83,7 @@ def test_a_name_that_no_format_has_is_refused_with_those_there_are() -> None:
 
 
 def test_a_format_without_a_writer_is_no_format_of_a_sink_and_the_other_way_round() -> None:
-    reading, writing = replace(TSV, name="reading", writer=None), replace(TSV, name="writing", reader=None)
+    reading, writing = replace(TABBED, name="reading", writer=None), replace(TABBED, name="writing", reader=None)
     for form in (reading, writing):
         register_format(form)
     try:
@@ -97,13 +98,13 @@ def test_a_format_without_a_writer_is_no_format_of_a_sink_and_the_other_way_roun
             unregister_format(form.name)
 
 
-@pytest.mark.usefixtures("tsv")
+@pytest.mark.usefixtures("tabbed")
 def test_a_name_is_taken_once() -> None:
-    register_format(TSV)  # the same again does no harm
-    with pytest.raises(ValueError, match="format 'tsv': the name is taken"):
-        register_format(replace(TSV, suffixes=(".tsv2",)))
+    register_format(TABBED)  # the same again does no harm
+    with pytest.raises(ValueError, match="format 'tabbed': the name is taken"):
+        register_format(replace(TABBED, suffixes=(".tabbed2",)))
     with pytest.raises(ValueError, match="format 'parquet': the name is taken"):
-        register_format(replace(TSV, name="parquet"))
+        register_format(replace(TABBED, name="parquet"))
 
 
 @pytest.mark.parametrize(
@@ -111,31 +112,31 @@ def test_a_name_is_taken_once() -> None:
     [
         ({"name": "T S V"}, "format name: expected lower-case letters"),
         ({"suffixes": ()}, "expected at least one suffix"),
-        ({"suffixes": ("tsv",)}, r"expected a suffix such as '\.tsv' or '\.tsv\.gz', got 'tsv'"),
-        ({"suffixes": (".TSV",)}, "got '.TSV'"),
+        ({"suffixes": ("tabbed",)}, r"expected a suffix such as '\.tsv' or '\.tsv\.gz', got 'tabbed'"),
+        ({"suffixes": (".TABBED",)}, "got '.TABBED'"),
         ({"doubtful_suffixes": (".t/v",)}, "got '.t/v'"),
     ],
 )
 def test_a_format_that_no_name_of_an_object_could_have_is_refused(wrong: dict[str, object], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
-        replace(TSV, **wrong)  # type: ignore[arg-type]
+        replace(TABBED, **wrong)  # type: ignore[arg-type]
 
 
 def test_what_is_no_format_is_not_registered() -> None:
-    with pytest.raises(TypeError, match="expected a FileFormat, got TsvReader"):
-        register_format(TsvReader())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a FileFormat, got TabbedReader"):
+        register_format(TabbedReader())  # type: ignore[arg-type]
 
 
 def test_a_reader_that_forgets_a_column_is_told_so(tmp_path: Path) -> None:
-    class Forgetful(TsvReader):
+    class Forgetful(TabbedReader):
         def read(self, *_: object, **__: object) -> Iterator[ReadRows]:
             yield ReadRows(pa.RecordBatch.from_pydict({"other": ["x"]}))
 
         def columns_of(self, *_: object) -> ObjectColumns:
             return ObjectColumns(pa.schema([("text", pa.string())]))
 
-    (tmp_path / "a.tsv").write_bytes(b"")
-    register_format(FileFormat("forgetful", (".tsv",), "an object", reader=Forgetful()))
+    (tmp_path / "a.tabbed").write_bytes(b"")
+    register_format(FileFormat("forgetful", (".tabbed",), "an object", reader=Forgetful()))
     try:
         source = open_source(SourceSpec(uri=str(tmp_path), format="forgetful"))
         with pytest.raises(TerminalError, match="format 'forgetful' told columns that it does not give: text"):
@@ -145,15 +146,15 @@ def test_a_reader_that_forgets_a_column_is_told_so(tmp_path: Path) -> None:
 
 
 def test_an_installed_package_brings_its_format_to_every_process(tmp_path: Path) -> None:
-    install(tmp_path, "toy_tsv", "tsv = toy_tsv:TSV", Path(toy.__file__).read_text())
+    install(tmp_path, "toy_tabbed", "tabbed = toy_tabbed:TABBED", Path(toy.__file__).read_text())
     (tmp_path / "job.yaml").write_text(JOB)
     program = (
         "import sys\n"
         "from batchllm_operators.formats import format_named, format_names\n"
-        "print(format_names(), 'toy_tsv' in sys.modules)\n"
+        "print(format_names(), 'toy_tabbed' in sys.modules)\n"
         "from batchllm_flows.job import BatchJob\n"
         f"job = BatchJob.from_file({str(tmp_path / 'job.yaml')!r})\n"
-        "print(job.sink.layout.format, format_named('tsv').suffixes)\n"
+        "print(job.sink.layout.format, format_named('tabbed').suffixes)\n"
         "print(BatchJob.model_json_schema()['$defs']['SinkSpec']['properties']['format']['enum'])\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -161,61 +162,67 @@ def test_an_installed_package_brings_its_format_to_every_process(tmp_path: Path)
         [sys.executable, "-c", program],
         check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     ).stdout.splitlines()  # fmt: skip
-    assert printed == ["['parquet', 'jsonl', 'tsv'] False", "tsv ('.tsv', '.tab')", "['parquet', 'jsonl', 'tsv']"]
+    assert printed == [
+        "['parquet', 'jsonl', 'csv', 'tsv', 'arrow', 'tabbed'] False",
+        "tabbed ('.tabbed', '.tbd')",
+        "['parquet', 'jsonl', 'csv', 'tsv', 'arrow', 'tabbed']",
+    ]
 
 
 def test_a_package_that_cannot_be_imported_harms_only_the_jobs_that_name_its_format(installed: Path) -> None:
-    install(installed, "broken_tsv", "broken = broken_tsv:TSV", "raise RuntimeError('no licence')")
+    install(installed, "broken_tabbed", "broken = broken_tabbed:TABBED", "raise RuntimeError('no licence')")
     assert SourceSpec(uri="in", format="parquet").format == "parquet"
-    expected = r"entry point broken_tsv:TSV of broken_tsv cannot be imported: RuntimeError: no licence"
+    expected = r"entry point broken_tabbed:TABBED of broken_tabbed cannot be imported: RuntimeError: no licence"
     with pytest.raises(ValidationError, match=expected):
         SourceSpec(uri="in", format="broken")
 
 
 def test_two_packages_with_one_name_are_refused_with_both(installed: Path) -> None:
-    for package in ("one_tsv", "other_tsv"):
-        install(installed, package, f"twice = {package}:TSV", "TSV = None")
-    expected = "more than one package brings it: entry point one_tsv:TSV of one_tsv, entry point other_tsv:TSV"
+    for package in ("one_tabbed", "other_tabbed"):
+        install(installed, package, f"twice = {package}:TABBED", "TABBED = None")
+    expected = (
+        "more than one package brings it: entry point one_tabbed:TABBED of one_tabbed, entry point other_tabbed:TABBED"
+    )
     with pytest.raises(ValidationError, match=expected):
         SourceSpec(uri="in", format="twice")
 
 
 def test_an_entry_point_must_name_a_format(installed: Path) -> None:
-    install(installed, "text_tsv", "text = text_tsv:TSV", "TSV = 'a text'")
+    install(installed, "text_tabbed", "text = text_tabbed:TABBED", "TABBED = 'a text'")
     with pytest.raises(ValidationError, match="expected a FileFormat, got str"):
         SourceSpec(uri="in", format="text")
 
 
 def test_an_entry_point_must_have_the_name_of_its_format(installed: Path) -> None:
-    install(installed, "renamed_tsv", "renamed = renamed_tsv:TSV", "from tests.formats.tsv import TSV")
-    with pytest.raises(ValidationError, match="is named 'tsv': expected the name of its entry point"):
+    install(installed, "renamed_tabbed", "renamed = renamed_tabbed:TABBED", "from tests.formats.tabbed import TABBED")
+    with pytest.raises(ValidationError, match="is named 'tabbed': expected the name of its entry point"):
         SourceSpec(uri="in", format="renamed")
 
 
 def test_an_entry_point_cannot_take_a_name_that_is_built_in(installed: Path) -> None:
-    install(installed, "false_parquet", "parquet = false_parquet:TSV", "raise RuntimeError")
+    install(installed, "false_parquet", "parquet = false_parquet:TABBED", "raise RuntimeError")
     assert format_named("parquet").content == "a Parquet object"
 
 
 def test_a_form_shows_the_formats_as_a_choice() -> None:
     schema = BatchJob.model_json_schema()["$defs"]
     for part in ("SourceSpec", "SinkSpec"):
-        assert schema[part]["properties"]["format"]["enum"] == ["parquet", "jsonl"]
+        assert schema[part]["properties"]["format"]["enum"] == ["parquet", "jsonl", "csv", "tsv", "arrow"]
         assert schema[part]["properties"]["format"]["type"] == "string"
 
 
-@pytest.mark.usefixtures("tsv")
-@pytest.mark.parametrize("uri", ["rows", "rows/a.tab"])
+@pytest.mark.usefixtures("tabbed")
+@pytest.mark.parametrize("uri", ["rows", "rows/a.tbd"])
 def test_init_writes_a_job_for_input_of_any_format(tmp_path: Path, uri: str) -> None:
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "a.tab").write_bytes(b"id\ttext\n1\tone\n")
+    (tmp_path / "rows" / "a.tbd").write_bytes(b"id\ttext\n1\tone\n")
     job = yaml.safe_load(new_job_file(str(tmp_path / uri)))
-    assert (job["source"]["format"], job["source"]["id_column"], job["sink"]["format"]) == ("tsv", "id", "tsv")
+    assert (job["source"]["format"], job["source"]["id_column"], job["sink"]["format"]) == ("tabbed", "id", "tabbed")
 
 
 def test_init_passes_over_a_format_that_cannot_be_imported_or_read(tmp_path: Path, installed: Path) -> None:
-    install(installed, "broken_tsv", "broken = broken_tsv:TSV", "raise RuntimeError('no licence')")
-    register_format(replace(TSV, name="writing", reader=None))
+    install(installed, "broken_tabbed", "broken = broken_tabbed:TABBED", "raise RuntimeError('no licence')")
+    register_format(replace(TABBED, name="writing", reader=None))
     try:
         with pytest.raises(TerminalError, match=r"no object matches \(expected names that end in \.parquet"):
             new_job_file(str(tmp_path / "nothing"))

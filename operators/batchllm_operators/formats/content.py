@@ -18,7 +18,7 @@ COMPRESSIONS = {
 _OTHER_CONTENT = {
     b"ORC": "an ORC object: convert it to Parquet or JSON Lines",
     b"Obj\x01": "an Avro object: convert it to Parquet or JSON Lines",
-    b"ARROW1": "an Arrow object: convert it to Parquet or JSON Lines",
+    b"FEA1": "an object of Feather's first version: convert it to Parquet or Arrow",
     b"PK\x03\x04": "a ZIP archive: unpack it",
     b"\xff\x06\x00\x00sNaPpY": "data in Snappy's frames: compress it with gzip or zstd instead",
     b"\x1f\x9d": "data of compress(1): compress it with gzip or zstd instead",

@@ -12,6 +12,7 @@ import orjson
 
 from batchllm_operators.errors import RowError, RowErrorCode
 from batchllm_operators.formats.json_content import json_chunks
+from batchllm_operators.formats.unpacking import lines_of
 
 EMPTY_OBJECT = b"{}"
 _MOST_DEPTH = 200  # deeper values are of no use, and break what walks through them
@@ -45,7 +46,7 @@ def read_json_lines(file: IO[bytes], name: str) -> Iterator[JsonLine]:
     Raises:
         TerminalError: not JSON Lines at all, or damaged compressed data.
     """
-    for number, line in enumerate(_lines(file, name), start=1):
+    for number, line in enumerate(lines_of(json_chunks(file, name)), start=1):
         content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if content and not content.isspace():
             yield _parsed(content, f"object {name} line {number}")
@@ -116,15 +117,3 @@ def _depth(value: Any) -> int:
 
 def _faulty(message: str) -> JsonLine:
     return JsonLine(fault=RowError(RowErrorCode.INVALID_ROW, message))
-
-
-def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
-    pieces: list[bytes] = []  # of a line longer than a chunk
-    for chunk in json_chunks(file, name):
-        first, *rest = chunk.split(b"\n")
-        pieces.append(first)
-        if rest:
-            yield b"".join(pieces)
-            yield from rest[:-1]
-            pieces = [rest[-1]]
-    yield b"".join(pieces)

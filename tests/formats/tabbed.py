@@ -11,7 +11,7 @@ from batchllm_operators.formats import FileFormat, ObjectColumns, ReadRows, Tabl
 from batchllm_operators.store import Store
 
 
-class TsvReader(TableReader):
+class TabbedReader(TableReader):
     def columns_of(self, store: Store, name: str) -> ObjectColumns:
         with store.reader(name) as file:
             return ObjectColumns(pa.schema([(column, pa.string()) for column in _fields(file.readline())]))
@@ -32,7 +32,7 @@ class TsvReader(TableReader):
                 yield ReadRows(pa.RecordBatch.from_pylist(rows, schema), faults)
 
 
-class TsvWriter(Writer):
+class TabbedWriter(Writer):
     def write(self, file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
         file.write(_line(schema.names))
         rows = 0
@@ -55,4 +55,4 @@ def _line(values: Iterable[Any]) -> bytes:
     return "\t".join(" ".join(text.split()) for text in texts).encode() + b"\n"
 
 
-TSV = FileFormat("tsv", suffixes=(".tsv", ".tab"), content="a TSV object", reader=TsvReader(), writer=TsvWriter())
+TABBED = FileFormat("tabbed", (".tabbed", ".tbd"), "tabbed text", reader=TabbedReader(), writer=TabbedWriter())
