@@ -57,6 +57,24 @@ def test_bad_rows_are_the_errors_of_their_rows_alone(tmp_path: Path) -> None:
     assert unquoted.startswith("object rows.csv line 6: ")
 
 
+def test_a_row_is_at_fault_whatever_columns_are_read(tmp_path: Path) -> None:
+    source = opened(tmp_path, b"id,text,note\n1,one,\xff\n2,two,\n")
+    (batch,) = source.batches(["text"])
+    assert list(batch.readable()[1]) == [0]
+
+
+def test_a_quote_that_ends_too_late_is_told_with_all_its_lines(tmp_path: Path) -> None:
+    first, swallowed, last = rows(opened(tmp_path, 'id,text\n1,one\n2,"two\n3,three\n4,"four"\n5,five\n'))
+    assert (first["id"], last["id"]) == ("1", "5")
+    assert swallowed.startswith("object rows.csv line 3 to 5: ")
+
+
+def test_long_fields_come_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchllm_operators.formats.delimited._BATCH_CHARACTERS", 1000)
+    source = opened(tmp_path, "id,text\n" + "".join(f"{n},{'x' * 300_000}\n" for n in range(3)))
+    assert [len(row["text"]) for row in rows(source)] == [300_000] * 3
+
+
 def test_a_quote_that_is_not_closed_ends_the_job_rather_than_swallow_rows(tmp_path: Path) -> None:
     source = opened(tmp_path, 'id,text\n1,one\n2,"two\n3,three\n4,four\n')
     with pytest.raises(TerminalError, match=r"rows\.csv ends within a quoted field that begins behind line 2"):

@@ -28,11 +28,12 @@ from batchllm_operators.store import Store
 
 _CHUNK_BYTES = 1 << 20
 _SNIFFED_BYTES = 64 << 10
-_LONGEST_FIELD = 1 << 30
+_LONGEST_FIELD = 1 << 28
+_BATCH_CHARACTERS = 1 << 26
 _UNDECODABLE = "surrogateescape"
 """How bytes that are no UTF-8 are kept until it is known whose row they are in."""
 
-csv.field_size_limit(_LONGEST_FIELD)
+csv.field_size_limit(_LONGEST_FIELD)  # of the whole process: by default 128 KiB, which documents exceed
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class DelimitedReader(TableReader):
                             f" {first_line}: a quote is not closed, or the object was cut off",
                             uri=store.uri_of(name),
                         ) from error
-                    batch.add_fault(f"{where}: {error}")
+                    last = lines.number
+                    over = f" to {last}" if last > first_line + 1 else ""
+                    batch.add_fault(f"{where}{over}: {error}")
                 else:
                     if values:  # else the line is blank
                         batch.add(values, where)
                 first_line = lines.number
-                if len(batch) >= batch_rows:
+                if len(batch) >= batch_rows or batch.characters >= _BATCH_CHARACTERS:
                     yield batch.taken()
             if len(batch):
                 yield batch.taken()
@@ -171,7 +174,11 @@ class _Lines(Iterator[str]):
 
 
 class _Batch:
-    """Rows that are collected until they are enough."""
+    """Rows that are collected until they are enough.
+
+    Attributes:
+        characters: in all fields of the rows.
+    """
 
     def __init__(self, columns: Sequence[str], names: Sequence[str], empty_is_null: frozenset[str]) -> None:
         self._names = names
@@ -180,6 +187,7 @@ class _Batch:
         self._schema = pa.schema([(column, pa.string()) for column in columns])
         self._rows: list[list[str] | None] = []
         self._faults: dict[int, str] = {}
+        self.characters = 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -187,10 +195,11 @@ class _Batch:
     def add(self, values: list[str], where: str) -> None:
         if len(values) != len(self._names):
             self.add_fault(f"{where}: expected {len(self._names)} fields, got {len(values)}")
-        elif any(_has_undecodable(values[place]) for place in self._places):
+        elif any(map(_has_undecodable, values)):  # also in columns that nobody asked for: a row is whole or none
             self.add_fault(f"{where}: invalid UTF-8")
         else:
             self._rows.append(values)
+            self.characters += sum(map(len, values))
 
     def add_fault(self, message: str) -> None:
         self._faults[len(self._rows)] = message
@@ -205,7 +214,7 @@ class _Batch:
             for place, nulls in zip(self._places, self._empty_is_null, strict=True)
         ]
         rows, faults = len(self._rows), self._faults
-        self._rows, self._faults = [], {}
+        self._rows, self._faults, self.characters = [], {}, 0
         if not arrays:
             return ReadRows(pa.RecordBatch.from_arrays([pa.nulls(rows)], names=[""]), faults)
         return ReadRows(pa.RecordBatch.from_arrays(arrays, schema=self._schema), faults)

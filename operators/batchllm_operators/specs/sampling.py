@@ -103,8 +103,9 @@ class SamplingParameters(SpecModel):
     @property
     def values(self) -> dict[str, Any]:
         """What decides an answer, as JSON values: fields that were added later stand there only where they are set."""
-        oldest = self.parameters.model_dump(mode="json", include=_OLDEST_FIELDS)
-        return oldest | self.parameters.model_dump(mode="json", exclude_defaults=True)
+        oldest = self.model_dump(mode="json", include=_OLDEST_FIELDS)
+        ours = set(SamplingParameters.model_fields)
+        return oldest | self.model_dump(mode="json", include=ours, exclude_defaults=True)
 
     def with_override(self, fields: Mapping[str, Any]) -> RowOverride:
         """These parameters as a row overrides them.

@@ -85,6 +85,7 @@ class RowStager:
         )
         self._renderer = settings.renderer(self._tokenizer.special_tokens)
         self._sampling = RowSampling(settings.sampling, settings.limits.vocab_size)
+        self._base_values = self._sampling.base.values
         self._keys = RequestKeys(settings.model.id, settings.model.revision, settings.task)
         self._schema = STAGED_SCHEMA
         if settings.sampling.override_column is not None:
@@ -166,7 +167,9 @@ class RowStager:
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens) if generates else 1
         effective = wanted.within(room)
-        sampling = effective.values if generates else {}
+        # Most rows are sampled as the job says, and its values are not made for each of them anew.
+        values = self._base_values if effective is self._sampling.base else effective.values
+        sampling = values if generates else {}
         own_answer = generates and not wanted.deterministic
         return {
             "request_key": self._keys.key(tokens, sampling, row_index=row_index if own_answer else None),
