@@ -142,12 +142,17 @@ def find_leftovers(
         older_than_s: age of unfinished writes in seconds; at least `RUNNING_SECONDS`.
         answers_older_than_s: age in seconds above which kept answers go; None: they stay.
         now: seconds since the epoch; default: the clock.
+
+    Raises:
+        TerminalError: kept answers are asked for, and the folder is empty.
     """
     folder, clock = Store(uri, storage), time.time() if now is None else now
     began_before = clock - max(older_than_s, RUNNING_SECONDS)
     answers: list[StoredObject] = []
     if answers_older_than_s is not None:
-        answers = old_answers(folder, datetime.fromtimestamp(clock - answers_older_than_s, UTC))
+        if not folder.names():
+            raise TerminalError("there is nothing here to clean", uri=folder.uri)
+        answers = old_answers(folder, datetime.fromtimestamp(max(clock - answers_older_than_s, 0), UTC))
     unfinished = [write for write in folder.unfinished_writes() if write.began < began_before]
     return Leftovers(folder, tuple(answers), tuple(unfinished))
 

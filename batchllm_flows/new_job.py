@@ -10,7 +10,7 @@ import pyarrow as pa
 import yaml
 
 from batchllm_flows.job import BatchJob
-from batchllm_operators.errors import TerminalError
+from batchllm_operators.errors import NoInputError, TerminalError
 from batchllm_operators.formats import Source, format_named, format_names, open_source
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.specs.source import SourceSpec
@@ -55,9 +55,17 @@ def _opened(uri: str, storage: StorageOptions) -> Source:
     # A glob or a single object names any ending: what it says itself goes first.
     for form in sorted(format_names(), key=lambda name: (not _has_ending(uri, name), name not in uri.lower())):
         try:
-            if format_named(form).reader is not None:
-                return open_source(SourceSpec(uri=uri, format=form, storage=storage))
+            if format_named(form).reader is None:
+                continue
         except TerminalError as error:
+            first_fault = first_fault or error
+            continue
+        try:
+            return open_source(SourceSpec(uri=uri, format=form, storage=storage))
+        except TerminalError as error:
+            # An object that is by its name of this format, and cannot be read, is no object of another.
+            if _has_ending(uri, form) and not isinstance(error, NoInputError):
+                raise
             first_fault = first_fault or error
     raise first_fault or TerminalError("no format")
 
@@ -160,7 +168,7 @@ def _job_name(uri: str) -> str:
 
 def _with_comments(job: dict[str, Any], schema: pa.Schema) -> str:
     fields = [schema.field(n) for n in range(min(len(schema.names), SHOWN_COLUMNS))]
-    columns = [f"#   {one.name}: {_type_text(one.type)}" for one in fields]
+    columns = [f"#   {' '.join(one.name.split())}: {_type_text(one.type)}" for one in fields]
     if len(schema.names) > SHOWN_COLUMNS:
         columns.append(f"#   and {len(schema.names) - SHOWN_COLUMNS:,} more")
     comments = {

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -198,8 +197,3 @@ def _marked() -> int:
         except OSError:
             continue  # it has ended meanwhile, or is another user's
     return count
-
-
-def abandoned_folders() -> int:
-    """Temporary folders of ours that are left in the temporary folder."""
-    return len(list(Path(tempfile.gettempdir()).glob("batchllm-*")))

@@ -41,8 +41,9 @@ from batchllm_flows.demo.s3_server import serve_s3
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
+from batchllm_operators.temporary_folders import abandoned_folders
 from benchmarks.fault_jobs import differences, job, output, rows
-from benchmarks.fault_kills import FIGURES, Kills, abandoned_folders, real_kills, scripted_kills
+from benchmarks.fault_kills import FIGURES, Kills, real_kills, scripted_kills
 from benchmarks.fault_proxy import FaultProxy
 from benchmarks.faults_run import register_scripted
 
@@ -177,7 +178,7 @@ def measured(options: argparse.Namespace, folder: Path, model: str) -> dict[str,
                 figures = storage(options.storage_faults // 2, options.seed, endpoint, model)
                 print(f"{endpoint}: {dict(figures)}", file=sys.stderr)
                 totals.update(figures)
-    totals["leftover_files"] += abandoned_folders()
+    totals["leftover_files"] += len(abandoned_folders())
     found = {name: totals[name] for name in ("kills", *FIGURES, "storage_faults", "jobs_failed_by_faults")} | found
     known = [CANARY, *([os.environ["AWS_SECRET_ACCESS_KEY"]] if "AWS_SECRET_ACCESS_KEY" in os.environ else [])]
     return found | {"recomputed_share_max": max(shares, default=None), "secrets_found": secrets(known, folder)}

@@ -28,7 +28,8 @@ class OwnedFolder(tempfile.TemporaryDirectory[str]):
 
     def __init__(self, kind: str) -> None:
         prefix = f"batchllm-{kind}-"
-        _remove_abandoned(prefix)
+        for folder in abandoned_folders(prefix):
+            shutil.rmtree(folder, ignore_errors=True)  # another process may do the same
         super().__init__(prefix=prefix)
         (Path(self.name) / _OWNER_FILE).write_text(this_process().model_dump_json())
 
@@ -47,11 +48,14 @@ def _uploads_of(process: int, folder: str) -> OwnedFolder:
     return OwnedFolder("uploads")
 
 
-def _remove_abandoned(prefix: str) -> None:
+def abandoned_folders(prefix: str = "batchllm-") -> list[Path]:
+    """The folders of processes that have ended; their names begin with the prefix."""
+    found = []
     for owner_file in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_OWNER_FILE}"):
         try:
             owner = ProcessIdentity.model_validate_json(owner_file.read_text())
         except (OSError, ValidationError):
             continue  # another process removes or makes it now, or it is another user's
         if is_surely_gone(owner):
-            shutil.rmtree(owner_file.parent, ignore_errors=True)  # another process may do the same
+            found.append(owner_file.parent)
+    return found

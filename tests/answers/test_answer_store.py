@@ -163,7 +163,8 @@ def test_small_segments_are_joined_and_nothing_is_lost(local: AnswerStore, monke
     assert len(local.segments()) == 4
 
 
-def test_old_segments_go_and_a_joined_one_is_as_old_as_its_newest(local: AnswerStore, monkeypatch: Any) -> None:
+def test_old_segments_go_and_a_joined_one_is_as_old_as_its_newest(tmp_path: Any, monkeypatch: Any) -> None:
+    local = AnswerStore(Store(str(tmp_path / ("0f" * 16))), GENERATION)
     for number in range(module.MOST_SEGMENTS + 2):
         later(monkeypatch, seconds=-86_400 * (20 - number))
         local.add([answers([number])])

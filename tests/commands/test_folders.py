@@ -154,7 +154,7 @@ def test_clean_keeps_folders_that_hold_data_or_that_it_does_not_understand(half_
 
 def test_clean_deletes_kept_answers_only_when_asked(batchllm: Batchllm, done: JobRun) -> None:
     names = ("20260101T000000-0123456789ab", "20991231T000000-0123456789ab")
-    answers = Store(done.sink.uri).folder("_batchllm/answers/0f")
+    answers = Store(done.sink.uri).folder(f"_batchllm/answers/{'0f' * 16}")
     for segment in names:
         for ending in (".answers.parquet", ".filter", ".keys.parquet"):
             answers.write_bytes(segment + ending, b"x")
@@ -168,10 +168,19 @@ def test_clean_deletes_kept_answers_only_when_asked(batchllm: Batchllm, done: Jo
     # Their folder may also be named alone, as `execution.reuse` can.
     assert batchllm("clean", answers.uri, "--answers-older-than", "90d", "--yes").exit_code == 0
     assert answers.names() == [name for name in kept if not name.startswith("2026")]
+    foreign = Store(done.sink.uri).folder("mine")
+    for name in ("2020.filter", "1-q.answers.parquet", "shop.parts.json", names[0] + ".filter"):
+        foreign.write_bytes(name, b"precious")
+    grow_old(foreign, 1000)
+    batchllm("clean", done.sink.uri, "--answers-older-than", "90d", "--yes")
+    assert len(foreign.names()) == 4, "names alone make nothing ours"
     grow_old(answers, 100)
     assert batchllm("clean", answers.uri, "--answers-older-than", "90d", "--yes").exit_code == 0
     assert not answers.exists("job.parts.json"), "the note of a job that has not run since"
     assert batchllm("clean", answers.uri, "--answers-older-than", "soon").exit_code == 2
+    assert batchllm("clean", answers.uri, "--answers-older-than", "99999999999d").exit_code == 0
+    nowhere = batchllm("clean", f"{done.sink.uri}/nowhere", "--answers-older-than", "90d")
+    assert (nowhere.exit_code, "there is nothing here" in nowhere.output) == (1, True)
 
 
 def test_clean_removes_what_killed_runs_have_left_unfinished(batchllm: Batchllm, done: JobRun) -> None:

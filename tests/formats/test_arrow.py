@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,6 +62,39 @@ def test_other_content_and_damage_are_told(tmp_path: Path, content: bytes, messa
     Store(str(tmp_path)).write_bytes("a.arrow", content)
     with pytest.raises(TerminalError, match=message):
         read(tmp_path)
+
+
+def test_a_stream_that_was_cut_off_and_two_in_one_object_are_refused(tmp_path: Path) -> None:
+    content, ends = io.BytesIO(), []
+    with pa.ipc.new_stream(content, TABLE.schema) as writer:
+        for batch in TABLE.to_batches(max_chunksize=1000):
+            writer.write_batch(batch)
+            ends.append(content.tell())
+    whole = content.getvalue()
+    store = Store(str(tmp_path))
+    store.write_bytes("a.arrows", whole)
+    assert len(read(tmp_path)) == 2500
+    for cut in (whole[: ends[1]], whole[: ends[0] + 100], whole[:-3]):
+        store.write_bytes("a.arrows", cut)
+        with pytest.raises(TerminalError, match=r"it was cut off|not a readable object"):
+            read(tmp_path)
+    store.write_bytes("a.arrows", whole + whole)
+    with pytest.raises(TerminalError, match="behind the end of the stream"):
+        read(tmp_path)
+
+
+def test_columns_that_no_format_holds_are_refused_only_where_they_are_wanted(tmp_path: Path) -> None:
+    union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["x", "y"])])
+    months = pa.array([(1, 2, 3), None], pa.month_day_nano_interval())
+    table = pa.table({"text": ["a", "b"], "u": union, "m": months, "deep": [[1], []]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(TerminalError, match=r"column 'u' is sparse_union.*source\.columns"):
+        open_source(SourceSpec(uri=str(tmp_path), format="arrow"))
+    with pytest.raises(TerminalError, match="column 'm' is month_day_nano_interval"):
+        open_source(SourceSpec(uri=str(tmp_path), format="arrow", columns=["m"]))
+    source = open_source(SourceSpec(uri=str(tmp_path), format="arrow", columns=["text", "deep"]))
+    assert sum(len(batch) for batch in source.batches(["text"])) == 2
 
 
 def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path) -> None:

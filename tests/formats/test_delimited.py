@@ -77,8 +77,15 @@ def test_long_fields_come_in_small_batches(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_quote_that_is_not_closed_ends_the_job_rather_than_swallow_rows(tmp_path: Path) -> None:
     source = opened(tmp_path, 'id,text\n1,one\n2,"two\n3,three\n4,four\n')
-    with pytest.raises(TerminalError, match=r"rows\.csv ends within a quoted field that begins behind line 2"):
+    with pytest.raises(TerminalError, match=r"rows\.csv ends within a quoted field of the row that begins in line 3"):
         rows(source)
+
+
+def test_empty_objects_in_a_folder_have_no_rows(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for name, content in {"a.csv": b"", "b.csv": b"id\n1\n", "c.csv": b"id\n", "d.csv.gz": b""}.items():
+        store.write_bytes(name, content)
+    assert rows(open_source(SourceSpec(uri=str(tmp_path), format="csv"))) == [{"id": "1"}]
 
 
 def test_types_that_the_job_names_are_read_and_empty_fields_are_null_there(tmp_path: Path) -> None:
@@ -93,7 +100,6 @@ def test_types_that_the_job_names_are_read_and_empty_fields_are_null_there(tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "names each column of object rows.csv once, got nothing"),
         (b"id,,text\n1,2,3\n", "got a column without a name"),
         (b"id,text,id\n1,2,3\n", "got 'id' twice"),
         ("id,text\n1,é\n".encode("utf-16"), "text in UTF-16 or UTF-32: convert it to UTF-8"),

@@ -72,6 +72,10 @@ def test_a_model_without_recommendation_or_with_a_wrong_one_is_told(recommending
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 7.0, "do_sample": True}))
     with pytest.raises(TerminalError, match=r"has temperature 7\.0: .* set sampling\.temperature in the job"):
         filled(recommending)
+    for broken in ("[1]", "{", "7"):
+        (tmp_path / "generation_config.json").write_text(broken)
+        with pytest.raises(TerminalError, match=r"sampling\.defaults: expected generation_config\.json"):
+            filled(recommending)
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(TerminalError, match=r"sampling\.defaults: expected generation_config\.json of the model"):
         filled(recommending)

@@ -14,6 +14,7 @@ with others in the meantime is passed over for the same reason.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -54,6 +55,11 @@ KEYS_SCHEMA = pa.schema([("first", pa.uint64()), ("second", pa.uint64()), ("row"
 
 _ANSWERS, _FILTER, _KEYS, _PARTS = ".answers.parquet", ".filter", ".keys.parquet", ".parts.json"
 _TIME = "%Y%m%dT%H%M%S"
+_SCOPE = "/[0-9a-f]{32}/"
+_OF_SEGMENT = re.compile(
+    rf"{_SCOPE}(?P<time>[0-9]{{8}}T[0-9]{{6}})-[0-9a-f]{{12}}({'|'.join(map(re.escape, (_ANSWERS, _FILTER, _KEYS)))})$"
+)
+_NOTE = re.compile(rf"{_SCOPE}[^/]+{re.escape(_PARTS)}$")
 _DAY_S = 24 * 3600.0
 
 _LOGGER = logging.getLogger(__name__)
@@ -259,6 +265,8 @@ class AnswerStore:
 def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
     """The objects of the segments in a folder that were kept before a time, and the notes of jobs that ran before it.
 
+    Only what has a name of ours, in a folder of a scope, is taken for one of them.
+
     Args:
         folder: of one scope, or above those of several.
         before: with a time zone.
@@ -269,11 +277,11 @@ def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
     stamp = f"{before.astimezone(UTC):{_TIME}}"
     old = []
     for one in folder.stored_objects():
-        name = one.path.rpartition("/")[2]
-        if name.endswith((_KEYS, _FILTER, _ANSWERS)):
-            is_old = name.partition("-")[0] < stamp
+        segment, note = (form.search(f"/{folder.uri}/{one.path}") for form in (_OF_SEGMENT, _NOTE))
+        if segment is not None:
+            is_old = segment["time"] < stamp
         else:
-            is_old = name.endswith(_PARTS) and one.modified < before.timestamp()
+            is_old = note is not None and one.modified < before.timestamp()
         if is_old:
             old.append(one)
     return sorted(old, key=lambda one: not one.path.endswith(_KEYS))

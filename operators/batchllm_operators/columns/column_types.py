@@ -39,6 +39,19 @@ def _plain_leaf(kind: pa.DataType) -> pa.DataType:
     return pa.binary() if kind == pa.binary_view() else kind
 
 
+def has_form(kind: pa.DataType) -> bool:
+    """Whether Parquet and JSON have a form for values of a type: they have none for unions and calendar intervals."""
+    formless: list[pa.DataType] = []
+
+    def look(leaf: pa.DataType) -> pa.DataType:
+        if pa.types.is_union(leaf) or pa.types.is_interval(leaf):
+            formless.append(leaf)
+        return leaf
+
+    with_leaves(plain(kind), look)
+    return not formless
+
+
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The type that a column has where it is of these types in two objects; None where they do not go together.
 

@@ -19,6 +19,7 @@ from batchllm_operators.store import Store
 _MAGIC = b"ARROW1"
 _STREAM = b"\xff\xff\xff\xff"
 """How a stream begins: the mark before the length of its first message."""
+_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _HEAD_BYTES = 16
 _COMPRESSION = "zstd"
 
@@ -82,12 +83,23 @@ def _opened(store: Store, name: str) -> Iterator[tuple[pa.Schema, Iterator[pa.Re
             yield opened.schema, (opened.get_batch(number) for number in range(opened.num_record_batches))
         elif head.startswith(_STREAM):
             stream: Any = pa.ipc.open_stream(file)
-            yield stream.schema, iter(stream)
+            yield stream.schema, _to_the_end(stream, file, store.uri_of(name))
         else:
             what = foreign_content(head, "arrow")
             if what is not None:
                 raise not_what_it_says(name, what)
             raise TerminalError(f"source: object {name} is no Arrow file or stream", uri=store.uri_of(name))
+
+
+def _to_the_end(stream: Any, file: IO[bytes], uri: str) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream, which must end as a whole one does: pyarrow takes one that was cut off for complete."""
+    yield from stream
+    end = file.tell()
+    file.seek(max(end - len(_STREAM_END), 0))
+    if file.read(len(_STREAM_END)) != _STREAM_END:
+        raise TerminalError("source: the stream has no mark at its end: it was cut off; write it again", uri=uri)
+    if file.read(1):
+        raise TerminalError("source: bytes stand behind the end of the stream: write one stream an object", uri=uri)
 
 
 ARROW = FileFormat(

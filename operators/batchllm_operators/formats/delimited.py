@@ -75,10 +75,10 @@ class DelimitedReader(TableReader):
         return DelimitedSource(spec, found, self)
 
     def columns_of(self, store: Store, name: str) -> ObjectColumns:
-        """The columns that the first line names, all of text.
+        """The columns that the first line names, all of text; an empty object has none, and no rows.
 
         Raises:
-            TerminalError: no such line, a column without a name or with that of another, or another format.
+            TerminalError: a column without a name or with that of another, or another format.
         """
         with store.reader(name) as file:
             names = self._header(self._lines(file, name, _SNIFFED_BYTES), name)
@@ -107,8 +107,8 @@ class DelimitedReader(TableReader):
                 except csv.Error as error:
                     if lines.ended:
                         raise TerminalError(
-                            f"source: object {name} ends within a quoted field that begins behind line"
-                            f" {first_line}: a quote is not closed, or the object was cut off",
+                            f"source: object {name} ends within a quoted field of the row that begins in line"
+                            f" {first_line + 1}: a quote is not closed, or the object was cut off",
                             uri=store.uri_of(name),
                         ) from error
                     last = lines.number
@@ -131,8 +131,8 @@ class DelimitedReader(TableReader):
         if any(map(_has_undecodable, names)):
             raise not_what_it_says(name, "no text in UTF-8: convert it")
         twice = sorted({column for column in names if names.count(column) > 1})
-        if not names or "" in names or twice:
-            what = f"{twice[0]!r} twice" if twice else "a column without a name" if names else "nothing"
+        if "" in names or twice:
+            what = f"{twice[0]!r} twice" if twice else "a column without a name"
             raise TerminalError(
                 f"source: expected a first line that names each column of object {name} once, got {what}"
             )
@@ -144,7 +144,7 @@ class DelimitedReader(TableReader):
             name,
             chunk_bytes,
             plain_suffixes=self._dialect.suffixes,
-            is_text=lambda head: not _is_binary(head),
+            is_text=lambda head: bool(head) and not _is_binary(head),
         )
         first = next(chunks, b"")
         _refuse_other_content(first, name, self._dialect.name)

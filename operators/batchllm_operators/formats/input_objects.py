@@ -29,6 +29,7 @@ class FoundInput:
         left_out: objects below the folder that may be data and are not taken, each with the reason.
         again: looks for them anew.
         is_listed: whether a folder was listed; an object or a glob is what the user spelled out.
+        unfiltered: the objects before some were left out by their partition; empty: none were. They decide types.
     """
 
     store: Store
@@ -36,6 +37,7 @@ class FoundInput:
     again: Callable[[], FoundInput]
     left_out: tuple[str, ...] = ()
     is_listed: bool = False
+    unfiltered: tuple[InputObject, ...] = ()
 
     def only(self, paths: Collection[str]) -> FoundInput:
         """Those of the objects that have these paths, now and when they are looked for anew."""

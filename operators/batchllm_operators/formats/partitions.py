@@ -75,7 +75,8 @@ def partitions_of(spec: SourceSpec, found: FoundInput) -> Partitions:
     """
     if spec.partitioning == "none":
         return NO_PARTITIONS
-    paths = [one.path for one in found.objects]
+    # Also of objects that the filter leaves out: it must not change the type of a column.
+    paths = [one.path for one in found.unfiltered or found.objects]
     keys = [_keys_in(urlsplit(found.store.uri_of(path)).path) for path in paths]
     names = list(keys[0]) if keys else []
     for path, values in zip(paths, keys, strict=True):
@@ -114,7 +115,7 @@ def with_filtered_objects(spec: SourceSpec, found: FoundInput) -> FoundInput:
             f"source.filter: {spec.filter!r} holds for no partition of {counted(len(found.objects), 'object')}",
             uri=spec.uri,
         )
-    return replace(found, objects=objects, again=partial(_filtered_again, spec, found.again))
+    return replace(found, objects=objects, unfiltered=found.objects, again=partial(_filtered_again, spec, found.again))
 
 
 def _filtered_again(spec: SourceSpec, again: Callable[[], FoundInput]) -> FoundInput:

@@ -16,6 +16,7 @@ from batchllm_operators.columns.column_types import (
     always_fits,
     common_type,
     converted,
+    has_form,
     plain,
     refuse_lost_values,
 )
@@ -257,6 +258,8 @@ class ColumnarSource(Source):
         kind = self._pinned.get(name, kind)
         if name in self._told[path].ambiguous:
             return _Column(kind, path, self._twice(name, path))
+        if known is None and not has_form(kind):
+            return _Column(kind, path, self._formless(name, kind, path))
         if known is None or known.conflict is not None:
             return known or _Column(kind, path)
         common = common_type(known.kind, kind)
@@ -324,6 +327,13 @@ class ColumnarSource(Source):
         return TerminalError(
             f"source: the schema of this object does not go together with {known.path}: column {name!r}:"
             f" {known.kind} vs {kind}; {_advice(name)}",
+            uri=self.store.uri_of(path),
+        )
+
+    def _formless(self, name: str, kind: pa.DataType, path: str) -> TerminalError:
+        return TerminalError(
+            f"source: column {name!r} is {kind} in this object, which neither Parquet nor JSON has: select others with"
+            " source.columns, and use none of this name in the prompt",
             uri=self.store.uri_of(path),
         )
 

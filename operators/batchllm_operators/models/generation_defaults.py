@@ -54,7 +54,7 @@ def _defaults(model: ModelSpec) -> dict[str, Any]:
     try:
         config = GenerationConfig.from_pretrained(place, revision=model.revision if place == model.id else None)
         found = config.to_diff_dict()
-    except OSError as error:  # transformers' own class for a file that is missing, or that it cannot read
+    except (OSError, TypeError, ValueError, AttributeError) as error:  # what transformers raises for a broken file
         if overridden is None:
             raise TerminalError(
                 f"sampling.defaults: expected {FILE} of the model {place!r}, which cannot be read: {error}"

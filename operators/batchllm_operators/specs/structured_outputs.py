@@ -54,6 +54,11 @@ class StructuredOutputs(SpecModel):
             raise ValueError(f"no JSON schema: {place or 'it'}: {error.message}") from error
         return value
 
+    @field_validator("choice", mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("choice")
     @classmethod
     def _choices_are_texts(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
