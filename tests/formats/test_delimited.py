@@ -54,7 +54,12 @@ def test_bad_rows_are_the_errors_of_their_rows_alone(tmp_path: Path) -> None:
     assert short == "object rows.csv line 3: expected 2 fields, got 1"
     assert long == "object rows.csv line 4: expected 2 fields, got 3"
     assert undecodable == "object rows.csv line 5: invalid UTF-8"
-    assert unquoted.startswith("object rows.csv line 6: ")
+    assert unquoted == "object rows.csv line 6: text behind a closing quote: quotes within a field must be doubled"
+
+
+def test_line_ends_of_old_are_told(tmp_path: Path) -> None:
+    with pytest.raises(TerminalError, match="lines must end in LF or CR LF"):
+        opened(tmp_path, "id,text\r1,one\r")
 
 
 def test_a_row_is_at_fault_whatever_columns_are_read(tmp_path: Path) -> None:
@@ -92,9 +97,24 @@ def test_types_that_the_job_names_are_read_and_empty_fields_are_null_there(tmp_p
     source = opened(tmp_path, "id,score,text\n1,2.5,\n2,,x\n", schema={"id": "int64", "score": "float64"})
     assert rows(source) == [{"id": 1, "score": 2.5, "text": ""}, {"id": 2, "score": None, "text": "x"}]
     assert source.schema.field("id").type == pa.int64()
-    wrong = opened(tmp_path, "id\n1\ntwo\n", schema={"id": "int64"})
-    with pytest.raises(TerminalError, match=r"column 'id' is string in this object, and a value there is no int64"):
-        rows(wrong)
+
+
+def test_a_value_of_another_type_is_the_error_of_its_row_whatever_columns_are_read(tmp_path: Path) -> None:
+    content = "id,text\n1,one\ntwo,x\n99999999999999999999,y\n,z\n"
+    source = opened(tmp_path, content, schema={"id": "int64"})
+    first, word, long, last = rows(source)
+    assert (first["id"], last["id"]) == (1, None)
+    assert word == "object rows.csv line 3: column 'id': expected int64, got 'two'"
+    assert long == "object rows.csv line 4: column 'id': expected int64, got '99999999999999999999'"
+    (batch,) = source.batches(["text"])
+    assert list(batch.readable()[1]) == [1, 2]
+    (table,) = source.tables(source.schema)
+    assert table["text"].to_pylist() == ["one", None, None, "z"]
+
+
+def test_a_type_that_no_text_is_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TerminalError, match=r"source\.schema: column 'id' is string"):
+        rows(opened(tmp_path, "id\n[1]\n", schema={"id": "list<int64>"}))
 
 
 @pytest.mark.parametrize(

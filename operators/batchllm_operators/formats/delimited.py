@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +15,7 @@ import orjson
 import pyarrow as pa
 
 from batchllm_operators.columns.arrow_values import json_values
+from batchllm_operators.columns.column_types import converted
 from batchllm_operators.errors import DamagedObjectError, TerminalError
 from batchllm_operators.formats.base import FileFormat, Writer
 from batchllm_operators.formats.content import COMPRESSIONS, foreign_content, is_markup
@@ -57,11 +58,13 @@ class DelimitedSource(ColumnarSource):
         super().__init__(spec, found, reader)
 
     def _scan(self, path: str, fields: Sequence[pa.Field], wanted: Wanted | None = None) -> Iterator[ReadRows]:
-        """The rows of an object; an empty field of a column that is no text is null."""
+        """The rows of an object; an empty field of a column that is no text is null.
+
+        A row with a value that is not of the type that `source.schema` names is at fault, whatever columns are read.
+        """
         del wanted
-        empty_is_null = frozenset(field.name for field in fields if not pa.types.is_string(field.type))
-        names = [field.name for field in fields]
-        return self._text.scan(self.store, path, names, BATCH_ROWS, empty_is_null)
+        other_than_text = {name: kind for name, kind in self._pinned.items() if not pa.types.is_string(kind)}
+        return self._text.scan(self.store, path, [field.name for field in fields], BATCH_ROWS, other_than_text)
 
 
 class DelimitedReader(TableReader):
@@ -86,16 +89,16 @@ class DelimitedReader(TableReader):
 
     def read(self, store: Store, name: str, columns: Sequence[str], batch_rows: int) -> Iterator[ReadRows]:
         """The rows of an object; blank lines are none, and a row with more or fewer fields than columns is at fault."""
-        return self.scan(store, name, columns, batch_rows, frozenset())
+        return self.scan(store, name, columns, batch_rows, {})
 
     def scan(
-        self, store: Store, name: str, columns: Sequence[str], batch_rows: int, empty_is_null: frozenset[str]
+        self, store: Store, name: str, columns: Sequence[str], batch_rows: int, types: Mapping[str, pa.DataType]
     ) -> Iterator[ReadRows]:
-        """As `read`, with null for empty fields of some columns."""
+        """As `read`; fields of some columns must have values of a type, or be empty, which is null."""
         with store.reader(name) as file:
             lines = self._lines(file, name, _CHUNK_BYTES)
             names = self._header(lines, name)
-            batch = _Batch(columns, names, empty_is_null)
+            batch = _Batch(columns, names, types)
             rows = self._dialect.rows_of(lines)
             first_line = lines.number
             while True:
@@ -113,7 +116,7 @@ class DelimitedReader(TableReader):
                         ) from error
                     last = lines.number
                     over = f" to {last}" if last > first_line + 1 else ""
-                    batch.add_fault(f"{where}{over}: {error}")
+                    batch.add_fault(f"{where}{over}: {_explained(error)}")
                 else:
                     if values:  # else the line is blank
                         batch.add(values, where)
@@ -127,7 +130,9 @@ class DelimitedReader(TableReader):
         try:
             names: list[str] = next(filter(None, self._dialect.rows_of(lines)), [])
         except csv.Error as error:
-            raise TerminalError(f"source: the first line of object {name} names no columns: {error}") from error
+            raise TerminalError(
+                f"source: the first line of object {name} names no columns: {_explained(error)}"
+            ) from error
         if any(map(_has_undecodable, names)):
             raise not_what_it_says(name, "no text in UTF-8: convert it")
         twice = sorted({column for column in names if names.count(column) > 1})
@@ -180,10 +185,11 @@ class _Batch:
         characters: in all fields of the rows.
     """
 
-    def __init__(self, columns: Sequence[str], names: Sequence[str], empty_is_null: frozenset[str]) -> None:
+    def __init__(self, columns: Sequence[str], names: Sequence[str], types: Mapping[str, pa.DataType]) -> None:
         self._names = names
         self._places = [names.index(column) for column in columns]
-        self._empty_is_null = [column in empty_is_null for column in columns]
+        self._types = {names.index(column): kind for column, kind in types.items() if column in names}
+        self._where: list[str] = []
         self._schema = pa.schema([(column, pa.string()) for column in columns])
         self._rows: list[list[str] | None] = []
         self._faults: dict[int, str] = {}
@@ -199,25 +205,41 @@ class _Batch:
             self.add_fault(f"{where}: invalid UTF-8")
         else:
             self._rows.append(values)
+            self._where.append(where)
             self.characters += sum(map(len, values))
 
     def add_fault(self, message: str) -> None:
         self._faults[len(self._rows)] = message
         self._rows.append(None)
+        self._where.append("")
 
     def taken(self) -> ReadRows:
         """The rows so far, which are forgotten."""
-        arrays = [
-            pa.array(
-                [None if row is None or (nulls and row[place] == "") else row[place] for row in self._rows], "string"
-            )
-            for place, nulls in zip(self._places, self._empty_is_null, strict=True)
-        ]
+        for place, kind in self._types.items():
+            self._refuse_other_values(place, kind)
+        arrays = [self._column(place) for place in self._places]
         rows, faults = len(self._rows), self._faults
-        self._rows, self._faults, self.characters = [], {}, 0
+        self._rows, self._where, self._faults, self.characters = [], [], {}, 0
         if not arrays:
             return ReadRows(pa.RecordBatch.from_arrays([pa.nulls(rows)], names=[""]), faults)
         return ReadRows(pa.RecordBatch.from_arrays(arrays, schema=self._schema), faults)
+
+    def _column(self, place: int) -> pa.Array:
+        empty = "" if place in self._types else None
+        texts = [None if row is None or row[place] == empty else row[place] for row in self._rows]
+        return pa.array(texts, pa.string())
+
+    def _refuse_other_values(self, place: int, kind: pa.DataType) -> None:
+        """Let rows be at fault whose field there is of another type."""
+        texts = self._column(place)
+        if _converts(texts, kind):
+            return
+        for number, text in enumerate(texts):
+            if text.is_valid and not _converts(texts.slice(number, 1), kind):
+                self._rows[number] = None
+                self._faults[number] = (
+                    f"{self._where[number]}: column {self._names[place]!r}: expected {kind}, got {text.as_py()[:80]!r}"
+                )
 
 
 class DelimitedWriter(Writer):
@@ -259,6 +281,27 @@ class DelimitedWriter(Writer):
     def _text_of(store: Store, name: str) -> Iterator[Iterator[str]]:
         with store.reader(name) as file:
             yield _Lines(b"", iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+
+def _explained(error: csv.Error) -> str:
+    """What Python's `csv` complains of, in words for a user of the data."""
+    said = str(error)
+    if "new-line character" in said:
+        return "a carriage return outside of quotes: lines must end in LF or CR LF"
+    if "expected after" in said:
+        return "text behind a closing quote: quotes within a field must be doubled"
+    return said
+
+
+def _converts(texts: pa.Array, kind: pa.DataType) -> bool:
+    """Whether all texts are values of a type; True also for types that no text is one of, which are refused later."""
+    try:
+        converted(texts, kind)
+    except pa.ArrowInvalid:
+        return False
+    except pa.ArrowException:
+        return True
+    return True
 
 
 def _field(value: Any) -> str:
