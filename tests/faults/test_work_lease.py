@@ -17,7 +17,7 @@ import pytest
 from batchllm_flows import work_lease
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_flows.job_status import job_statuses, status_text
-from batchllm_flows.work_lease import LostLeaseError, WorkLease
+from batchllm_flows.work_lease import LostLeaseError, WorkLease, clear_after_killed_run
 from batchllm_operators.errors import TerminalError, TransientError
 from batchllm_operators.execute.backends.inline import Script
 from batchllm_operators.process_identity import ProcessIdentity, is_surely_gone, this_process
@@ -105,6 +105,28 @@ def test_a_run_of_a_process_that_has_ended_is_taken_over_at_once(
         assert found is not None
         assert (found.fence, held.waited) == (2, False)
     assert any("taken over from process" in line for line in lines)
+
+
+def test_what_a_run_of_this_process_could_not_give_up_is_in_nobodys_way(
+    work: Store, lease: Callable[..., WorkLease]
+) -> None:
+    of_another_machine(work, process=this_process())  # by a token that no run of this process holds
+    with lease() as held:
+        assert not held.waited
+        refused = lease("fail")
+        with pytest.raises(TerminalError, match="another run of this job is under way"), refused:
+            pass
+
+
+def test_the_lease_of_a_run_that_was_killed_at_its_very_end_goes_with_the_next_look(
+    work: Store, lease: Callable[..., WorkLease]
+) -> None:
+    of_another_machine(work, process=this_process())
+    clear_after_killed_run(work)
+    assert not work.exists(LEASE_FILE)
+    with lease():
+        clear_after_killed_run(work)
+        assert work.exists(LEASE_FILE), "that of a run that goes on stays"
 
 
 def test_a_run_that_nobody_hears_of_is_taken_over_and_does_not_merge(
