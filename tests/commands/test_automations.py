@@ -122,8 +122,8 @@ def test_a_run_that_is_killed_becomes_crashed(own_server: dict[str, str], tiny_l
             assert found.state is not None
             return found.state
 
-        # Less than two heartbeats: the run sends one at its start, and is killed before the second.
-        automation = crashed_automation(timedelta(seconds=31))
+        # Less than two heartbeats, which are 30 s apart, so that the test is quick; enough for one that comes late.
+        automation = crashed_automation(timedelta(seconds=45))
         automation.create()
         command = [sys.executable, "-m", "benchmarks.faults_run", str(job), str(tmp_path / "answered"), "1"]
         run = subprocess.Popen(command, env=own_server, cwd=Path(fault_jobs.__file__).parents[1])
