@@ -9,6 +9,7 @@ was stopped for hours and goes on can touch the files of another.
 from __future__ import annotations
 
 import re
+import time
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -31,6 +32,7 @@ ADVICE = "choose another sink.uri, or set sink.mode to overwrite"
 _DATA_FILE = re.compile(r"part-[^/]*")
 _OUR_FILE = re.compile(r"part-\d+-(?P<owner>[^/]+)-(?P<token>[0-9a-f]{8})(\.[a-z0-9]+)+")
 _ATTEMPTS = 5
+_LONG_AGO_S = 24 * 3600.0
 
 
 class LostClaimError(TerminalError):
@@ -83,9 +85,10 @@ class SinkClaim:
         if error is None or self._completed:
             return
         try:
-            self._withdraw()
-        except BatchLLMError as another:
-            error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
+            if isinstance(error, TerminalError):
+                self.require()  # who has the claim now may have removed what this run was writing
+        finally:
+            self._withdraw_noting(error)
 
     @property
     def _claim_name(self) -> str:
@@ -199,12 +202,19 @@ class SinkClaim:
         self._sink.delete([*mine, *inputs])
         self.release()
 
+    def _withdraw_noting(self, error: BaseException | None) -> None:
+        try:
+            self._withdraw()
+        except BatchLLMError as another:
+            if error is not None:
+                error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
+
     def _is_of_this_output(self, write: UnfinishedWrite) -> bool:
-        """Whether what was begun would be of the output that is claimed: then its run has lost the claim."""
-        if self._slice_id is None:
-            return not write.name.startswith(f"{WORK_FOLDER}/")
+        """Whether what was begun is of an earlier run of this output, or so old that nobody writes it any more."""
         own = owner_of_file(write.name) == self._owner
-        return own or write.name.startswith(f"{MANIFESTS_FOLDER}/{self._owner}")
+        if own or (self._slice_id is not None and write.name.startswith(f"{MANIFESTS_FOLDER}/{self._owner}")):
+            return True
+        return not write.name.startswith(f"{WORK_FOLDER}/") and time.time() - write.began > _LONG_AGO_S
 
     def _is_own(self) -> bool:
         return self._sink.content(self._claim_name) == self._content
