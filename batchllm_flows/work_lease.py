@@ -91,17 +91,18 @@ class WorkLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        if self._renewing is not None:
-            self._renewing.join()
-        _HELD.discard(self._lease.token)
         if self._renewing is None:
             return
+        self._ended.set()
+        self._renewing.join()
         try:
             if self._is_own(read_lease(self._work)):
                 self._work.delete([LEASE_FILE])
         except BatchLLMError as fault:
             _LOGGER.warning("the lease is left behind, the next run will wait %g s: %s", STALE_SECONDS, fault)
+        finally:
+            # Not before the lease is gone: another run of this process would take it over while it is given up.
+            _HELD.discard(self._lease.token)
 
     def require(self) -> None:
         """Look whether the work folder is still this run's to merge.

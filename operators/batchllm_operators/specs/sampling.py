@@ -143,7 +143,9 @@ class SamplingParameters(SpecModel):
             text: what `to_json` gave for the request; None: the request is sampled as the job says.
             max_tokens: most tokens of the completion, whatever the text says.
         """
-        fields = self.values if text is None else orjson.loads(text)
+        oldest = self.model_dump(mode="json", include=_OLDEST_FIELDS)
+        # Younger fields that the text does not have are at their defaults, whatever the job says.
+        fields = self.values if text is None else oldest | orjson.loads(text)
         least = min(fields.get("min_tokens", 0), max_tokens)
         return SamplingParameters.model_validate({**fields, "min_tokens": least, "max_tokens": max_tokens})
 
