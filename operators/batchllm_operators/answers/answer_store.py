@@ -59,7 +59,6 @@ _SCOPE = "/[0-9a-f]{32}/"
 _OF_SEGMENT = re.compile(
     rf"{_SCOPE}(?P<time>[0-9]{{8}}T[0-9]{{6}})-[0-9a-f]{{12}}({'|'.join(map(re.escape, (_ANSWERS, _FILTER, _KEYS)))})$"
 )
-_NOTE = re.compile(rf"{_SCOPE}[^/]+{re.escape(_PARTS)}$")
 _DAY_S = 24 * 3600.0
 
 _LOGGER = logging.getLogger(__name__)
@@ -263,9 +262,10 @@ class AnswerStore:
 
 
 def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
-    """The objects of the segments in a folder that were kept before a time, and the notes of jobs that ran before it.
+    """The objects of the segments in a folder that were kept before a time.
 
-    Only what has a name of ours, in a folder of a scope, is taken for one of them.
+    Only what has a name of ours, in a folder of a scope, is taken for one of them. The notes of jobs stay: without
+    them their answers would be kept anew from work folders that are still there.
 
     Args:
         folder: of one scope, or above those of several.
@@ -277,12 +277,8 @@ def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
     stamp = f"{before.astimezone(UTC):{_TIME}}"
     old = []
     for one in folder.stored_objects():
-        segment, note = (form.search(f"/{folder.uri}/{one.path}") for form in (_OF_SEGMENT, _NOTE))
-        if segment is not None:
-            is_old = segment["time"] < stamp
-        else:
-            is_old = note is not None and one.modified < before.timestamp()
-        if is_old:
+        segment = _OF_SEGMENT.search(f"/{folder.uri}/{one.path}")
+        if segment is not None and segment["time"] < stamp:
             old.append(one)
     return sorted(old, key=lambda one: not one.path.endswith(_KEYS))
 
