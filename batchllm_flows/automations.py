@@ -12,9 +12,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
+from batchllm_flows.flows import batch_inference, plan_batch_inference
+from batchllm_flows.nights import nightly_inference
 from batchllm_operators.errors import TerminalError
 
-FLOW_NAMES = ("batch-inference", "plan-batch-inference", "nightly-inference")
+FLOW_NAMES = tuple(flow.name for flow in (batch_inference, plan_batch_inference, nightly_inference))
 CRASHED_NAME = "batchllm-flows: silent runs are Crashed"
 FAILURE_NAME = "batchllm-flows: failed runs are told"
 LEAST_HEARTBEATS = 2

@@ -150,9 +150,10 @@ def find_leftovers(
     began_before = clock - max(older_than_s, RUNNING_SECONDS)
     answers: list[StoredObject] = []
     if answers_older_than_s is not None:
-        if not folder.names():
+        stored = folder.stored_objects()
+        if not stored:
             raise TerminalError("there is nothing here to clean", uri=folder.uri)
-        answers = old_answers(folder, datetime.fromtimestamp(max(clock - answers_older_than_s, 0), UTC))
+        answers = old_answers(folder.uri, stored, datetime.fromtimestamp(max(clock - answers_older_than_s, 0), UTC))
     unfinished = [write for write in folder.unfinished_writes() if write.began < began_before]
     return Leftovers(folder, tuple(answers), tuple(unfinished))
 

@@ -20,7 +20,7 @@ def _import_steps() -> None:
         import transformers
 
         import batchllm_operators.plan.step
-        import batchllm_operators.stage.step  # noqa: F401
+        import batchllm_operators.stage.step  # noqa: F401 - imported for those who need it later
 
         # transformers loads these when they are asked for.
         _ = transformers.AutoConfig, transformers.AutoTokenizer

@@ -107,7 +107,7 @@ def reported_when_server_is_back(warn: Callable[..., None], patience_s: float = 
     """
     try:
         yield
-    except Exception:
+    except Exception:  # what interrupts or ends the process waits for nobody
         _wait_for_server(warn, patience_s)
         raise
     _wait_for_server(warn, patience_s)

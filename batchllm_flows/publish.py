@@ -50,7 +50,7 @@ def load_page_ahead() -> None:
 
 
 def _load_page() -> None:
-    import batchllm_flows.html_report.page  # noqa: F401
+    import batchllm_flows.html_report.page  # noqa: F401 - imported for `_write_page`
 
 
 def _write_page(work: Store, report: JobReport, executed: Sequence[ExecutedPlan]) -> list[str]:

@@ -81,7 +81,14 @@ class WorkLease:
             TerminalError: another run has it, and `on_concurrent` is `fail`.
             TransientError: the store does not answer, or others take it at the same moment, again and again.
         """
-        if not self._take():
+        _HELD.add(self._lease.token)  # before others of this process can see the lease
+        taken = False
+        try:
+            taken = self._take()
+        finally:
+            if not taken:
+                _HELD.discard(self._lease.token)
+        if not taken:
             return self
         discard_unfinished(self._work)
         self._renewing = threading.Thread(target=self._renew_until_end, name="work-lease", daemon=True)
@@ -130,7 +137,6 @@ class WorkLease:
             if other is None or _is_surely_over(other) or self._is_silent(seen, other, silent_since):
                 fence = 1 if other is None else other.fence + 1
                 self._lease = self._lease.model_copy(update={"fence": fence})
-                _HELD.add(self._lease.token)  # before others of this process can see the lease
                 if write_lease(self._work, self._lease, there):
                     if other is not None:
                         self._log("work folder: taken over from %s, which has ended", other.holder())

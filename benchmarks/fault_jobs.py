@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -11,6 +14,8 @@ from batchllm_operators.merge.sink import read_manifest
 from batchllm_operators.store import Store
 
 ROWS = 240
+COMMAND = (sys.executable, "-c", "from batchllm_flows.cli import main; main()")
+"""The command line `batchllm`."""
 
 
 def rows(count: int = ROWS) -> pa.Table:
@@ -60,3 +65,14 @@ def differences(expected: pa.Table, found: pa.Table) -> Counter[str]:
         rows_twice=sum(count > 1 for count in seen.values()),
         rows_wrong=sum(answers.get(row["id"]) != row["completion"] for row in found.to_pylist()),
     )
+
+
+def prefect_database() -> list[bytes]:
+    """The content of each file of the database of Prefect's server, which this process has started."""
+    from prefect.settings import get_current_settings
+
+    url = get_current_settings().server.database.connection_url
+    if url is None:
+        raise TypeError("expected the settings of a server")
+    path = Path(urlsplit(url.get_secret_value() if hasattr(url, "get_secret_value") else str(url)).path)
+    return [file.read_bytes() for file in path.parent.glob(f"{path.name}*") if file.is_file()]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from batchllm_operators.merge.claim import IN_PROGRESS_FILE
 from batchllm_operators.store import Store
 from batchllm_operators.work.layout import LEASE_FILE
-from benchmarks.fault_jobs import differences, job, output
+from benchmarks.fault_jobs import COMMAND, differences, job, output
 from benchmarks.fault_jobs import rows as rows_of_documents
 from benchmarks.faults_run import run_once
 
@@ -143,8 +143,7 @@ def real_kills(folder: Path, model: str, rows: int = 120) -> Kills:
         return wanted
 
     def start(path: Path) -> Run:
-        run = "from batchllm_flows.cli import main; main()"
-        command = [sys.executable, "-c", run, "run", str(path), "--quiet"]
+        command = [*COMMAND, "run", str(path), "--quiet"]
         environment = {**os.environ, MARK: "1"}
         with (folder / "log").open("ab") as log:
             return _CommandRun(subprocess.Popen(command, stdout=log, stderr=log, env=environment))

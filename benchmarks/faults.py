@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 
@@ -42,13 +41,12 @@ from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.spec_base import StorageOptions
 from batchllm_operators.store import Store
 from batchllm_operators.temporary_folders import abandoned_folders
-from benchmarks.fault_jobs import differences, job, output, rows
+from benchmarks.fault_jobs import COMMAND, differences, job, output, prefect_database, rows
 from benchmarks.fault_kills import FIGURES, Kills, real_kills, scripted_kills
 from benchmarks.fault_proxy import FaultProxy
 from benchmarks.faults_run import register_scripted
 
 EXIT_CODES = (0, 1, 2, 3)
-COMMAND = (sys.executable, "-c", "from batchllm_flows.cli import main; main()")
 CANARY = "canary-9d41c07be2"
 
 
@@ -119,14 +117,8 @@ def broken(content: bytes, chance: random.Random) -> bytes:
 
 def secrets(secrets_known: list[str], folder: Path) -> int:
     """How often secrets stand in what was written: everything in a folder, and the database of Prefect's server."""
-    from prefect.settings import get_current_settings
-
-    url = get_current_settings().server.database.connection_url
-    if url is None:
-        raise TypeError("expected the server of prefect_server()")
-    database = Path(urlsplit(url.get_secret_value() if hasattr(url, "get_secret_value") else str(url)).path)
-    files = [*folder.rglob("*"), *database.parent.glob(f"{database.name}*")]
-    contents = [file.read_bytes() for file in files if file.is_file() and not file.is_symlink()]
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    contents = [*(file.read_bytes() for file in files), *prefect_database()]
     if not any(b"faults" in content for content in contents):
         raise ValueError("the search did not find the name of the job either")
     return sum(content.count(secret.encode()) for secret in secrets_known for content in contents)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from batchllm_operators.errors import SecretInJobError
 from batchllm_operators.wording import did_you_mean
@@ -42,6 +42,10 @@ def _is_number(annotation: Any) -> bool:
     """Whether a field takes numbers, or none, and nothing else; others say themselves what they take."""
     kinds = set(get_args(annotation)) or {annotation}
     return kinds <= {int, float, type(None)} and kinds != {type(None)}
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Some texts; one alone stands for a list of it."""
 
 
 class SpecModel(BaseModel):

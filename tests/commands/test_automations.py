@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from prefect.automations import EventTrigger
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
@@ -48,7 +49,9 @@ def test_they_are_made_once_and_brought_up_to_date(batchllm: Batchllm) -> None:
     assert [one.id for one in again] == [one.id for one in made]
     assert names_there() == [CRASHED_NAME, FAILURE_NAME]
     with get_client(sync_client=True) as client:
-        assert client.read_automations_by_name(CRASHED_NAME)[0].trigger.within == timedelta(hours=2)  # type: ignore[union-attr]
+        trigger = client.read_automations_by_name(CRASHED_NAME)[0].trigger
+    assert isinstance(trigger, EventTrigger)
+    assert trigger.within == timedelta(hours=2)
 
 
 @pytest.mark.usefixtures("prefect_server")

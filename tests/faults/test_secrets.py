@@ -7,27 +7,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from prefect.settings import get_current_settings
 
 from batchllm_flows import BatchJob
 from batchllm_flows.flows import batch_inference, plan_batch_inference
 from batchllm_operators.errors import BatchLLMError
 from batchllm_operators.execute.backends.inline import Script
 from batchllm_operators.store import Store
+from benchmarks.fault_jobs import prefect_database
 from tests.conftest import InlineEngines
 from tests.flows.jobs import job_values, questions, write_input
 
 CANARY = "canary-1b2c3d4e5f"
-
-
-def databases() -> list[bytes]:
-    """The files of the database of Prefect's server."""
-    url = get_current_settings().server.database.connection_url
-    assert url is not None
-    path = Path(urlsplit(url.get_secret_value() if hasattr(url, "get_secret_value") else str(url)).path)
-    files = [file for file in path.parent.glob(f"{path.name}*") if file.is_file()]
-    assert files
-    return [file.read_bytes() for file in files]
 
 
 @pytest.mark.usefixtures("prefect_server")
@@ -74,7 +64,8 @@ def test_no_secret_stands_anywhere(
     output = Store(f"{bucket}/out")
     written = [output.read_bytes(name) for name in output.names()]
     assert any(b"questions" in content for content in written), "the search finds what is there"
-    database = databases()
+    database = prefect_database()
+    assert database
     assert any(b"questions" in content for content in database)
     places = {
         "objects": written,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -59,7 +58,6 @@ _SCOPE = "/[0-9a-f]{32}/"
 _OF_SEGMENT = re.compile(
     rf"{_SCOPE}(?P<time>[0-9]{{8}}T[0-9]{{6}})-[0-9a-f]{{12}}({'|'.join(map(re.escape, (_ANSWERS, _FILTER, _KEYS)))})$"
 )
-_DAY_S = 24 * 3600.0
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -181,7 +179,7 @@ class AnswerStore:
 
     def delete_older(self, days: float) -> int:
         """Delete the segments that were kept longer ago than this many days; returns how many."""
-        old = old_answers(self._folder, datetime.now(UTC) - timedelta(days=days))
+        old = old_answers(self._folder.uri, self._folder.stored_objects(), datetime.now(UTC) - timedelta(days=days))
         self._folder.delete([one.path for one in old])
         return sum(one.path.endswith(_KEYS) for one in old)
 
@@ -251,24 +249,25 @@ class AnswerStore:
     def _delete_remains(self) -> None:
         names = self._folder.names()
         begun = {name.removesuffix(suffix) for name in names for suffix in (_ANSWERS, _FILTER) if name.endswith(suffix)}
-        a_day_ago = f"{datetime.now(UTC) - timedelta(days=1):{_TIME}}"
-        whole = set(self.segments())
-        discard_unfinished(self._folder, lambda write: time.time() - write.began > _DAY_S)
-        self._delete([one for one in begun - whole if "/" not in one and one.partition("-")[0] < a_day_ago])
+        a_day_ago = datetime.now(UTC) - timedelta(days=1)
+        discard_unfinished(self._folder, lambda write: write.began < a_day_ago.timestamp())
+        stamp, whole = f"{a_day_ago:{_TIME}}", set(self.segments())
+        self._delete([one for one in begun - whole if "/" not in one and one.partition("-")[0] < stamp])
 
     def _delete(self, segments: list[str]) -> None:
         for segment in segments:
             self._folder.delete([segment + _KEYS, segment + _FILTER, segment + _ANSWERS])
 
 
-def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
+def old_answers(uri: str, objects: Iterable[StoredObject], before: datetime) -> list[StoredObject]:
     """The objects of the segments in a folder that were kept before a time.
 
     Only what has a name of ours, in a folder of a scope, is taken for one of them. The notes of jobs stay: without
     them their answers would be kept anew from work folders that are still there.
 
     Args:
-        folder: of one scope, or above those of several.
+        uri: of a folder of one scope, or above those of several.
+        objects: all that is in the folder.
         before: with a time zone.
 
     Returns:
@@ -276,8 +275,8 @@ def old_answers(folder: Store, before: datetime) -> list[StoredObject]:
     """
     stamp = f"{before.astimezone(UTC):{_TIME}}"
     old = []
-    for one in folder.stored_objects():
-        segment = _OF_SEGMENT.search(f"/{folder.uri}/{one.path}")
+    for one in objects:
+        segment = _OF_SEGMENT.search(f"/{uri}/{one.path}")
         if segment is not None and segment["time"] < stamp:
             old.append(one)
     return sorted(old, key=lambda one: not one.path.endswith(_KEYS))

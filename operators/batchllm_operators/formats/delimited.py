@@ -6,7 +6,6 @@ import codecs
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -100,9 +99,9 @@ class DelimitedReader(TableReader):
             names = self._header(lines, name)
             batch = _Batch(columns, names, types)
             rows = self._dialect.rows_of(lines)
-            first_line = lines.number
             while True:
-                where = f"object {name} line {lines.number + 1}"
+                first_line = lines.number + 1
+                where = f"object {name} line {first_line}"
                 try:
                     values = next(rows)
                 except StopIteration:
@@ -111,16 +110,14 @@ class DelimitedReader(TableReader):
                     if lines.ended:
                         raise TerminalError(
                             f"source: object {name} ends within a quoted field of the row that begins in line"
-                            f" {first_line + 1}: a quote is not closed, or the object was cut off",
+                            f" {first_line}: a quote is not closed, or the object was cut off",
                             uri=store.uri_of(name),
                         ) from error
-                    last = lines.number
-                    over = f" to {last}" if last > first_line + 1 else ""
+                    over = f" to {lines.number}" if lines.number > first_line else ""
                     batch.add_fault(f"{where}{over}: {_explained(error)}")
                 else:
                     if values:  # else the line is blank
                         batch.add(values, where)
-                first_line = lines.number
                 if len(batch) >= batch_rows or batch.characters >= _BATCH_CHARACTERS:
                     yield batch.taken()
             if len(batch):
@@ -259,7 +256,8 @@ class DelimitedWriter(Writer):
 
     def count_rows(self, store: Store, name: str) -> int:
         """The number of rows; reads the whole file."""
-        with self._text_of(store, name) as lines:
+        with store.reader(name) as file:
+            lines = _Lines(b"", iter(lambda: file.read(_CHUNK_BYTES), b""))
             try:
                 return sum(1 for row in self._dialect.rows_of(lines) if row) - 1
             except csv.Error as error:
@@ -275,12 +273,6 @@ class DelimitedWriter(Writer):
         for row in rows:
             (quoting if any("\r" in field for field in row) else plain).writerow(row)
         file.write(text.getvalue().encode())  # at once: each write is hashed
-
-    @staticmethod
-    @contextmanager
-    def _text_of(store: Store, name: str) -> Iterator[Iterator[str]]:
-        with store.reader(name) as file:
-            yield _Lines(b"", iter(lambda: file.read(_CHUNK_BYTES), b""))
 
 
 def _explained(error: csv.Error) -> str:

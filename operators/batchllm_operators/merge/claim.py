@@ -85,10 +85,15 @@ class SinkClaim:
         if error is None or self._completed:
             return
         try:
-            if isinstance(error, TerminalError):
-                self.require()  # who has the claim now may have removed what this run was writing
-        finally:
-            self._withdraw_noting(error)
+            # Who has the claim now may have removed what this run was writing.
+            doubtful = isinstance(error, TerminalError) and not isinstance(error, LostClaimError)
+            lost = self._loss() if doubtful else None
+            self._withdraw()
+        except BatchLLMError as another:
+            error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
+            return
+        if lost is not None:
+            raise lost from error
 
     @property
     def _claim_name(self) -> str:
@@ -117,15 +122,22 @@ class SinkClaim:
         Raises:
             LostClaimError: it is not; names the job that has it.
         """
-        if not self._is_own():
-            owner = claimed_by(self._sink, self._slice_id)
-            whose = f"job {owner} has claimed it" if owner else "its claim is gone"
-            raise LostClaimError(
-                f"sink: {whose} while this run was writing; nothing of this run is left there, and its answers are kept"
-                " in the work folder",
-                job_id=self._job_id,
-                uri=self._sink.uri,
-            )
+        lost = self._loss()
+        if lost is not None:
+            raise lost
+
+    def _loss(self) -> LostClaimError | None:
+        """The error of a claim that is not this run's own any more; None: it still is."""
+        if self._is_own():
+            return None
+        owner = claimed_by(self._sink, self._slice_id)
+        whose = f"job {owner} has claimed it" if owner else "its claim is gone"
+        return LostClaimError(
+            f"sink: {whose} while this run was writing; nothing of this run is left there, and its answers are kept"
+            " in the work folder",
+            job_id=self._job_id,
+            uri=self._sink.uri,
+        )
 
     def complete(self, manifest: Manifest) -> None:
         """Make this run's files the output; only then do the files of an old one go, and the claim.
@@ -201,13 +213,6 @@ class SinkClaim:
         inputs = [] if self._slice_id is None else [self.inputs_name()]
         self._sink.delete([*mine, *inputs])
         self.release()
-
-    def _withdraw_noting(self, error: BaseException | None) -> None:
-        try:
-            self._withdraw()
-        except BatchLLMError as another:
-            if error is not None:
-                error.add_note(f"and files of this run may be left in the sink, which the next run removes: {another}")
 
     def _is_of_this_output(self, write: UnfinishedWrite) -> bool:
         """Whether what was begun is of an earlier run of this output, or so old that nobody writes it any more."""

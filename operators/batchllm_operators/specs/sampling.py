@@ -8,7 +8,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import Field, field_validator, model_validator
 
-from batchllm_operators.spec_base import SpecModel
+from batchllm_operators.spec_base import SpecModel, Texts
 from batchllm_operators.specs.structured_outputs import StructuredOutputs
 
 _OLDEST_FIELDS = {"temperature", "top_p", "seed", "max_tokens", "stop"}
@@ -49,13 +49,13 @@ class SamplingParameters(SpecModel):
     repetition_penalty: float = Field(default=1.0, gt=0.0, description="on tokens of prompt and completion; 1: none")
     max_tokens: int = Field(default=256, ge=1, description="most tokens of one completion")
     min_tokens: int = Field(default=0, ge=0, description="no end before so many tokens")
-    stop: tuple[str, ...] = Field(default=(), description="texts that end a completion")
+    stop: Texts = Field(default=(), description="texts that end a completion")
     stop_token_ids: tuple[int, ...] = Field(default=(), description="token ids that end a completion")
     include_stop_str_in_output: bool = Field(default=False, description="the text that ended it stays")
     ignore_eos: bool = Field(default=False, description="go on to max_tokens")
     skip_special_tokens: bool = Field(default=True, description="special tokens are not in the text")
     spaces_between_special_tokens: bool = Field(default=True, description="in the text, where they are kept")
-    bad_words: tuple[str, ...] = Field(default=(), description="words that are not generated")
+    bad_words: Texts = Field(default=(), description="words that are not generated")
     allowed_token_ids: tuple[int, ...] | None = Field(default=None, description="only these tokens are generated")
     logit_bias: dict[int, float] | None = Field(default=None, description="added to logits, by token id")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="what a completion must look like")
@@ -63,11 +63,6 @@ class SamplingParameters(SpecModel):
     repetition_detection: RepetitionDetection | None = Field(
         default=None, description="ends completions that go round in circles"
     )
-
-    @field_validator("stop", "bad_words", mode="before")
-    @classmethod
-    def _one_text_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("top_k")
     @classmethod
@@ -143,9 +138,11 @@ class SamplingParameters(SpecModel):
             text: what `to_json` gave for the request; None: the request is sampled as the job says.
             max_tokens: most tokens of the completion, whatever the text says.
         """
-        oldest = self.model_dump(mode="json", include=_OLDEST_FIELDS)
-        # Younger fields that the text does not have are at their defaults, whatever the job says.
-        fields = self.values if text is None else oldest | orjson.loads(text)
+        if text is None:
+            fields = self.values
+        else:
+            # Younger fields that the text does not have are at their defaults, whatever the job says.
+            fields = self.model_dump(mode="json", include=_OLDEST_FIELDS) | orjson.loads(text)
         least = min(fields.get("min_tokens", 0), max_tokens)
         return SamplingParameters.model_validate({**fields, "min_tokens": least, "max_tokens": max_tokens})
 

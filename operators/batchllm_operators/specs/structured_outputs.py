@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from pydantic import Field, field_validator, model_validator
 
-from batchllm_operators.spec_base import SpecModel
+from batchllm_operators.spec_base import SpecModel, Texts
 
 MOST_LETTERS = 1 << 20
 """Of a schema, expression or grammar: it stands in every request that has one of its own."""
@@ -28,7 +28,7 @@ class StructuredOutputs(SpecModel):
     json_schema: dict[str, Any] | None = Field(default=None, description="a JSON schema, as an object or as JSON text")
     json_object: bool | None = Field(default=None, description="true: any JSON object")
     regex: str | None = Field(default=None, min_length=1, description="a regular expression for the whole completion")
-    choice: tuple[str, ...] | None = Field(default=None, min_length=1, description="one of these texts")
+    choice: Texts | None = Field(default=None, min_length=1, description="one of these texts")
     grammar: str | None = Field(default=None, min_length=1, description="a grammar in EBNF")
     structural_tag: str | None = Field(default=None, min_length=1, description="xgrammar's structural tag, JSON text")
 
@@ -53,11 +53,6 @@ class StructuredOutputs(SpecModel):
             place = "/".join(map(str, error.absolute_path))
             raise ValueError(f"no JSON schema: {place or 'it'}: {error.message}") from error
         return value
-
-    @field_validator("choice", mode="before")
-    @classmethod
-    def _one_text_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("choice")
     @classmethod

@@ -13,7 +13,7 @@ from batchllm_operators.formats import RowBatch
 from batchllm_operators.keys import RequestKeys
 from batchllm_operators.records import Record
 from batchllm_operators.specs.execution import ModelSpec
-from batchllm_operators.specs.sampling import SamplingSpec
+from batchllm_operators.specs.sampling import SamplingParameters, SamplingSpec
 from batchllm_operators.specs.source import PromptSpec, TokensPrompt
 from batchllm_operators.stage.faults import RowFaultError, invalid_row
 from batchllm_operators.stage.rendering import Prompt, PromptRenderer, characters_of, prompt_renderer
@@ -167,9 +167,7 @@ class RowStager:
         # As vLLM does: where the prompt fits and the longest completion would not, that is made shorter.
         room = self._settings.limits.max_model_len - len(tokens) if generates else 1
         effective = wanted.within(room)
-        # Most rows are sampled as the job says, and its values are not made for each of them anew.
-        values = self._base_values if effective is self._sampling.base else effective.values
-        sampling = values if generates else {}
+        sampling = self._values_of(effective) if generates else {}
         own_answer = generates and not wanted.deterministic
         return {
             "request_key": self._keys.key(tokens, sampling, row_index=row_index if own_answer else None),
@@ -178,6 +176,10 @@ class RowStager:
             "sampling": None if wanted == self._sampling.base else effective.to_json(),
             ESTIMATE_FIELD.name: None if estimate is None else min(estimate, effective.max_tokens),
         }
+
+    def _values_of(self, sampling: SamplingParameters) -> dict[str, Any]:
+        """What counts in a request's key; most rows are sampled as the job says, whose values are made once."""
+        return self._base_values if sampling is self._sampling.base else sampling.values
 
 
 def _special_tokens_of(prompt: PromptSpec) -> Literal["as_text", "allow"]:
